@@ -1,0 +1,193 @@
+"""The Qwen2-VL language model over ragged, append-only caches.
+
+Prefilling a prompt, appending a second look and decoding one token are the same call: T new tokens enter, their keys
+and values are rotated and written in place behind what the cache holds, and they attend to everything before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vpt_kernels import append_visual_kv_, rotary_table
+from vpt_model.cache import KVCache
+from vpt_model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: torch.Tensor
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor
+    o_weight: torch.Tensor
+    post_norm: torch.Tensor
+    gate_up_weight: torch.Tensor
+    down_weight: torch.Tensor
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor], prefix: str) -> _Layer:
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        return cls(
+            input_norm=state[f"{prefix}input_layernorm.weight"],
+            qkv_weight=torch.cat([state[f"{attention}{x}_proj.weight"] for x in "qkv"]),
+            qkv_bias=torch.cat([state[f"{attention}{x}_proj.bias"] for x in "qkv"]),
+            o_weight=state[f"{attention}o_proj.weight"],
+            post_norm=state[f"{prefix}post_attention_layernorm.weight"],
+            gate_up_weight=torch.cat([state[f"{mlp}{x}_proj.weight"] for x in ("gate", "up")]),
+            down_weight=state[f"{mlp}down_proj.weight"],
+        )
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The rows of one conversation in a forward call, and what its attention needs in every layer."""
+
+    cache: KVCache
+    begin: int
+    end: int
+    slots: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class LanguageModel:
+    """Qwen2-VL's decoder, built from a state dict with the checkpoint's names; forward only.
+
+    Source: Qwen2-VL in transformers (RMSNorm in float32 cast before its weight, multimodal rotary sections, biased
+    q/k/v, SwiGLU). Query, key and value weights, and gate and up weights, are concatenated once, here.
+    """
+
+    def __init__(self, config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
+        self.config = config
+        self.embedding = state["model.embed_tokens.weight"]
+        self.head = state["lm_head.weight"]
+        self.norm = state["model.norm.weight"]
+        self.layers = [_Layer.from_state(state, f"model.layers.{index}.") for index in range(config.num_hidden_layers)]
+        self.table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta).to(self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache of this model's shape, dtype and device for `capacity` tokens."""
+        return KVCache(self.config, capacity, self.dtype, self.device)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings `[T, H]` of token ids int64 `[T]`; a fresh tensor the caller may write into."""
+        return F.embedding(ids.to(self.device), self.embedding)
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[KVCache],
+        lengths: Sequence[int],
+    ) -> torch.Tensor:
+        """Append `lengths[i]` tokens to `caches[i]` and return the hidden states behind the final norm.
+
+        embeds: [T, H], the tokens of all conversations one after the other, without padding (T = sum(lengths)).
+        positions: int64 [3, T] on the CPU, M-RoPE positions of the same tokens (`mrope_positions`).
+        Returns [T, H]; the row of an action-start token is the control state of its look.
+
+        Raises ValueError before anything is written if the shapes disagree, a cache appears twice, or any cache
+        cannot take its tokens.
+        """
+        segments = self._plan(embeds, positions, caches, lengths)
+        x = embeds
+        for index, layer in enumerate(self.layers):
+            x = x + self._attention(index, layer, self._rms_norm(x, layer.input_norm), segments)
+            x = x + self._mlp(layer, self._rms_norm(x, layer.post_norm))
+        for segment in segments:
+            # The largest position is read from the host tensor: on a GPU this must not wait for the device.
+            last = positions[:, segment.begin : segment.end].max().item()
+            segment.cache.advance(segment.end - segment.begin, last + 1)
+        return self._rms_norm(x, self.norm)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits float32 `[n, vocab]` of the rows `[n, H]`; pass only the rows that are sampled from."""
+        return F.linear(hidden, self.head).float()
+
+    def _plan(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[KVCache],
+        lengths: Sequence[int],
+    ) -> list[_Segment]:
+        if len(caches) != len(lengths) or len({id(cache) for cache in caches}) != len(caches):
+            raise ValueError(
+                f"{len(caches)} caches and {len(lengths)} lengths were given; "
+                "give every conversation one cache of its own and one length"
+            )
+        total = sum(lengths)
+        if embeds.shape != (total, self.config.hidden_size) or positions.shape != (3, total):
+            raise ValueError(
+                f"embeds is {tuple(embeds.shape)} and positions is {tuple(positions.shape)}; lengths {list(lengths)} "
+                f"need [{total}, {self.config.hidden_size}] and [3, {total}]"
+            )
+        for cache, count in zip(caches, lengths, strict=True):
+            cache.check(count)
+        device_positions = positions.to(self.device)
+        segments, begin = [], 0
+        for cache, count in zip(caches, lengths, strict=True):
+            end = begin + count
+            if count:
+                mask = self._mask(count, cache.length)
+                segments.append(_Segment(cache, begin, end, cache.slots(count), device_positions[:, begin:end], mask))
+            begin = end
+        return segments
+
+    def _mask(self, count: int, past: int) -> torch.Tensor | None:
+        """Additive mask [count, past + count] aligned at its lower right; None where SDPA needs none."""
+        if count == 1 or past == 0:
+            return None
+        mask = torch.full((count, past + count), float("-inf"), dtype=self.dtype, device=self.device)
+        return mask.triu_(past + 1)
+
+    def _attention(self, index: int, layer: _Layer, x: torch.Tensor, segments: Sequence[_Segment]) -> torch.Tensor:
+        config = self.config
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        packed = F.linear(x, layer.qkv_weight, layer.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
+        q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)
+        attended = []
+        for s in segments:
+            keys, values = s.cache.keys[index], s.cache.values[index]
+            query = q[s.begin : s.end]
+            append_visual_kv_(
+                query, k[s.begin : s.end], v[s.begin : s.end], self.table, s.positions, s.slots, keys, values,
+                sections=config.mrope_section,
+            )  # fmt: skip
+            stored = s.cache.length + s.end - s.begin
+            attended.append(_attend(query, keys[:stored], values[:stored], s.mask))
+        return F.linear(attended[0] if len(attended) == 1 else torch.cat(attended), layer.o_weight)
+
+    def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(x, layer.gate_up_weight).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, layer.down_weight)
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        # Qwen2-VL rounds the normalised value to the model's dtype before it multiplies by the weight.
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.config.rms_norm_eps)
+        return normed.to(x.dtype) * weight
+
+
+def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Grouped-query attention of q [T, Hq, D] over cache views [L, Hkv, D]; returns [T, Hq * D]."""
+    count, heads, dim = q.shape
+    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+    if count == 1:
+        # One token sees every key: its query heads become the rows of their KV head, which reads each key once.
+        rows = q.view(1, keys.shape[1], -1, dim)
+        return F.scaled_dot_product_attention(rows, keys, values).reshape(1, heads * dim)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return out[0].transpose(0, 1).reshape(count, heads * dim)
