@@ -1,0 +1,351 @@
+"""The multi-pass loop of visual perception tokens over one append-only cache.
+
+    image ── look ──┐
+    question ───────┴─ prefill ── decode ──┬── answer
+                                    ↑      ├── region span ──── crop, look ─────────────────┐
+                                    │      └── action start ─── feed it → h*, re-encode ────┤
+                                    └──────────────────── append ───────────────────────────┘
+
+Every token passes the language model once. The control state h* and all keys and values cached before it do not
+depend on the new image, so a second look is appended and nothing is prefilled again. Source: arXiv 2502.17425.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpt_kernels import qwen2_vl_policy
+from vpt_model import perception
+from vpt_model.cache import KVCache
+from vpt_model.events import Answer, Box, Clock, Done, Event, Look, Reencode, Region, Token
+from vpt_model.images import decode_image
+from vpt_model.model import Model
+from vpt_model.positions import mrope_positions
+from vpt_model.prompt import ANSWER_PREFIX, PromptFormat, action_round, first_round, region_round
+from vpt_model.tokens import Tokenizer, crop_box, parse_look, parse_region_ids
+
+
+@dataclass
+class Turn:
+    """What the model generated in one round. `end`: "stop", "length", "capacity", or "action" (a look follows)."""
+
+    ids: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    end: str = ""
+
+
+@dataclass
+class Conversation:
+    """One request and how far it has come."""
+
+    cache: KVCache
+    clock: Clock
+    image: Tensor | None = None  # uint8 [height, width, 3]
+    forced: deque[list[int]] = field(default_factory=deque)  # answers of the next rounds
+    max_new_tokens: int = 64
+    keep_logits: bool = False
+    features: Tensor | None = None  # [N, H], the first look
+    grids: tuple[tuple[int, int], ...] = ()
+    header: tuple[int, int] = (0, 0)  # length and next position of the cache behind the current assistant header
+    last: int | None = None  # the token fed last, its hidden state [1, H] and what follows it, float32 [vocab]
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+    turns: list[Turn] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """Answers questions about images with second looks.
+
+    model, tokenizer: of the same variant. max_looks: second looks per question; 1 is the published procedure, 0 never
+    looks again. capacity: tokens that a conversation may hold. longest_edge: pixels to which an image or a crop is
+    reduced before the vision tower sees it. prompt: the texts around the question, `PromptFormat()` by default. keep_prefix: leave the "Now answer
+    the question." that the models learned to print in the answer's text.
+
+    Greedy decoding, the lowest id on ties. Where the published code is silent or undefined: `<|endoftext|>` also ends
+    generation; a region without a column or a row ends the conversation with the answer that holds it and a notice;
+    an answer that mixes regions and an action counts as the action, because the first action start ends the round.
+    As published, the token after an action start that leads to no look is the action token, unless the turn ends.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        max_looks: int = 1,
+        capacity: int = 2048,
+        longest_edge: int = 512,
+        prompt: PromptFormat | None = None,
+        keep_prefix: bool = False,
+    ) -> None:
+        if tokenizer.ids.kind != model.config.kind:
+            raise ValueError(
+                f"the tokenizer is of kind {tokenizer.ids.kind!r}, the model of {model.config.kind!r}: they must agree"
+            )
+        if model.config.kind not in ("clip", None):
+            raise ValueError(f"re-encoding by {model.config.kind!r} is not available: use a model of kind 'clip'")
+        if max_looks < 0:
+            raise ValueError(f"max_looks is {max_looks}; it must be 0 or more")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ids = tokenizer.ids
+        self.max_looks = max_looks
+        self.capacity = capacity
+        self.prompt = prompt or PromptFormat()
+        self.keep_prefix = keep_prefix
+        self.policy = qwen2_vl_policy(longest_edge=longest_edge, pass_order="hv")
+        self._idle = [self.new_cache()]
+
+    def ask(
+        self,
+        image: Any,
+        question: str,
+        *,
+        looks: Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        keep_logits: bool = False,
+    ) -> Answer:
+        """The answer to `question`; arguments and errors as in `stream`."""
+        options = {"looks": looks, "max_new_tokens": max_new_tokens, "keep_logits": keep_logits}
+        *_, done = self.stream(image, question, **options)
+        return done.answer
+
+    def stream(
+        self,
+        image: Any,
+        question: str,
+        *,
+        looks: Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        keep_logits: bool = False,
+    ) -> Iterator[Event]:
+        """Events as they happen, `Done` last. Closing the iterator early gives its cache back.
+
+        image: what `decode_image` takes, or None for a question without image. looks: forced looks, one per round, that
+        replace what the model would generate there (`parse_look`). max_new_tokens: per round; forced tokens are free.
+        keep_logits: keep the logits of the final answer. Raises ValueError or TypeError on bad input; a prompt that
+        does not fit into the cache raises ValueError at the first event, before anything is written.
+        """
+        if not isinstance(question, str):
+            raise TypeError(f"question is a {type(question).__name__}; it must be a string")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        forced = deque(parse_look(spec, self.ids) for spec in looks or ())
+        if len(forced) > self.max_looks:
+            raise ValueError(
+                f"{len(forced)} looks are forced but max_looks is {self.max_looks}: raise it or drop looks"
+            )
+        if forced and image is None:
+            raise ValueError(f"look {looks[0]!r} needs an image and there is none: pass an image or drop the look")
+        user = self.tokenizer.encode(self.prompt.user_text(question, image is not None))
+        if reserved := self.ids.stop.intersection(user):
+            raise ValueError(
+                f"the question contains special tokens (ids {sorted(reserved)}): remove them from the text"
+            )
+        pixels = None if image is None else decode_image(image).to(self.model.device)
+        for answer in forced:
+            self._boxes(pixels, answer)
+        return self._run(user, image=pixels, forced=forced, max_new_tokens=max_new_tokens, keep_logits=keep_logits)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one conversation."""
+        return self.model.language.new_cache(self.capacity)
+
+    def positions(self, tokens: Tensor, grids: Sequence[tuple[int, int]], start: int) -> Tensor:
+        """M-RoPE positions int64 [3, T] of a chunk that begins at position `start`."""
+        merge = self.model.config.vision.spatial_merge_size
+        return mrope_positions(tokens, grids, start, self.ids.image_pad, merge)[0]
+
+    def control_state(self, hidden: Tensor) -> Tensor:
+        """h* [1, H] from the final hidden state at the action start: the same, as embedding and as condition."""
+        return hidden
+
+    @torch.inference_mode()
+    def _run(self, user: list[int], **request: Any) -> Generator[Event, None, None]:
+        with self._conversation(**request) as talk:
+            self._prefill(talk, user)
+            turn = yield from self._decode(talk)
+            while (yield from self._look_again(talk, turn)):
+                turn = yield from self._decode(talk)
+            yield Done(self._answer(talk))
+
+    @contextmanager
+    def _conversation(self, **request: Any) -> Iterator[Conversation]:
+        cache = self._idle.pop() if self._idle else self.new_cache()
+        try:
+            yield Conversation(cache, Clock(self.model.device), **request)
+        finally:
+            cache.truncate(0, 0)
+            self._idle.append(cache)
+
+    def _prefill(self, talk: Conversation, user: list[int]) -> None:
+        if talk.image is not None:
+            height, width, _ = talk.image.shape
+            features, talk.grids = self._look(talk, [(0, 0, width, height)])
+            talk.features = features[0]
+        count = None if talk.image is None else len(talk.features)
+        tokens = first_round(self.ids, self.tokenizer.encode(self.prompt.system), user, count)
+        with talk.clock("prefill", tokens=len(tokens), lm_calls=1):
+            self._feed(talk, tokens, self._embed(tokens, talk.features), talk.grids)
+        talk.header = talk.cache.length, talk.cache.next_position
+
+    def _decode(self, talk: Conversation) -> Generator[Token, None, Turn]:
+        """Generate until the turn ends; the last token is not fed."""
+        turn, unprinted = Turn(), []
+        talk.turns.append(turn)
+        forced = deque(talk.forced.popleft() if talk.forced else ())
+        while not turn.end:
+            token = forced.popleft() if forced else self._sample(talk)
+            turn.ids.append(token)
+            if talk.keep_logits:
+                turn.logits.append(talk.logits)
+            if token in self.ids.stop:
+                turn.end = "stop"
+            elif token == self.ids.action_start and self._may_look(talk):
+                turn.end = "action"
+            elif len(turn.ids) >= talk.max_new_tokens and not forced:
+                turn.end = "length"
+            elif talk.cache.length == talk.cache.capacity:
+                turn.end = "capacity"
+            unprinted.append(token)
+            text = self.tokenizer.decode(unprinted)
+            if turn.end or not text.endswith("\ufffd"):  # the end of a character may still be missing
+                unprinted.clear()
+            yield Token(token, "" if unprinted else text)
+            if not turn.end:
+                with talk.clock("decode", tokens=1, lm_calls=1):
+                    # The action token is never embedded: its input is the state that precedes it.
+                    embeds = talk.hidden if token == self.ids.action else self._embed([token])
+                    self._feed(talk, [token], embeds)
+        return turn
+
+    def _sample(self, talk: Conversation) -> int:
+        token = int(talk.logits.argmax())
+        # The models never learned to predict the action token.
+        forced = talk.last == self.ids.action_start and self.ids.action is not None and token not in self.ids.stop
+        return self.ids.action if forced else token
+
+    def _look_again(self, talk: Conversation, turn: Turn) -> Generator[Event, None, bool]:
+        """Take the look that the turn asks for, if any; whether another turn follows."""
+        if turn.end == "action":
+            yield Reencode(self.ids.kind)
+            look = self._reencode(talk, turn)
+        elif boxes := self._named_boxes(talk, turn):
+            yield Region(boxes)
+            look = self._crop(talk, turn, boxes)
+        else:
+            return False
+        if look is None:
+            return False
+        talk.looks.append(look)
+        talk.header = talk.cache.length, talk.cache.next_position
+        yield look
+        return True
+
+    def _reencode(self, talk: Conversation, turn: Turn) -> Look | None:
+        tokens = action_round(self.ids, len(talk.features))
+        # The second round starts from the bare action span: text that led to it is forgotten.
+        talk.cache.truncate(*talk.header)
+        if not self._fits(talk, turn, 1 + len(tokens)):
+            return None
+        with talk.clock("perceive", tokens=1, lm_calls=1, features=len(talk.features)):
+            trigger = [self.ids.action_start]
+            self._feed(talk, trigger, self._embed(trigger), sample=False)
+            control = self.control_state(talk.hidden)
+            embeds = self._embed(tokens)
+            embeds[0] = control[0]
+            perception.reencode_into(self.model, talk.features, control, embeds, tokens.index(self.ids.kind_pad))
+        with talk.clock("append", tokens=len(tokens), lm_calls=1):
+            self._feed(talk, tokens, embeds)
+        return Look(self.ids.kind, (), talk.grids, len(talk.features), 1 + len(tokens))
+
+    def _crop(self, talk: Conversation, turn: Turn, boxes: tuple[Box, ...]) -> Look | None:
+        features, grids = self._look(talk, boxes)
+        answer = turn.ids[:-1] if turn.end == "stop" else turn.ids
+        again = self.tokenizer.encode(self.tokenizer.decode(answer))
+        unfed = answer[len(turn.ids) - 1 :]
+        if again != answer:
+            # The second round reads the answer's text, and that text has other ids than were generated.
+            talk.cache.truncate(*talk.header)
+            unfed = again
+        counts = [len(crop) for crop in features]
+        tokens = unfed + region_round(self.ids, counts, self.tokenizer.encode)
+        if not self._fits(talk, turn, len(tokens)):
+            return None
+        with talk.clock("append", tokens=len(tokens), lm_calls=1):
+            self._feed(talk, tokens, self._embed(tokens, torch.cat(features)), grids)
+        return Look("region", boxes, grids, sum(counts), len(tokens))
+
+    def _named_boxes(self, talk: Conversation, turn: Turn) -> tuple[Box, ...]:
+        if turn.end == "capacity" or not self._may_look(talk):
+            return ()
+        try:
+            return self._boxes(talk.image, turn.ids)
+        except ValueError as error:
+            talk.notices.append(f"no second look: {error}")
+            return ()
+
+    def _boxes(self, image: Tensor, tokens: Sequence[int]) -> tuple[Box, ...]:
+        height, width, _ = image.shape
+        return tuple(crop_box(span, width, height) for span in parse_region_ids(tokens, self.ids))
+
+    def _may_look(self, talk: Conversation) -> bool:
+        return talk.image is not None and len(talk.looks) < self.max_looks
+
+    def _fits(self, talk: Conversation, turn: Turn, count: int) -> bool:
+        needed = talk.cache.length + count
+        if needed > talk.cache.capacity:
+            turn.end = "capacity"
+            talk.notices.append(
+                f"no second look: the conversation would hold {needed} tokens, the cache's capacity is "
+                f"{talk.cache.capacity}; give the engine capacity >= {needed}"
+            )
+        return needed <= talk.cache.capacity
+
+    def _look(self, talk: Conversation, boxes: Sequence[Box]) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
+        return perception.look(self.model, talk.image, boxes, self.policy, talk.clock)
+
+    def _embed(self, tokens: Sequence[int], features: Tensor | None = None) -> Tensor:
+        """Input embeddings [T, H]; image pads take the rows of `features` in order."""
+        ids = torch.tensor(tokens)
+        embeds = self.model.language.embed(ids)
+        if features is not None:
+            embeds[(ids == self.ids.image_pad).nonzero().flatten().to(embeds.device)] = features
+        return embeds
+
+    def _feed(
+        self,
+        talk: Conversation,
+        tokens: Sequence[int],
+        embeds: Tensor,
+        grids: Sequence[tuple[int, int]] = (),
+        sample: bool = True,
+    ) -> None:
+        """Append tokens to the conversation; with `sample`, also compute the logits of what follows."""
+        positions = self.positions(torch.tensor(tokens), grids, talk.cache.next_position)
+        hidden = self.model.language.forward(embeds, positions, [talk.cache], [len(tokens)])
+        talk.last, talk.hidden = tokens[-1], hidden[-1:]
+        talk.logits = self.model.language.logits(talk.hidden)[0] if sample else None
+
+    def _answer(self, talk: Conversation) -> Answer:
+        first, last = talk.turns[0], talk.turns[-1]
+        text = self.tokenizer.decode(last.ids)
+        return Answer(
+            text=text if self.keep_prefix else text.removeprefix(ANSWER_PREFIX),
+            ids=last.ids,
+            first_text=self.tokenizer.decode(first.ids),
+            finish_reason=last.end,
+            looks=talk.looks,
+            timings=talk.clock.stages,
+            notices=talk.notices,
+            logits=torch.stack(last.logits) if talk.keep_logits else None,
+        )

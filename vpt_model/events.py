@@ -1,0 +1,112 @@
+"""What a stream reports, in order, and what an answer holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Box = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels of the original image; right and bottom exclusive."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token. `text` is what it completes: characters of several tokens arrive with their last one."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """The model named regions of the image; their crops are what it looks at next."""
+
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Reencode:
+    """The model asked for the image to be encoded again; `kind` is the re-encoder."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """A second look that the model has now seen.
+
+    kind: "region" or the re-encoder's name. boxes: the crops; empty for re-encoding. grids: (height, width) in patches
+    of each image. tokens: visual tokens. appended: all tokens of the chunk that carried them.
+    """
+
+    kind: str
+    boxes: tuple[Box, ...]
+    grids: tuple[tuple[int, int], ...]
+    tokens: int
+    appended: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Wall-clock time of one stage, and the work done in it: counts of "tokens" and "lm_calls", "patches", …"""
+
+    name: str
+    milliseconds: float
+    work: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The end of a conversation.
+
+    text: the answer without special tokens. ids: its tokens as generated, with the stop token if one ended it.
+    first_text: what the first round printed; the same answer if there was no second look.
+    finish_reason: "stop"; "length" (max_new_tokens); "capacity" (the cache is full or a look did not fit).
+    notices: why a look that the model asked for was not taken. logits: float32 [len(ids), vocab] when asked for,
+    row k the one that ids[k] was taken from.
+    """
+
+    text: str
+    ids: list[int]
+    first_text: str
+    finish_reason: str
+    looks: list[Look] = field(default_factory=list)
+    timings: list[Stage] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event."""
+
+    answer: Answer
+
+
+Event = Token | Region | Reencode | Look | Done
+
+
+class Clock:
+    """Times stages; consecutive ones of the same name become one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stages: list[Stage] = []
+        self._device = device
+
+    @contextmanager
+    def __call__(self, name: str, **work: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        milliseconds = (time.perf_counter() - start) * 1e3
+        if self.stages and self.stages[-1].name == name:
+            last = self.stages.pop()
+            milliseconds += last.milliseconds
+            work = {key: last.work.get(key, 0) + work.get(key, 0) for key in last.work | work}
+        self.stages.append(Stage(name, milliseconds, work))

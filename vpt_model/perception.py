@@ -1,0 +1,38 @@
+"""The two ways to look again: see a region at full resolution, or re-encode the image under a control state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vpt_kernels import RegionPolicy, control_cross_attention_into
+from vpt_model.events import Box, Clock
+from vpt_model.model import Model
+
+
+def look(
+    model: Model, image: Tensor, boxes: Sequence[Box], policy: RegionPolicy, clock: Clock
+) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
+    """Features [n_i, H] of each box of a decoded image, and grids (height, width) in patches.
+
+    image: uint8 [height, width, 3] on the model's device. Stages: "crop+embed", "ViT".
+    Raises ValueError for a box that is empty or outside the image.
+    """
+    with clock("crop+embed", images=len(boxes)):
+        patches, grids = model.vision.embed_regions([image], [(0, *box) for box in boxes], policy)
+    tokens = [height * width // model.vision.config.spatial_merge_size**2 for height, width in grids]
+    with clock("ViT", images=len(boxes), vit_patches=len(patches), vit_calls=1):
+        features = model.vision.forward(patches, grids)
+    return list(features.split(tokens)), tuple(grids)
+
+
+def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tensor, row: int) -> None:
+    """Write the re-encoded image, conditioned by the control state, to `embeds[row : row + N]`.
+
+    features: [N, H], the first look: the "clip" re-encoder is the vision tower itself on the same image, so what it
+    would compute is already there. control: [1, H]. embeds: [L, H].
+    """
+    rows = torch.arange(row, row + len(features), device=embeds.device)
+    control_cross_attention_into(features, control, model.projector, embeds, rows)
