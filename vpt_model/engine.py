@@ -67,13 +67,13 @@ class Engine:
 
     model, tokenizer: of the same variant. max_looks: second looks per question; 1 is the published procedure, 0 never
     looks again. capacity: tokens that a conversation may hold. longest_edge: pixels to which an image or a crop is
-    reduced before the vision tower sees it. prompt: the texts around the question, `PromptFormat()` by default. keep_prefix: leave the "Now answer
-    the question." that the models learned to print in the answer's text.
+    reduced before the vision tower sees it. prompt: the texts around the question (default: `PromptFormat()`).
+    keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text.
 
     Greedy decoding, the lowest id on ties. Where the published code is silent or undefined: `<|endoftext|>` also ends
     generation; a region without a column or a row ends the conversation with the answer that holds it and a notice;
     an answer that mixes regions and an action counts as the action, because the first action start ends the round.
-    As published, the token after an action start that leads to no look is the action token, unless the turn ends.
+    As published, the token after an action start that leads to no look is the action token, unless it ends the turn.
     """
 
     def __init__(
@@ -199,23 +199,25 @@ class Engine:
         talk.header = talk.cache.length, talk.cache.next_position
 
     def _decode(self, talk: Conversation) -> Generator[Token, None, Turn]:
-        """Generate until the turn ends; the last token is not fed."""
+        """Generate until the turn ends; the token that ends it is not fed."""
         turn, unprinted = Turn(), []
         talk.turns.append(turn)
         forced = deque(talk.forced.popleft() if talk.forced else ())
         while not turn.end:
-            token = forced.popleft() if forced else self._sample(talk)
-            turn.ids.append(token)
-            if talk.keep_logits:
-                turn.logits.append(talk.logits)
+            token = forced.popleft() if forced else int(talk.logits.argmax())
             if token in self.ids.stop:
                 turn.end = "stop"
             elif token == self.ids.action_start and self._may_look(talk):
                 turn.end = "action"
-            elif len(turn.ids) >= talk.max_new_tokens and not forced:
+            elif len(turn.ids) + 1 >= talk.max_new_tokens and not forced:
                 turn.end = "length"
             elif talk.cache.length == talk.cache.capacity:
                 turn.end = "capacity"
+            elif self.ids.action is not None and talk.last == self.ids.action_start:
+                token = self.ids.action  # the models never learned to predict it
+            turn.ids.append(token)
+            if talk.keep_logits:
+                turn.logits.append(talk.logits)
             unprinted.append(token)
             text = self.tokenizer.decode(unprinted)
             if turn.end or not text.endswith("\ufffd"):  # the end of a character may still be missing
@@ -223,16 +225,10 @@ class Engine:
             yield Token(token, "" if unprinted else text)
             if not turn.end:
                 with talk.clock("decode", tokens=1, lm_calls=1):
-                    # The action token is never embedded: its input is the state that precedes it.
+                    # The action token's own embedding is never used: its input is the state of the token before it.
                     embeds = talk.hidden if token == self.ids.action else self._embed([token])
                     self._feed(talk, [token], embeds)
         return turn
-
-    def _sample(self, talk: Conversation) -> int:
-        token = int(talk.logits.argmax())
-        # The models never learned to predict the action token.
-        forced = talk.last == self.ids.action_start and self.ids.action is not None and token not in self.ids.stop
-        return self.ids.action if forced else token
 
     def _look_again(self, talk: Conversation, turn: Turn) -> Generator[Event, None, bool]:
         """Take the look that the turn asks for, if any; whether another turn follows."""
