@@ -1,0 +1,285 @@
+"""The published procedure against the authors' recorded numbers, and the honesty of its work and cost."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.model.inputs import (
+    golden,
+    golden_config,
+    golden_state,
+    golden_token_ids,
+    random_image,
+    tiny_config,
+    tiny_state,
+)
+from vpt_model import reference
+from vpt_model.reference import PublishedProcedure, first_resize, process_images, region_box, rope_index, smart_resize
+from vpt_model.tokens import Tokenizer
+
+TOLERANCE = 1e-4
+
+
+def published(state: dict[str, torch.Tensor] | None = None) -> PublishedProcedure:
+    return PublishedProcedure(golden_config(), state or golden_state(), golden_token_ids())
+
+
+def grids(grid_thw: torch.Tensor) -> list[tuple[int, int]]:
+    return [(h, w) for _, h, w in grid_thw.tolist()]
+
+
+def request(tensors: dict[str, torch.Tensor]) -> tuple[list[int], tuple]:
+    """Prompt ids and the image arguments of `fwd`."""
+    images = (tensors["fwd.pixel_values"], grids(tensors["fwd.image_grid_thw"]))
+    if "fwd.clip_pixel_values" in tensors:
+        images += (tensors["fwd.clip_pixel_values"], grids(tensors["fwd.clip_images_grid_thw"]))
+    return tensors["fwd.input_ids"][0].tolist(), images
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(random_image(height, width, seed).numpy())
+
+
+@pytest.mark.parametrize(("case", "logits"), [("clip", "fwd.logits_run2_mask0"), ("region", "fwd.logits_run2")])
+def test_forward_equals_the_authors_model(case: str, logits: str) -> None:
+    tensors, _ = golden(case)
+    procedure = published()
+    ids, images = request(tensors)
+    positions, delta = rope_index(ids, images[1], procedure.ids.image_pad, merge=2)
+    assert torch.equal(positions, tensors["fwd.position_ids"][:, 0])
+    assert delta == tensors["fwd.rope_deltas"].item()
+    hidden, control, _ = procedure.forward(ids, positions, procedure.decoder.empty_cache(), *images)
+    assert (F.linear(hidden, procedure.lm_head) - tensors[logits][0]).abs().max() <= TOLERANCE
+    if case == "clip":
+        assert (control - tensors["fwd.control"]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["clip", "region"])
+def test_generate_equals_the_authors_model(case: str) -> None:
+    tensors, _ = golden(case)
+    ids, images = request(tensors)
+    out = published().generate(ids, *images, max_new_tokens=12, keep_logits=True)
+    assert out.ids == tensors["gen.new_ids"].tolist()
+    assert (torch.stack(out.logits) - tensors["gen.step_logits"]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["r1_forced", "r1_free"])
+def test_first_round_forces_the_action_as_the_authors_do(case: str) -> None:
+    tensors, sidecar = golden("clip")
+    state = golden_state()
+    if case == "r1_free":
+        head = state["lm_head.weight"].clone()
+        head[golden_token_ids().action_start] = tensors["r1_free.lm_head_row_action_start"]
+        state["lm_head.weight"] = head
+    procedure = published(state)
+    calls = record_passes(procedure)
+    prompt, expected = tensors[f"{case}.input_ids"][0].tolist(), tensors[f"{case}.new_ids"].tolist()
+    images = (tensors["fwd.pixel_values"], grids(tensors["fwd.image_grid_thw"]))
+    out = procedure.generate(prompt, *images, max_new_tokens=len(expected), keep_logits=True)
+    assert out.ids == expected
+    assert (torch.stack(out.logits) - tensors[f"{case}.step_logits"]).abs().max() <= TOLERANCE
+    # Not only the result: the same trunk calls over the same past, one token or two.
+    assert calls == [(call["n"], call["past"]) for call in sidecar["stats"][case]["trunk_calls"]]
+
+
+def record_passes(procedure: PublishedProcedure) -> list[tuple[int, int]]:
+    """(new tokens, tokens in the cache) of every language-model pass from now on."""
+    calls, decoder = [], procedure.decoder
+
+    class Recorder:
+        empty_cache = staticmethod(decoder.empty_cache)
+
+        def __call__(self, x: torch.Tensor, positions: torch.Tensor, cache: reference.Cache) -> torch.Tensor:
+            calls.append((x.shape[1], cache[0][0].shape[2]))
+            return decoder(x, positions, cache)
+
+    procedure.decoder = Recorder()
+    return calls
+
+
+def test_second_round_does_the_published_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 600-token clip prompt and 32 new tokens: 64 passes over 1,262 tokens, 64 cache copies, two ViT calls."""
+    procedure = published()
+    passes, copies, looks = record_passes(procedure), [], []
+    tower, deepcopy = procedure.visual.__call__, lambda cache: copies.append(len(cache)) or copy.deepcopy(cache)
+    monkeypatch.setattr(reference, "copy", SimpleNamespace(deepcopy=deepcopy))
+    monkeypatch.setattr(reference.VisionTower, "__call__", lambda self, x, grid: looks.append(len(x)) or tower(x, grid))
+    ids, images = request(golden("clip")[0])
+    filler = [64] * (600 - len(ids))
+    cut = ids.index(procedure.ids.image_pad) - 1
+    procedure.generate(ids[:cut] + filler + ids[cut:], *images, max_new_tokens=32, forced=[64] * 32)
+    assert (len(passes), sum(new for new, _ in passes)) == (64, 1262)
+    assert copies == [golden_config().num_hidden_layers] * 64
+    assert looks == [96, 80]
+    work = sum((stage.work for stage in procedure.timings), Counter())
+    counted = {"lm_calls": 64, "token_forwards": 1262, "cache_copies": 64, "vit_calls": 2, "vit_patches": 176}
+    assert work == counted
+
+
+@pytest.mark.parametrize(("new", "past"), [(600, 0), (1, 600)], ids=["prefill", "decode"])
+def test_one_token_forward_costs_no_more_than_transformers(new: int, past: int) -> None:
+    procedure, peer = published(), transformers_model()
+    ids = torch.randint(0, 250, (past + new,), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(past + new).expand(3, -1)
+    cache, peer_cache = procedure.decoder.empty_cache(), None
+
+    def ours(part: slice) -> torch.Tensor:
+        hidden = procedure.decoder(F.embedding(ids[None, part], procedure.embedding), positions[:, part], cache)
+        return F.linear(hidden[0, -1], procedure.lm_head).float()
+
+    def theirs(part: slice) -> torch.Tensor:
+        nonlocal peer_cache
+        inputs = {"input_ids": ids[None, part], "position_ids": positions[:, None, part]}
+        out = peer(**inputs, past_key_values=peer_cache, use_cache=True, logits_to_keep=1)
+        peer_cache = out.past_key_values
+        return out.logits[0, -1].float()
+
+    flops = []
+    with torch.inference_mode():
+        if past:
+            ours(slice(0, past)), theirs(slice(0, past))
+        logits = []
+        for forward in (ours, theirs):
+            with FlopCounterMode(display=False) as counter:
+                logits.append(forward(slice(past, past + new)))
+            flops.append(counter.get_total_flops())
+    assert (logits[0] - logits[1]).abs().max() <= TOLERANCE
+    assert 0 < flops[0] <= 1.1 * flops[1]
+
+
+def transformers_model() -> torch.nn.Module:
+    """transformers' Qwen2-VL with the golden weights."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    sections = golden("clip")[1]["config"]
+    text = {key: value for key, value in sections["llm"].items() if key not in ("rope_theta", "use_cache")}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": sections["llm"]["rope_theta"],
+        "mrope_section": sections["mrope_section"],
+    }
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=sections["vision"])
+    )
+    names = {"model.": "model.language_model.", "visual.": "model.visual.", "lm_head.": "lm_head."}
+    state = {
+        names[prefix] + name.removeprefix(prefix): value
+        for name, value in golden_state().items()
+        for prefix in names
+        if name.startswith(prefix)
+    }
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", [(640, 480), (101, 77), (300, 1700), (28, 28), (27, 5000), (561, 200)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_pixel_values_equal_transformers(size: tuple[int, int], mode: str) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    image = first_resize(picture(*size).convert(mode), 512)
+    values, found = process_images([image], golden_config().vision)
+    expected = Qwen2VLImageProcessorPil()(images=[image], return_tensors="pt", min_pixels=3136, max_pixels=12845056)
+    assert found == grids(expected["image_grid_thw"])
+    assert torch.equal(values, expected["pixel_values"])
+
+
+def test_first_resize_truncates_as_the_authors_do() -> None:
+    for longest in (561, 569, 644, 685, 691, 694, 725):
+        assert first_resize(picture(longest, 60), 512).width == 511
+    assert first_resize(picture(1024, 768), 512).size == (512, 384)
+    assert first_resize(picture(400, 20), 512).size == (400, 28)
+
+
+@pytest.mark.parametrize(
+    ("size", "span", "box", "shrunk", "resized"),
+    [
+        ((1700, 2200), "x_1 y_2 x_4 y_2", (0, 275, 1275, 1100), (512, 331), (504, 336)),
+        ((640, 480), "x_3 y_3 x_3 y_3", (160, 120, 400, 300), (240, 180), (252, 168)),
+        ((640, 480), "x_0 y_3 x_6 y_4", (0, 120, 640, 360), (512, 192), (504, 196)),
+        ((500, 375), "x_2 y_5 x_5 y_6", (62, 187, 437, 375), (375, 188), (364, 196)),
+        ((1024, 768), "x_0 y_0 x_7 y_7", (0, 0, 1024, 768), (512, 384), (504, 392)),
+        ((101, 77), "x_7 y_0 x_7 y_0", (75, 0, 101, 19), (28, 28), (56, 56)),
+        ((640, 480), "y_4 x_6 y_3 x_0 x_0", (0, 120, 640, 360), (512, 192), (504, 196)),
+    ],
+)
+def test_region_crop(size: tuple[int, int], span: str, box: tuple, shrunk: tuple, resized: tuple) -> None:
+    assert region_box("".join(f"<|{cell}|>" for cell in span.split()), size) == box
+    crop = first_resize(Image.new("RGB", size).crop(box), 512)
+    assert crop.size == shrunk
+    assert smart_resize(crop.height, crop.width, 28)[::-1] == resized
+
+
+def test_region_without_rows_has_no_box() -> None:
+    assert region_box("<|x_1|><|x_3|>", (640, 480)) is None
+
+
+class TestAsk:
+    """Both rounds, from a picture and a question."""
+
+    def procedure(self) -> PublishedProcedure:
+        config = tiny_config()
+        tokenizer = Tokenizer.byte_level(config.vocab_size, config.kind)
+        return PublishedProcedure(config, tiny_state(), tokenizer.ids, tokenizer)
+
+    def test_region(self) -> None:
+        procedure = self.procedure()
+        options = {"looks": ["region:x2,y1,x5,y4+x0,y0,x1,y1"], "max_new_tokens": 4, "keep_logits": True}
+        answer = procedure.ask(picture(320, 240), "What is it?", **options)
+        ids = procedure.ids
+        assert answer.rounds[0].ids == [*ids.region_span(2, 1, 5, 4), *ids.region_span(0, 0, 1, 1), ids.im_end]
+        assert answer.boxes == [(40, 0, 280, 180), (0, 0, 120, 90)]
+        assert len(answer.logits) == len(answer.ids) <= 4
+        assert answer.second_look_ms > 0
+        names = [stage.name for stage in answer.timings]
+        assert names == ["crop+embed", "ViT", "prefill", "decode", "crop+embed", "ViT", "append", "decode"]
+        assert answer.timings[4].work == Counter() and answer.timings[5].work["vit_calls"] == 1
+
+    def test_clip(self) -> None:
+        procedure = self.procedure()
+        answer = procedure.ask(picture(320, 240), "What is it?", looks=["clip"], max_new_tokens=4)
+        ids = procedure.ids
+        assert answer.rounds[0].ids == [*ids.action_span, ids.im_end]
+        assert [stage.name for stage in answer.timings][4:] == [
+            *["crop+embed", "ViT"] * 2,
+            "perceive",
+            "append",
+            "decode",
+        ]
+        # Each of the two last prefill passes takes the whole conversation again.
+        assert answer.timings[-3].work["token_forwards"] == answer.timings[-2].work["token_forwards"] > 2 * 99
+        assert sum(stage.work["vit_calls"] for stage in answer.timings) == 3
+
+    def test_one_look_at_most(self) -> None:
+        with pytest.raises(ValueError, match="at most one"):
+            self.procedure().ask(picture(64, 64), "What is it?", looks=["clip", "clip"])
+
+
+def test_one_image_for_each_action() -> None:
+    ids, images = request(golden("clip")[0])
+    twice = (*images[:2], images[2].repeat(2, 1), images[3] * 2)
+    with pytest.raises(ValueError, match="2 images for 1 action"):
+        published().generate(ids, *twice)
+
+
+def test_other_re_encoders_are_refused() -> None:
+    with pytest.raises(ValueError, match="'seg'"):
+        PublishedProcedure(tiny_config("seg"), {}, golden_token_ids())
+
+
+def test_it_shares_no_code_with_the_engine() -> None:
+    tree = ast.parse(Path(reference.__file__).read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    ours = {module for module in modules if module.startswith("vpt_") or module.startswith(".")}
+    assert ours == {"vpt_model.config", "vpt_model.prompt", "vpt_model.tokens"}
