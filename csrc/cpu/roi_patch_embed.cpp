@@ -1,0 +1,273 @@
+// Crop, resize and cut regions into patches, one strip of merge-block rows per work item; then the library's GEMM on
+// a tile of patches at a time, so that no image-sized float tensor exists.
+#include <cstring>
+
+#include "../ops.h"
+#include "resampler.h"
+
+namespace vpt::cpu {
+namespace {
+
+constexpr int64_t kTileRows = 512;
+constexpr int kPixelZero = 128;
+
+// A run of merge-block rows of one region.
+struct Strip {
+  const Resampler* resampler;
+  int32_t begin, end;  // merge-block rows
+  int64_t first_row() const {
+    const Region& r = resampler->region();
+    return r.first_row + begin * r.rows_per_block_row();
+  }
+  int64_t rows() const { return (end - begin) * resampler->region().rows_per_block_row(); }
+};
+
+void check_region(const Region& r, const std::vector<Tensor>& images, int64_t number, int64_t first_row) {
+  STD_TORCH_CHECK(
+      r.image >= 0 && r.image < static_cast<int64_t>(images.size()), "plan: region ", number, " names image ",
+      r.image, " of ", images.size());
+  const Tensor& image = images[r.image];
+  STD_TORCH_CHECK(
+      image.size(0) == r.image_size.height && image.size(1) == r.image_size.width, "plan: region ", number,
+      " was planned for an image of ", r.image_size.height, "x", r.image_size.width, ", image ", r.image, " is ",
+      image.size(0), "x", image.size(1), ": plan again");
+  constexpr int32_t kMax = 1 << 20;
+  bool ok = r.left >= 0 && r.top >= 0 && r.crop.width > 0 && r.crop.height > 0 &&
+      r.left <= r.image_size.width - r.crop.width && r.top <= r.image_size.height - r.crop.height;
+  for (const Size& s : {r.nearest[0], r.nearest[1], r.nearest[2], r.resized})
+    ok = ok && s.width > 0 && s.height > 0 && s.width <= kMax && s.height <= kMax;
+  ok = ok && (r.filter == kBicubic || r.filter == kBilinear) && r.patch_size > 0 && r.merge_size > 0;
+  ok = ok && r.grid.width > 0 && r.grid.height > 0 && r.grid.width <= kMax / r.patch_size &&
+      r.grid.height <= kMax / r.patch_size && r.grid.width % r.merge_size == 0 && r.grid.height % r.merge_size == 0;
+  ok = ok && r.window_left >= 0 && r.window_top >= 0 && r.window_left < r.resized.width &&
+      r.window_top < r.resized.height && r.first_row == first_row;
+  STD_TORCH_CHECK(ok, "plan: row ", number, " is not a valid region; use plan_regions");
+}
+
+// The plan's regions with their coefficients. Kept per thread, so that a steady caller allocates nothing.
+const std::vector<Resampler>& prepare(
+    const std::vector<Tensor>& images, const Tensor& plan, int64_t rows, int64_t row_bytes, size_t* count) {
+  STD_TORCH_CHECK(
+      plan.dim() == 2 && plan.size(1) * sizeof(int32_t) == sizeof(Region) && plan.scalar_type() == ScalarType::Int &&
+          plan.is_contiguous() && plan.is_cpu(),
+      "plan must be the int32 CPU table of plan_regions");
+  for (const Tensor& image : images)
+    STD_TORCH_CHECK(
+        image.is_cpu() && image.dim() == 3 && image.size(2) == 3 && image.scalar_type() == ScalarType::Byte,
+        "images must be uint8 [height, width, 3] CPU tensors");
+  const Region* regions = data<Region>(plan);
+  *count = static_cast<size_t>(plan.size(0));
+  int64_t first_row = 0;
+  for (size_t i = 0; i < *count; ++i) {
+    check_region(regions[i], images, static_cast<int64_t>(i), first_row);
+    STD_TORCH_CHECK(
+        3LL * regions[i].patch_size * regions[i].patch_size == row_bytes, "plan: region ", i, " has patch size ",
+        regions[i].patch_size, ", which does not give rows of ", row_bytes, " bytes");
+    first_row += regions[i].rows();
+  }
+  STD_TORCH_CHECK(rows < 0 || rows == first_row, "plan has ", first_row, " patches, not ", rows);
+  static thread_local std::vector<Resampler> resamplers;
+  if (resamplers.size() < *count) resamplers.resize(*count);
+  for (size_t i = 0; i < *count; ++i) {
+    const Tensor& image = images[regions[i].image];
+    resamplers[i].build(regions[i], {data<uint8_t>(image), image.stride(0), image.stride(1), image.stride(2)}, simd());
+  }
+  return resamplers;
+}
+
+// Cuts every region into strips of about `target` patches.
+void split(const std::vector<Resampler>& regions, size_t count, int64_t target, std::vector<Strip>& strips) {
+  strips.clear();
+  for (size_t i = 0; i < count; ++i) {
+    const Region& r = regions[i].region();
+    const int32_t step = static_cast<int32_t>(std::max<int64_t>(1, target / r.rows_per_block_row()));
+    for (int32_t begin = 0; begin < r.block_rows(); begin += step)
+      strips.push_back({&regions[i], begin, std::min(begin + step, r.block_rows())});
+  }
+}
+
+template <typename T>
+void put(const uint8_t* pixels, int64_t n, T* out) {
+  loops<T>(simd()).centre(pixels, n, out);
+}
+template <>
+void put<uint8_t>(const uint8_t* pixels, int64_t n, uint8_t* out) {
+  std::memcpy(out, pixels, n);
+}
+
+// Patches of a strip as rows of p·p·3 values: raw bytes, or centred numbers in T.
+template <typename T>
+void write_patches(const Strip& strip, Scratch& scratch, T* out) {
+  const Resampler& resampler = *strip.resampler;
+  const Region& r = resampler.region();
+  const int64_t p = r.patch_size, columns = 3 * p * p, origin = strip.begin * r.rows_per_block_row();
+  if (resampler.padded()) {
+    T zero{};
+    if constexpr (sizeof(T) == 1) zero = kPixelZero;
+    std::fill(out, out + strip.rows() * columns, zero);
+  }
+  const int32_t rows_per_block = r.merge_size * r.patch_size;
+  const int32_t end = std::min(strip.end * rows_per_block, resampler.valid_height());
+  const int32_t width = resampler.valid_width();
+  resampler.rows(strip.begin * rows_per_block, end, scratch, [&](int32_t y, const uint8_t* row) {
+    const int32_t patch_y = y / r.patch_size;
+    T* line = out + (y % p) * 3 * p;
+    for (int32_t x = 0, left = 0; left < width; ++x, left += r.patch_size) {
+      const int64_t pixels = std::min<int64_t>(p, width - left);
+      put(row + 3 * static_cast<int64_t>(left), 3 * pixels, line + (patch_row(r, patch_y, x) - origin) * columns);
+    }
+  });
+}
+
+template <typename T>
+void write_strips(const Strip* strips, size_t count, T* out, int64_t columns) {
+  const int64_t base = strips[0].first_row();
+  torch::stable::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    for (int64_t i = begin; i < end; ++i)
+      write_patches(strips[i], scratch, out + (strips[i].first_row() - base) * columns);
+  });
+}
+
+// The bias of every patch row of a strip: by valid rows at the bottom edge, by valid columns at the right edge.
+template <typename F>
+void for_each_bias(const Strip& strip, const float* bias, int64_t embed, F&& f) {
+  const Resampler& resampler = *strip.resampler;
+  const Region& r = resampler.region();
+  const int64_t first = strip.first_row(), p = r.patch_size;
+  const float* full = bias + p * embed;
+  if (!resampler.padded()) {
+    for (int64_t row = 0; row < strip.rows(); ++row) f(first + row, full);
+    return;
+  }
+  for (int32_t y = strip.begin * r.merge_size; y < strip.end * r.merge_size; ++y) {
+    for (int32_t x = 0; x < r.grid.width; ++x) {
+      const int64_t tall = std::clamp<int64_t>(resampler.valid_height() - y * p, 0, p);
+      const int64_t wide = std::clamp<int64_t>(resampler.valid_width() - x * p, 0, p);
+      const int64_t entry = tall < p ? tall : p + 1 + wide;
+      f(r.first_row + patch_row(r, y, x), bias + entry * embed);
+    }
+  }
+}
+
+// What the GEMM of one call works on.
+template <typename T>
+struct Embedding {
+  const Tensor& weight;
+  const Tensor& bias;
+  const Tensor& out;
+  int64_t row;  // of out, for the plan's first patch
+
+  // A bfloat16 product where the processor has one, else a float32 product rounded at the end.
+  void run(const std::vector<Strip>& strips) const {
+    const bool native = sizeof(T) == sizeof(float) || has_bfloat16_matmul();
+    if (native)
+      tiles<T>(strips, weight);
+    else
+      tiles<float>(strips, widened());
+  }
+
+ private:
+  static Workspace& workspace(int purpose) {
+    static thread_local Workspace spaces[3];
+    return spaces[purpose];
+  }
+
+  Tensor widened() const {
+    const int64_t n = weight.numel();
+    float* wide = workspace(0).reserve<float>(n);
+    const T* source = data<T>(weight);
+    torch::stable::parallel_for(0, n, 1 << 16, [&](int64_t begin, int64_t end) {
+      loops<T>(simd()).widen(source + begin, end - begin, wide + begin);
+    });
+    return wrap(wide, weight.size(0), weight.size(1), ScalarType::Float, weight);
+  }
+
+  template <typename Compute>
+  void tiles(const std::vector<Strip>& strips, const Tensor& matrix) const {
+    const ScalarType type = sizeof(Compute) == sizeof(T) ? weight.scalar_type() : ScalarType::Float;
+    const int64_t columns = weight.size(1), embed = weight.size(0);
+    for (size_t begin = 0, end; begin < strips.size(); begin = end) {
+      int64_t rows = 0;
+      for (end = begin; end < strips.size() && (end == begin || rows + strips[end].rows() <= kTileRows); ++end)
+        rows += strips[end].rows();
+      Compute* patches = workspace(1).reserve<Compute>(rows * columns);
+      write_strips(&strips[begin], end - begin, patches, columns);
+      const int64_t first = strips[begin].first_row();
+      Tensor result = sizeof(Compute) == sizeof(T)
+          ? torch::stable::narrow(const_cast<Tensor&>(out), 0, row + first, rows)
+          : wrap(workspace(2).reserve<float>(rows * embed), rows, embed, ScalarType::Float, weight);
+      matmul_transposed(result, wrap(patches, rows, columns, type, weight), matrix);
+      finish(&strips[begin], end - begin, sizeof(Compute) == sizeof(T) ? nullptr : data<float>(result));
+    }
+  }
+
+  void finish(const Strip* strips, size_t count, const float* wide) const {
+    const int64_t embed = weight.size(0), base = strips[0].first_row(), stride = out.stride(0);
+    const float* biases = data<float>(bias);
+    T* target = mutable_data<T>(out) + row * stride;
+    const Loops<T>& loop = loops<T>(simd());
+    torch::stable::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for_each_bias(strips[i], biases, embed, [&](int64_t patch, const float* b) {
+          T* line = target + patch * stride;
+          if (wide != nullptr)
+            loop.add_bias(wide + (patch - base) * embed, b, embed, line);
+          else
+            loop.add_bias_inplace(line, b, embed);
+        });
+    });
+  }
+};
+
+void embed_rows(
+    const std::vector<Tensor>& images, const Tensor& plan, int64_t rows, const Tensor& weight, const Tensor& bias,
+    const Tensor& out, int64_t row) {
+  const int64_t embed = weight.size(0), columns = weight.size(1);
+  size_t count = 0;
+  const std::vector<Resampler>& regions = prepare(images, plan, rows, columns, &count);
+  int64_t total = 0;
+  for (size_t i = 0; i < count; ++i) total += regions[i].region().rows();
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && weight.is_contiguous() && bias.dim() == 3 && bias.is_contiguous() && bias.size(0) == 2 &&
+          bias.size(2) == embed && 3 * (bias.size(1) - 1) * (bias.size(1) - 1) == columns &&
+          bias.scalar_type() == ScalarType::Float,
+      "weight and bias must come from fold_patch_weight");
+  STD_TORCH_CHECK(
+      out.dim() == 2 && out.size(1) == embed && (embed <= 1 || out.stride(1) == 1) &&
+          out.scalar_type() == weight.scalar_type() && row >= 0 && row <= out.size(0) - total,
+      "out: ", total, " rows from row ", row, " do not fit, or its dtype or columns differ from the weight's");
+  if (total == 0 || embed == 0) return;
+  static thread_local std::vector<Strip> strips;
+  split(regions, count, kTileRows / (2 * torch::stable::get_num_threads()), strips);
+  dispatch(weight.scalar_type(), "roi_patch_embed", [&](auto zero) {
+    Embedding<decltype(zero)>{weight, bias, out, row}.run(strips);
+  });
+}
+
+}  // namespace
+
+Tensor roi_patches(std::vector<Tensor> images, Tensor plan, int64_t rows, int64_t row_bytes) {
+  size_t count = 0;
+  const std::vector<Resampler>& regions = prepare(images, plan, rows, row_bytes, &count);
+  Tensor out = images.empty() ? torch::stable::empty({rows, row_bytes}, ScalarType::Byte)
+                              : torch::stable::new_empty(images[0], {rows, row_bytes}, ScalarType::Byte);
+  if (count == 0) return out;
+  static thread_local std::vector<Strip> strips;
+  split(regions, count, std::max<int64_t>(1, rows / (4 * torch::stable::get_num_threads())), strips);
+  write_strips(strips.data(), strips.size(), mutable_data<uint8_t>(out), row_bytes);
+  return out;
+}
+
+Tensor roi_patch_embed(std::vector<Tensor> images, Tensor plan, int64_t rows, Tensor weight, Tensor bias) {
+  Tensor out = torch::stable::new_empty(weight, {rows, weight.size(0)});
+  embed_rows(images, plan, rows, weight, bias, out, 0);
+  return out;
+}
+
+void roi_patch_embed_into(
+    std::vector<Tensor> images, Tensor plan, Tensor weight, Tensor bias, Tensor out, int64_t row) {
+  embed_rows(images, plan, -1, weight, bias, out, row);
+}
+
+}  // namespace vpt::cpu

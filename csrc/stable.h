@@ -1,0 +1,101 @@
+// The part of libtorch's stable ABI that the operators use.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "math/rounding.h"
+
+namespace vpt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+inline const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+inline T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls f with a value of the element type.
+template <typename F>
+void dispatch(ScalarType type, const char* op, F&& f) {
+  if (type == ScalarType::Float)
+    f(float{});
+  else if (type == ScalarType::BFloat16)
+    f(BFloat16{});
+  else
+    STD_TORCH_CHECK(false, op, ": the cpp backend computes in float32 and bfloat16 only");
+}
+
+// Elements offset + i·stride of an int32 or int64 tensor.
+class Indices {
+ public:
+  Indices(const Tensor& t, int64_t stride, int64_t offset = 0)
+      : base_(t.const_data_ptr()), stride_(stride), offset_(offset), wide_(t.scalar_type() == ScalarType::Long) {
+    STD_TORCH_CHECK(wide_ || t.scalar_type() == ScalarType::Int, "indices must be int32 or int64");
+  }
+  int64_t operator[](int64_t i) const {
+    const int64_t at = offset_ + i * stride_;
+    return wide_ ? static_cast<const int64_t*>(base_)[at] : static_cast<const int32_t*>(base_)[at];
+  }
+
+ private:
+  const void* base_;
+  int64_t stride_, offset_;
+  bool wide_;
+};
+
+// A 64-byte aligned buffer that grows and is kept, one per calling thread and purpose.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(buffer_); }
+
+  template <typename T>
+  T* reserve(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (bytes > bytes_) {
+      std::free(buffer_);
+      bytes_ = 0;
+      buffer_ = std::aligned_alloc(64, bytes);
+      if (buffer_ == nullptr) throw std::bad_alloc();
+      bytes_ = bytes;
+    }
+    return static_cast<T*>(buffer_);
+  }
+
+ private:
+  void* buffer_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// A [rows, columns] tensor over memory that outlives it.
+inline Tensor wrap(void* memory, int64_t rows, int64_t columns, ScalarType type, const Tensor& like) {
+  return torch::stable::from_blob(memory, {rows, columns}, {columns, 1}, like.device(), type);
+}
+
+// out = a·bᵀ through the library, without autograd.
+inline void matmul_transposed(const Tensor& out, const Tensor& a, const Tensor& b) {
+  Tensor transposed = torch::stable::transpose(b, 0, 1);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), transposed.get()));
+}
+
+}  // namespace vpt

@@ -1,0 +1,53 @@
+"""PyTorch operators for the second look: crop and embed a region, condition a projector, append to a KV cache."""
+
+from vpt_kernels.append_visual_kv import reference as _append_reference  # noqa: F401  (registers the backend)
+from vpt_kernels.append_visual_kv.api import append_visual_kv, append_visual_kv_, rotary_table
+from vpt_kernels.backends import BackendUnavailable, explain
+from vpt_kernels.control_cross_attention import reference as _control_reference  # noqa: F401
+from vpt_kernels.control_cross_attention.api import (
+    ControlProjector,
+    control_cross_attention,
+    control_cross_attention_into,
+    fold_projector,
+)
+from vpt_kernels.roi_patch_embed import reference as _roi_reference  # noqa: F401
+from vpt_kernels.roi_patch_embed.api import (
+    FoldedPatchEmbed,
+    fold_patch_weight,
+    roi_patch_embed,
+    roi_patch_embed_into,
+    roi_patches,
+)
+from vpt_kernels.roi_patch_embed.geometry import (
+    RegionPlan,
+    RegionPolicy,
+    dinov2_policy,
+    plan_regions,
+    qwen2_vl_policy,
+    sam_policy,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "ControlProjector",
+    "FoldedPatchEmbed",
+    "RegionPlan",
+    "RegionPolicy",
+    "append_visual_kv",
+    "append_visual_kv_",
+    "control_cross_attention",
+    "control_cross_attention_into",
+    "dinov2_policy",
+    "explain",
+    "fold_patch_weight",
+    "fold_projector",
+    "plan_regions",
+    "qwen2_vl_policy",
+    "roi_patch_embed",
+    "roi_patch_embed_into",
+    "roi_patches",
+    "rotary_table",
+    "sam_policy",
+]

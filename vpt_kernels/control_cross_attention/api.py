@@ -1,0 +1,232 @@
+"""The control-conditioned projector of the re-encoder: rank one, one key, no softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vpt_kernels.backends import bind
+from vpt_kernels.checks import require_inference, require_tensor
+
+FORMS = ("linear", "conv", "identity")
+
+
+@dataclass(frozen=True)
+class ControlProjector:
+    """A conditioned projector's weights in the layout the kernels read; made by `fold_projector`.
+
+    The feature tensors are None in the "identity" form. `feature_weight` is [H, D] ("linear") or [H, 16·C]
+    ("conv", columns in (ky, kx, c) order).
+    """
+
+    feature_norm_weight: Tensor | None
+    feature_norm_bias: Tensor | None
+    feature_weight: Tensor | None
+    feature_bias: Tensor | None
+    condition_norm_weight: Tensor
+    condition_norm_bias: Tensor
+    condition_weight: Tensor
+    condition_bias: Tensor
+
+    @property
+    def hidden_size(self) -> int:
+        return self.condition_weight.shape[0]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (
+            self.feature_norm_weight,
+            self.feature_norm_bias,
+            self.feature_weight,
+            self.feature_bias,
+            self.condition_norm_weight,
+            self.condition_norm_bias,
+            self.condition_weight,
+            self.condition_bias,
+        )
+
+
+def fold_projector(
+    form: str,
+    *,
+    condition_norm: tuple[Tensor, Tensor],
+    condition: tuple[Tensor, Tensor],
+    feature_norm: tuple[Tensor, Tensor] | None = None,
+    feature: tuple[Tensor, Tensor] | None = None,
+) -> ControlProjector:
+    """Arrange a published projector's parameters for `control_cross_attention`.
+
+    Args:
+        form: "linear" (`MinimalProjector`, DINOv2), "conv" (`MinimalSamProjector`, SAM: 4×4 convolution of stride 4)
+            or "identity" (`MinimalCLIPProjector`: features pass unchanged).
+        condition_norm, condition: (weight, bias) of `layernorm_condition` [H] and `linear_condition` [H, H].
+        feature_norm, feature: (weight, bias) of `layernorm_feature` and of `linear_feature` [H, D] or
+            `conv_feature` [H, C, 4, 4]; required unless form is "identity", which must not have them.
+
+    Raises:
+        ValueError: unknown form, missing or superfluous parameters, shapes or dtypes that do not fit.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}; choose one of {FORMS}")
+    if (form == "identity") != (feature_norm is None) or (form == "identity") != (feature is None):
+        raise ValueError(f"form {form!r} {'takes no' if form == 'identity' else 'needs'} feature_norm and feature")
+    hidden = condition[0].shape[0]
+    _require_shape("condition weight", condition[0], (hidden, hidden))
+    expected = [("condition bias", condition[1], (hidden,))]
+    expected += [(f"condition_norm {n}", t, (hidden,)) for n, t in zip(("weight", "bias"), condition_norm)]
+    folded = None
+    if feature is not None and feature_norm is not None:
+        weight = feature[0]
+        channels = feature_norm[0].shape[0]
+        if form == "conv":
+            _require_shape("feature weight", weight, (hidden, channels, 4, 4))
+            folded = weight.permute(0, 2, 3, 1).reshape(hidden, -1).contiguous()
+        else:
+            _require_shape("feature weight", weight, (hidden, channels))
+            folded = weight.contiguous()
+        expected.append(("feature bias", feature[1], (hidden,)))
+        expected.append(("feature_norm bias", feature_norm[1], (channels,)))
+    for name, tensor, shape in expected:
+        _require_shape(name, tensor, shape)
+    projector = ControlProjector(
+        *(t.contiguous() for t in feature_norm) if feature_norm else (None, None),
+        folded,
+        feature[1].contiguous() if feature else None,
+        *(t.contiguous() for t in condition_norm),
+        *(t.contiguous() for t in condition),
+    )
+    kinds = {(t.dtype, t.device) for t in projector.tensors() if t is not None}
+    if len(kinds) != 1:
+        raise ValueError(f"the projector's tensors have several dtypes or devices {kinds}; convert them to one")
+    return projector
+
+
+def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
+
+
+def _check(
+    features: Tensor, control: Tensor | None, projector: ControlProjector, cu_seqlens: Tensor | None
+) -> int:
+    """Validate a call; return the number of tokens it projects."""
+    dtype, device = projector.condition_weight.dtype, projector.condition_weight.device
+    weight, hidden = projector.feature_weight, projector.hidden_size
+    require_tensor("features", features, dtype, device, None)
+    require_inference(features=features, control=control, condition_weight=projector.condition_weight)
+    channels = hidden if weight is None else projector.feature_norm_weight.shape[0]
+    is_conv = weight is not None and weight.shape[1] != channels
+    if is_conv:
+        if features.dim() != 4 or features.shape[1] != channels or features.shape[2] % 4 or features.shape[3] % 4:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}; the conv form needs [images, {channels}, h, w] with h, w "
+                "multiples of 4"
+            )
+        tokens = features.shape[0] * (features.shape[2] // 4) * (features.shape[3] // 4)
+    else:
+        if features.dim() not in (2, 3) or features.shape[-1] != channels:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}; this form needs [tokens, {channels}] or "
+                f"[images, tokens, {channels}]"
+            )
+        if features.stride(-1) != 1 and features.shape[-1] > 1:
+            raise ValueError(f"features have strides {features.stride()}; the last dimension must be contiguous")
+        tokens = features.shape[0] * (features.shape[1] if features.dim() == 3 else 1)
+    batched = features.dim() > 2
+    if cu_seqlens is not None:
+        if batched:
+            raise ValueError(f"cu_seqlens goes with [tokens, D] features; these are {tuple(features.shape)}")
+        require_tensor("cu_seqlens", cu_seqlens, None, device, 1)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}; it must be int32 or int64")
+        if cu_seqlens.shape[0] < 1:
+            raise ValueError("cu_seqlens is empty; it must hold 0 and the end of each image's tokens")
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            ends = cu_seqlens.tolist()
+            if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:])):
+                raise ValueError(f"cu_seqlens is {ends}; it must rise from 0 to the number of tokens, {tokens}")
+    images = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else features.shape[0] if batched else 1
+    if control is not None:
+        require_tensor("control", control, dtype, device, 2)
+        if tuple(control.shape) != (images, hidden):
+            raise ValueError(
+                f"control has shape {tuple(control.shape)}; {images} image(s) need exactly one control row each, "
+                f"({images}, {hidden}): nothing is broadcast"
+            )
+        if control.stride(1) != 1 and hidden > 1:
+            raise ValueError(f"control has strides {control.stride()}; the last dimension must be contiguous")
+    return tokens
+
+
+def control_cross_attention(
+    features: Tensor,
+    control: Tensor | None,
+    projector: ControlProjector,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Rank-one, one-key cross-attention without softmax: out = f + (f·k)k, k = Linear(LayerNorm(control)).
+
+    f is Linear(LayerNorm(features)) ("linear"), a 4×4 convolution of the channel-normalised features ("conv") or the
+    features themselves ("identity"). LayerNorm's eps is 1e-5.
+
+    Args:
+        features: [tokens, D] or [images, tokens, D], last dimension contiguous; conv: [images, C, h, w], any strides.
+        control: one row per image, [images, H], the language model's hidden state at the action token; None for the
+            unconditioned projection out = f.
+        projector: from `fold_projector`.
+        cu_seqlens: int32 or int64 [images + 1], where each image's tokens begin and end in [tokens, D] features;
+            None means one image.
+        backend: "auto", "cpp" or "reference".
+
+    Returns:
+        [tokens of all images, H] in the features' dtype, always a new tensor. float32 and bfloat16 on `cpp`; the
+        score and the rank-one term are float32 there and the sum is rounded once.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shapes or device, misordered cu_seqlens, control rows ≠ images.
+        BackendUnavailable: an explicit backend cannot run here.
+
+    Source: `MinimalProjector`, `MinimalSamProjector`, `MinimalCLIPProjector` of arXiv 2502.17425's code.
+    """
+    _check(features, control, projector, cu_seqlens)
+    op = bind("control_cross_attention", "control_cross_attention", backend, features.device, features.dtype)
+    return op(features, control, cu_seqlens, *projector.tensors())
+
+
+def control_cross_attention_into(
+    features: Tensor,
+    control: Tensor | None,
+    projector: ControlProjector,
+    out: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> None:
+    """`control_cross_attention`, with token i written to `out[rows[i]]`; other rows are left alone.
+
+    Args:
+        out: [L, H], dtype and device of the features, last dimension contiguous (an embedding buffer).
+        rows: int32 or int64 [tokens]; a row < 0 or ≥ L is skipped. Equal rows: one of the tokens wins.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as `control_cross_attention`; `out` is untouched after an error.
+    """
+    tokens = _check(features, control, projector, cu_seqlens)
+    require_tensor("out", out, features.dtype, features.device, 2)
+    require_tensor("rows", rows, None, features.device, 1)
+    if out.shape[1] != projector.hidden_size or out.stride(1) != 1:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}; it needs {projector.hidden_size} contiguous "
+            "columns"
+        )
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rows is {rows.dtype}; it must be int32 or int64")
+    if rows.shape[0] != tokens:
+        raise ValueError(f"rows has {rows.shape[0]} entries; the features give {tokens} tokens")
+    op = bind("control_cross_attention", "control_cross_attention_into", backend, features.device, features.dtype)
+    op(features, control, cu_seqlens, *projector.tensors(), out, rows)

@@ -1,0 +1,98 @@
+"""The operators' schemas and fake implementations: the one place where ops are defined.
+
+Every operator has one overload per backend (`vpt_kernels::roi_patches.cpp`, `….reference`), all with the same
+schema and the same fake, so that a compiled graph names the implementation it was built with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpp", "reference")
+"""In the order in which `backend="auto"` tries them."""
+
+_CONTROL = (
+    "Tensor features, Tensor? control, Tensor? cu_seqlens, Tensor? feature_norm_weight, Tensor? feature_norm_bias, "
+    "Tensor? feature_weight, Tensor? feature_bias, Tensor condition_norm_weight, Tensor condition_norm_bias, "
+    "Tensor condition_weight, Tensor condition_bias"
+)
+_APPEND = (
+    "Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "int section_t, int section_h, int section_w"
+)
+SCHEMAS = {
+    "roi_patches": "(Tensor[] images, Tensor plan, SymInt rows, SymInt row_bytes) -> Tensor",
+    "roi_patch_embed": "(Tensor[] images, Tensor plan, SymInt rows, Tensor weight, Tensor bias) -> Tensor",
+    "roi_patch_embed_into": (
+        "(Tensor[] images, Tensor plan, Tensor weight, Tensor bias, Tensor(a!) out, SymInt row) -> ()"
+    ),
+    "control_cross_attention": f"({_CONTROL}) -> Tensor",
+    "control_cross_attention_into": f"({_CONTROL}, Tensor(a!) out, Tensor rows) -> ()",
+    "append_visual_kv": f"(Tensor q, {_APPEND}) -> Tensor",
+    "append_visual_kv_": f"(Tensor(c!) q, {_APPEND}) -> ()",
+}
+
+
+def _roi_patches(images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int) -> Tensor:
+    device = images[0].device if images else plan.device
+    return torch.empty((rows, row_bytes), dtype=torch.uint8, device=device)
+
+
+def _roi_patch_embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor) -> Tensor:
+    return weight.new_empty((rows, weight.shape[0]))
+
+
+def _control_cross_attention(
+    features: Tensor,
+    control: Tensor | None,
+    cu_seqlens: Tensor | None,
+    feature_norm_weight: Tensor | None,
+    feature_norm_bias: Tensor | None,
+    feature_weight: Tensor | None,
+    *condition: Tensor | None,
+) -> Tensor:
+    if feature_weight is None:
+        return features.new_empty((features[..., 0].numel(), features.shape[-1]))
+    if features.dim() == 4:
+        tokens = features.shape[0] * (features.shape[2] // 4) * (features.shape[3] // 4)
+    else:
+        tokens = features[..., 0].numel()
+    return features.new_empty((tokens, feature_weight.shape[0]))
+
+
+def _append_visual_kv(q: Tensor, *others: object) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _mutates(*others: object) -> None:
+    return None
+
+
+_FAKES: dict[str, Callable] = {
+    "roi_patches": _roi_patches,
+    "roi_patch_embed": _roi_patch_embed,
+    "roi_patch_embed_into": _mutates,
+    "control_cross_attention": _control_cross_attention,
+    "control_cross_attention_into": _mutates,
+    "append_visual_kv": _append_visual_kv,
+    "append_visual_kv_": _mutates,
+}
+
+_LIBRARY = torch.library.Library("vpt_kernels", "DEF")
+OPS: dict[str, dict[str, torch._ops.OpOverload]] = {}
+"""`OPS[operator][backend]` is the bound overload."""
+
+for _name, _schema in SCHEMAS.items():
+    OPS[_name] = {}
+    for _backend in BACKENDS:
+        _LIBRARY.define(f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"vpt_kernels::{_name}.{_backend}", _FAKES[_name], lib=_LIBRARY)
+        OPS[_name][_backend] = getattr(getattr(torch.ops.vpt_kernels, _name), _backend)
+
+
+def implement(name: str, backend: str, function: Callable) -> None:
+    """Register a Python implementation of `name` for `backend`, on every device."""
+    _LIBRARY.impl(f"{name}.{backend}", function, "CompositeExplicitAutograd")

@@ -1,0 +1,189 @@
+"""ROI crop, antialiased resize, normalisation and patch embedding in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vpt_kernels.backends import bind
+from vpt_kernels.checks import require_inference, require_tensor
+from vpt_kernels.roi_patch_embed.geometry import PIXEL_ZERO, RegionPlan
+
+
+@dataclass(frozen=True)
+class FoldedPatchEmbed:
+    """A patch embedding that reads uint8 pixels; made by `fold_patch_weight`.
+
+    Attributes:
+        weight: [E, p·p·3], columns in (y, x, channel) order, W / (255·std).
+        bias: float32 [2, p + 1, E]: the bias of a patch of which v rows (first index 0) or v columns (1) are image;
+            [., p] is the ordinary one, [., 0] the convolution's own bias.
+        patch_size: p.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    patch_size: int
+
+
+def fold_patch_weight(
+    weight: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> FoldedPatchEmbed:
+    """Fold x = (pixel/255 − mean)/std and the sum over repeated frames into a patch convolution.
+
+    Args:
+        weight: [E, 3, p, p], or [E, 3, T, p, p] whose T temporal slices see the same frame (a still image).
+        mean, std: per channel, of pixels scaled to 0…1.
+        bias: [E] or None.
+        dtype: of the folded weight; default `weight.dtype`.
+
+    Returns:
+        FoldedPatchEmbed. The weight is rounded once; the biases are computed in float64 from the rounded weight,
+        so that errors of a constant image cancel, and kept in float32 (float64 for a float64 weight).
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    require_inference(weight=weight, bias=bias)
+    if weight.dim() not in (4, 5) or weight.shape[1] != 3 or weight.shape[-1] != weight.shape[-2]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [E, 3, p, p] or [E, 3, T, p, p]")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have three numbers each, std positive")
+    embed, patch = weight.shape[0], weight.shape[-1]
+    if bias is not None and bias.shape != (embed,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight's {embed} outputs need ({embed},)")
+    dtype = dtype or weight.dtype
+    wide = weight.double()
+    if wide.dim() == 5:
+        wide = wide.sum(2)
+    mean_t = torch.tensor(mean, dtype=torch.float64, device=weight.device)
+    std_t = torch.tensor(std, dtype=torch.float64, device=weight.device)
+    folded = (wide.permute(0, 2, 3, 1) / (255 * std_t)).to(dtype)  # [E, p, p, 3]
+    shift = folded.double() * (255 * mean_t - PIXEL_ZERO)
+    biases = torch.zeros((2, patch + 1, embed), dtype=torch.float64, device=weight.device)
+    for axis, other in ((0, 2), (1, 1)):
+        biases[axis, 1:] = -shift.sum((other, 3)).cumsum(1).T
+    if bias is not None:
+        biases += bias.double()
+    return FoldedPatchEmbed(
+        folded.reshape(embed, -1).contiguous(),
+        biases.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        patch,
+    )
+
+
+def _check_images(images: Sequence[Tensor], plan: RegionPlan) -> torch.device:
+    if isinstance(images, Tensor):
+        raise TypeError("images is one tensor; give a list of uint8 [height, width, 3] tensors")
+    if plan.rows and not images:
+        raise ValueError("images is empty, but the plan has regions")
+    device = images[0].device if images else torch.device("cpu")
+    for number, image in enumerate(images):
+        if image.dtype != torch.uint8:
+            raise TypeError(f"image {number} is {image.dtype}; it must be uint8 (0…255), not normalised")
+        if image.dim() != 3 or image.shape[2] != 3:
+            raise ValueError(f"image {number} has shape {tuple(image.shape)}; it must be [height, width, 3] (HWC, RGB)")
+        if image.device != device:
+            raise ValueError(f"image {number} is on {image.device}, image 0 on {device}; move them together")
+    sizes = plan.sizes
+    if len(images) != len(sizes) or any(image.shape[:2] != size for image, size in zip(images, sizes)):
+        found = [tuple(image.shape[:2]) for image in images]
+        raise ValueError(f"images have sizes {found}, the plan was made for {list(sizes)}: plan again for these images")
+    return device
+
+
+def _check_embed(embed: FoldedPatchEmbed, plan: RegionPlan, device: torch.device) -> None:
+    require_inference(weight=embed.weight)
+    if embed.patch_size != plan.patch_size:
+        raise ValueError(f"the weight has patch size {embed.patch_size}, the plan {plan.patch_size}; they must agree")
+    if embed.weight.device != device:
+        raise ValueError(f"images are on {device}, the weight on {embed.weight.device}; move one of them")
+
+
+def roi_patches(images: Sequence[Tensor], plan: RegionPlan, *, backend: str = "auto") -> Tensor:
+    """Crop, resize and cut regions into uint8 patches, bit-exact with Pillow's two-pass resampling.
+
+    Args:
+        images: uint8 [height, width, 3] tensors of any sizes and strides, on one device.
+        plan: from `plan_regions` with these images' sizes.
+        backend: "auto", "cpp" or "reference".
+
+    Returns:
+        uint8 [plan.rows, p·p·3]: bytes of a patch in (y, x, channel) order, patches in (h/m, w/m, m, m) order, regions
+        one after the other. Padded pixels are 128.
+
+    Raises:
+        TypeError: an image is not uint8.
+        ValueError: an image is not HWC, or the plan was made for images of other sizes.
+        BackendUnavailable: an explicit backend cannot run here.
+
+    Source: Pillow 12.0 `Image.resize(box=None)` on `Image.crop`; patch order of transformers' Qwen2-VL processor.
+    """
+    device = _check_images(images, plan)
+    op = bind("roi_patches", "roi_patches", backend, device, torch.uint8)
+    return op(images, plan.table, plan.rows, plan.row_bytes)
+
+
+def roi_patch_embed(
+    images: Sequence[Tensor], plan: RegionPlan, embed: FoldedPatchEmbed, *, backend: str = "auto"
+) -> Tensor:
+    """Crop, resize, normalise and patch-embed regions: uint8 images to tokens, no image-sized float tensor.
+
+    Args:
+        images: uint8 [height, width, 3] tensors of any sizes and strides, on the weight's device.
+        plan: from `plan_regions` with these images' sizes.
+        embed: from `fold_patch_weight`.
+        backend: "auto", "cpp" or "reference".
+
+    Returns:
+        [plan.rows, E] in `embed.weight.dtype`, rows as in `roi_patches`. The result equals
+        conv((pixel/255 − mean)/std) + bias at the pixels of `roi_patches`; zero padding is zero in normalised space.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as `roi_patches`; also if plan and weight have different patch sizes.
+    """
+    device = _check_images(images, plan)
+    _check_embed(embed, plan, device)
+    op = bind("roi_patch_embed", "roi_patch_embed", backend, device, embed.weight.dtype)
+    return op(images, plan.table, plan.rows, embed.weight, embed.bias)
+
+
+def roi_patch_embed_into(
+    images: Sequence[Tensor],
+    plan: RegionPlan,
+    embed: FoldedPatchEmbed,
+    out: Tensor,
+    row: int = 0,
+    *,
+    backend: str = "auto",
+) -> None:
+    """`roi_patch_embed`, written to `out[row : row + plan.rows]`; other rows are left alone.
+
+    Args:
+        out: [≥ row + plan.rows, E], dtype and device of `embed.weight`, last dimension contiguous.
+        row: first row written.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as `roi_patch_embed`; also if the rows do not fit. `out` is
+            untouched after an error.
+    """
+    device = _check_images(images, plan)
+    _check_embed(embed, plan, device)
+    require_tensor("out", out, embed.weight.dtype, device, 2)
+    if out.shape[1] != embed.weight.shape[0] or out.stride(1) != 1:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}; it needs {embed.weight.shape[0]} contiguous "
+            "columns"
+        )
+    if not 0 <= row <= out.shape[0] - plan.rows:
+        raise ValueError(f"rows {row}..{row + plan.rows} do not fit out's {out.shape[0]} rows; enlarge out")
+    op = bind("roi_patch_embed", "roi_patch_embed_into", backend, device, embed.weight.dtype)
+    op(images, plan.table, embed.weight, embed.bias, out, row)
+
