@@ -176,7 +176,8 @@ class Engine:
             turn = yield from self._decode(talk)
             while (yield from self._look_again(talk, turn)):
                 turn = yield from self._decode(talk)
-            yield Done(self._answer(talk))
+            answer = self._answer(talk)
+        yield Done(answer)
 
     @contextmanager
     def _conversation(self, **request: Any) -> Iterator[Conversation]:
