@@ -1,0 +1,107 @@
+"""Seeds, images, oracles and comparison rules shared by the tests of vpt_kernels."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+SEED = int(os.environ.get("VPT_TEST_SEED", "20250224"))
+"""Every random test derives its generators from this number, which pytest prints in its header."""
+
+BACKENDS = ("reference", "cpp")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def numbers(*key: object) -> np.random.Generator:
+    """A numpy generator for the test that names `key`."""
+    digest = hashlib.sha256(repr((SEED, *key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def random_seed(*key: object) -> torch.Generator:
+    """A torch generator for the test that names `key`."""
+    return torch.Generator().manual_seed(int(numbers(*key).integers(1 << 62)))
+
+
+def normal(*shape: int, key: object, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=random_seed(key, shape)) * scale).to(dtype)
+
+
+def noise(height: int, width: int, *key: object) -> Tensor:
+    """uint8 [height, width, 3]: the hardest pixels for a resampler, every rounding and clamp is met."""
+    return torch.from_numpy(numbers("noise", height, width, *key).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def photo(name: str = "astronaut", longest: int = 512) -> Tensor:
+    """uint8 [h, w, 3] natural image that scikit-image ships, thinned to at most `longest` pixels a side."""
+    import skimage.data
+
+    image = getattr(skimage.data, name)()
+    step = -(-max(image.shape[:2]) // longest)
+    return torch.from_numpy(np.ascontiguousarray(image[::step, ::step]))
+
+
+def patchify(canvas: Tensor, patch: int, merge: int = 1) -> Tensor:
+    """[H, W, C] → [patches, patch·patch·C], rows in (h/m, w/m, m, m) order, columns in (y, x, channel) order."""
+    height, width, channels = canvas.shape
+    blocks = canvas.reshape(height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
+    return blocks.permute(0, 3, 1, 4, 2, 5, 6).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(rows: Tensor, grid: tuple[int, int], patch: int, merge: int = 1) -> Tensor:
+    """The inverse of `patchify`; grid is (patches down, patches across)."""
+    channels = rows.shape[1] // (patch * patch)
+    blocks = rows.reshape(grid[0] // merge, grid[1] // merge, merge, merge, patch, patch, channels)
+    return blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(grid[0] * patch, grid[1] * patch, channels)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, so that NaN equals NaN and −0 differs from 0."""
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, (
+        f"{what}: {actual.dtype} {tuple(actual.shape)} against {expected.dtype} {tuple(expected.shape)}"
+    )
+    differs = bits(actual) != bits(expected)
+    assert not differs.any(), f"{what}: {int(differs.sum())} of {differs.numel()} bytes differ"
+
+
+def assert_twice_as_good(actual: Tensor, eager: Tensor, oracle: Tensor, what: str = "result") -> None:
+    """The largest error against the float64 oracle is at most twice that of the same-dtype PyTorch composition.
+
+    Where PyTorch happens to be exact, the rounding of the stored result itself (half a unit in the last place of
+    the largest value) is still allowed: nothing that returns this dtype can promise less.
+    """
+    assert actual.dtype == eager.dtype and actual.shape == eager.shape == oracle.shape, what
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    if not oracle.numel():
+        return
+    error = (actual.double() - oracle).abs().max().item()
+    allowed = 2 * max((eager.double() - oracle).abs().max().item(), half_ulp(oracle, actual.dtype).max().item())
+    assert error <= allowed, f"{what}: error {error:.3e} exceeds {allowed:.3e} = 2 × PyTorch's (seed {SEED})"
+
+
+def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest rounding error of storing `values` (float64) in `dtype`, elementwise."""
+    finfo = torch.finfo(dtype)
+    exponent = torch.frexp(values.abs().clamp_min(finfo.tiny))[1]
+    return torch.ldexp(torch.full_like(values, finfo.eps / 4), exponent)
+
+
+def virtual_bytes(size: int) -> Tensor:
+    """uint8 [size] of lazily committed memory: only the pages that are touched cost anything."""
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's value; Python before 3.13 does not name it
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
