@@ -283,7 +283,7 @@ class Engine:
         return Look("region", boxes, grids, sum(counts), len(tokens))
 
     def _named_boxes(self, talk: Conversation, turn: Turn) -> tuple[Box, ...]:
-        if turn.end == "capacity" or not self._may_look(talk):
+        if not self._may_look(talk):
             return ()
         try:
             return self._boxes(talk.image, turn.ids)

@@ -164,6 +164,13 @@ def test_re_encoding(exact):
     assert (look.kind, look.boxes, look.appended) == ("clip", (), look.tokens + 15)
 
 
+def test_a_plain_model_takes_regions_only():
+    engine = Engine(tiny_model(None), Tokenizer.byte_level(320, None))
+    assert [look.kind for look in engine.ask(IMAGE, QUESTION, looks=[ONE], max_new_tokens=6).looks] == ["region"]
+    with pytest.raises(ValueError, match="look is 'clip'"):
+        engine.ask(IMAGE, QUESTION, looks=["clip"])
+
+
 def test_two_looks_in_one_conversation(exact):
     answer = Engine(exact.model, TOKENIZER, max_looks=2).ask(
         IMAGE, QUESTION, looks=[ONE, "clip"], max_new_tokens=10, keep_logits=True
@@ -177,10 +184,9 @@ def test_two_looks_in_one_conversation(exact):
 
 
 def test_the_trigger_sentence_and_the_separators_reach_the_prompt():
-    form = PromptFormat(trigger=REGION_TRIGGER, trigger_separator=" ")
-    answers = [Engine(MODEL, TOKENIZER, prompt=form).ask(IMAGE, QUESTION, max_new_tokens=1).timings]
-    answers += [Engine(MODEL, TOKENIZER).ask(IMAGE, f"{QUESTION} {REGION_TRIGGER}", max_new_tokens=1).timings]
-    assert answers[0][2].work == answers[1][2].work
+    engine = Engine(MODEL, TOKENIZER, prompt=PromptFormat(trigger=REGION_TRIGGER, trigger_separator=" "))
+    written = Engine(MODEL, TOKENIZER).ask(IMAGE, f"{QUESTION} {REGION_TRIGGER}", keep_logits=True)
+    assert torch.equal(engine.ask(IMAGE, QUESTION, keep_logits=True).logits, written.logits)
 
 
 def test_text_before_an_action_is_forgotten(engine):
