@@ -26,6 +26,16 @@ PERCEPTION_MODEL_TYPES = ("qwen2_vl_vpt", "vrt_qwen2_vl")
 PLAIN_MODEL_TYPE = "qwen2_vl"
 
 _KIND_OF_ENCODER = {"clip": "clip", "dino": "detection", "sam": "seg"}
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_CONSTANTS = ("rope_theta", "rms_norm_eps")
 _RENAMES = {"depth_projector.": "clip_projector."}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -199,43 +209,36 @@ def parse_config(fields: Mapping[str, Any], names: Iterable[str] = ()) -> ModelC
     if model_type not in (*PERCEPTION_MODEL_TYPES, PLAIN_MODEL_TYPE):
         known = ", ".join((*PERCEPTION_MODEL_TYPES, PLAIN_MODEL_TYPE))
         raise ValueError(f"config.json has model_type {model_type!r}; supported are {known}")
-    rope = fields.get("rope_scaling") or {}
+    missing = [name for name in (*_SIZES, *_CONSTANTS) if name not in fields]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}: complete it from the model's page")
+    bad = {name: fields[name] for name in _SIZES if type(fields[name]) is not int or fields[name] < 1}
+    bad |= {name: fields[name] for name in _CONSTANTS if type(fields[name]) not in (int, float) or fields[name] <= 0}
+    if bad:
+        raise ValueError(f"config.json has {bad}; sizes must be positive integers, constants positive numbers")
+    rope, vision = fields.get("rope_scaling") or {}, fields.get("vision_config") or {}
     unsupported = {
         "hidden_act": fields.get("hidden_act", "silu") != "silu",
         "use_sliding_window": bool(fields.get("use_sliding_window", False)),
         "projector_scale": fields.get("projector_scale", 1) != 1,
         "rope_scaling": rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"),
+        "vision_config": vision.get("hidden_act", "quick_gelu") != "quick_gelu",
     }
     wrong = {name: fields[name] for name, is_wrong in unsupported.items() if is_wrong}
     if wrong:
-        raise ValueError(f"config.json asks for {wrong}, which is not supported: use silu, no sliding window, "
-                         "projector_scale 1 and default M-RoPE")  # fmt: skip
-    kind = None if model_type == PLAIN_MODEL_TYPE else _kind(fields, names)
-    vision = dict(fields.get("vision_config") or {})
-    vision["hidden_size"] = fields.get("hidden_size")
-    vision["in_channels"] = vision.get("in_channels", vision.get("in_chans", 3))
-    try:
-        known = {name: fields[name] for name in ModelConfig.__dataclass_fields__ if name in fields}
-        return ModelConfig(
-            **{name: fields[name] for name in _REQUIRED},
-            **{name: value for name, value in known.items() if name in _OPTIONAL},
-            mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
-            kind=kind,
-            vision=VisionConfig(**{k: v for k, v in vision.items() if k in VisionConfig.__dataclass_fields__}),
+        raise ValueError(
+            f"config.json asks for {wrong}, which is not supported: only silu and quick_gelu, full attention, "
+            "projector_scale 1 and default M-RoPE are"
         )
-    except KeyError as error:
-        raise ValueError(f"config.json lacks {error}; needed are {', '.join(_REQUIRED)}") from None
-
-
-_REQUIRED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-)
-_OPTIONAL = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+    # Published vision sections name only what differs from Qwen2-VL's defaults, and the channels by an older name.
+    vision = {"in_channels": vision.get("in_chans", 3)} | vision | {"hidden_size": fields["hidden_size"]}
+    return ModelConfig(
+        **{name: fields[name] for name in (*_SIZES, *_CONSTANTS)},
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
+        kind=None if model_type == PLAIN_MODEL_TYPE else _kind(fields, names),
+        vision=VisionConfig(**{k: v for k, v in vision.items() if k in VisionConfig.__dataclass_fields__}),
+    )
 
 
 def _kind(fields: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -265,7 +268,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist: give a checkpoint folder with config.json and weights") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
+    if type(content) is not dict:
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object: download it again")
     return content
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from vpt_kernels import append_visual_kv_, rotary_table
 from vpt_model.cache import KVCache
 from vpt_model.config import ModelConfig
+from vpt_model.linear import linear
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class LanguageModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits float32 `[n, vocab]` of the rows `[n, H]`; pass only the rows that are sampled from."""
-        return F.linear(hidden, self.head).float()
+        return linear(hidden, self.head).float()
 
     def _plan(
         self,
@@ -155,7 +156,7 @@ class LanguageModel:
     def _attention(self, index: int, layer: _Layer, x: torch.Tensor, segments: Sequence[_Segment]) -> torch.Tensor:
         config = self.config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        packed = F.linear(x, layer.qkv_weight, layer.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
+        packed = linear(x, layer.qkv_weight, layer.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
         q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)
         attended = []
         for s in segments:
@@ -167,11 +168,11 @@ class LanguageModel:
             )  # fmt: skip
             stored = s.cache.length + s.end - s.begin
             attended.append(_attend(query, keys[:stored], values[:stored], s.mask))
-        return F.linear(attended[0] if len(attended) == 1 else torch.cat(attended), layer.o_weight)
+        return linear(attended[0] if len(attended) == 1 else torch.cat(attended), layer.o_weight)
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x, layer.gate_up_weight).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down_weight)
+        gate, up = linear(x, layer.gate_up_weight).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, layer.down_weight)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # Qwen2-VL rounds the normalised value to the model's dtype before it multiplies by the weight.

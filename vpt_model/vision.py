@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from vpt_kernels import RegionPolicy, fold_patch_weight, plan_regions, roi_patch_embed
 from vpt_model.config import ModelConfig
+from vpt_model.linear import linear
 from vpt_model.positions import vision_positions
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -100,7 +101,7 @@ class VisionTower:
 
         The temporal slices of a patch may differ here.
         """
-        return F.linear(pixel_values.to(self.device, self.dtype), self.patch_weight.flatten(1))
+        return linear(pixel_values.to(self.device, self.dtype), self.patch_weight.flatten(1))
 
     def forward(self, patch_embeds: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Run the blocks and the merger: patch embeddings `[N, E]` → features `[N / 4, H]`.
@@ -109,17 +110,18 @@ class VisionTower:
         the grids do not make N patches.
         """
         lengths = [height * width for height, width in grids]
-        if sum(lengths) != patch_embeds.shape[0]:
+        if not lengths or sum(lengths) != patch_embeds.shape[0]:
             raise ValueError(
-                f"{patch_embeds.shape[0]} patch embeddings were given, but the grids {list(grids)} make {sum(lengths)}"
+                f"{patch_embeds.shape[0]} patch embeddings were given, but the grids {list(grids)} make {sum(lengths)}: "
+                "give the grid of every image, and at least one image"
             )
         x = patch_embeds
         cos, sin = self._rotary(grids)
         for block in self.blocks:
             x = x + self._attention(block, _layer_norm(x, block.norm1), lengths, cos, sin)
-            x = x + F.linear(_quick_gelu(F.linear(_layer_norm(x, block.norm2), *block.fc1)), *block.fc2)
+            x = x + linear(_quick_gelu(linear(_layer_norm(x, block.norm2), *block.fc1)), *block.fc2)
         merged = _layer_norm(x, self.merger_norm).reshape(-1, self.merger_fc1[0].shape[1])
-        return F.linear(F.gelu(F.linear(merged, *self.merger_fc1)), *self.merger_fc2)
+        return linear(F.gelu(linear(merged, *self.merger_fc1)), *self.merger_fc2)
 
     def _rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin float32 [N, 1, head_dim / 2]: the first half of the angles follows the row, the second the column."""
@@ -132,14 +134,14 @@ class VisionTower:
     def _attention(
         self, block: _Block, x: torch.Tensor, lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        packed = F.linear(x, *block.qkv).view(-1, 3, self.config.num_heads, self.config.head_dim)
+        packed = linear(x, *block.qkv).view(-1, 3, self.config.num_heads, self.config.head_dim)
         q, k, v = packed.unbind(1)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         attended = [
             F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image))[0].transpose(0, 1)
             for image in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
         ]
-        return F.linear(torch.cat(attended).flatten(1), *block.proj)
+        return linear(torch.cat(attended).flatten(1), *block.proj)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
