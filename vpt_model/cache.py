@@ -60,10 +60,11 @@ class KVCache:
         self._check_owner("append to")
         if count < 0:
             raise ValueError(f"cannot append {count} tokens; the count must be 0 or more")
-        if self.length + count > self.capacity:
+        needed = self.length + count
+        if needed > self.capacity:
             raise ValueError(
-                f"the cache holds {self.length} tokens and {count} more make {self.length + count}, but its capacity is "
-                f"{self.capacity}: create it with capacity >= {self.length + count}, or truncate it first"
+                f"the cache holds {self.length} tokens and {count} more make {needed}, but its capacity is "
+                f"{self.capacity}: create it with capacity >= {needed}, or truncate it first"
             )
 
     def slots(self, count: int) -> torch.Tensor:

@@ -65,7 +65,9 @@ def mrope_positions(
 def vision_positions(grids: Sequence[tuple[int, int]], merge_size: int = 2) -> torch.Tensor:
     """Row and column of every patch of the given images, int64 [N, 2], in the vision tower's merge-block order.
 
-    The merge_size x merge_size patches of a block are adjacent, blocks are row-major. grids: (height, width) in patches.
+    The merge_size x merge_size patches of a block are adjacent, blocks are row-major.
+
+    grids: (height, width) in patches of each image, multiples of merge_size.
     """
     coordinates = []
     for height, width in grids:

@@ -97,7 +97,7 @@ class VisionTower:
         return roi_patch_embed(images, plan, self.patch_embed), list(plan.grids)
 
     def embed_pixel_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch embeddings `[N, E]` of normalised patches float `[N, 3 * T * p * p]` as transformers' processor makes them.
+        """Patch embeddings `[N, E]` of the normalised patches float `[N, 3 * T * p * p]` of transformers' processor.
 
         The temporal slices of a patch may differ here.
         """
@@ -112,8 +112,8 @@ class VisionTower:
         lengths = [height * width for height, width in grids]
         if not lengths or sum(lengths) != patch_embeds.shape[0]:
             raise ValueError(
-                f"{patch_embeds.shape[0]} patch embeddings were given, but the grids {list(grids)} make {sum(lengths)}: "
-                "give the grid of every image, and at least one image"
+                f"{patch_embeds.shape[0]} patch embeddings were given, but the grids {list(grids)} make "
+                f"{sum(lengths)}: give the grid of every image, and at least one image"
             )
         x = patch_embeds
         cos, sin = self._rotary(grids)
@@ -124,7 +124,7 @@ class VisionTower:
         return linear(F.gelu(linear(merged, *self.merger_fc1)), *self.merger_fc2)
 
     def _rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin float32 [N, 1, head_dim / 2]: the first half of the angles follows the row, the second the column."""
+        """cos and sin float32 [N, 1, head_dim / 2]: row angles in the first half, column angles in the second."""
         quarter = self.config.head_dim // 4
         frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32) / quarter)
         coordinates = vision_positions(grids, self.config.spatial_merge_size)
