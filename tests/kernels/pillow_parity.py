@@ -1,6 +1,6 @@
 """`roi_patches` against Pillow itself, on random geometries; also a script, for other versions of Pillow:
 
-    PYTHONPATH=<unpacked Pillow wheel> python -m tests.kernels.pillow_parity --order installed --count 400
+PYTHONPATH=<unpacked Pillow wheel> python -m tests.kernels.pillow_parity --order installed --count 400
 """
 
 from __future__ import annotations
@@ -57,7 +57,21 @@ class Case:
         )
 
 
-KINDS = ("photo", "log", "border", "pixel", "line", "tall", "wide", "keep", "enlarge", "shrink", "nearest", "centre", "pad")
+KINDS = (
+    "photo",
+    "log",
+    "border",
+    "pixel",
+    "line",
+    "tall",
+    "wide",
+    "keep",
+    "enlarge",
+    "shrink",
+    "nearest",
+    "centre",
+    "pad",
+)
 
 
 def cases(count: int, seed: int = SEED, kinds: tuple[str, ...] = KINDS) -> Iterator[Case]:

@@ -47,7 +47,9 @@ def test_crop_comes_before_resize(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("policy", (qwen2_vl_policy(), dinov2_policy(), sam_policy()), ids=("qwen2_vl", "dinov2", "sam"))
+@pytest.mark.parametrize(
+    "policy", (qwen2_vl_policy(), dinov2_policy(), sam_policy()), ids=("qwen2_vl", "dinov2", "sam")
+)
 @pytest.mark.parametrize("level", (0, 119, 128, 255))
 def test_flat_images_stay_flat(backend, policy, level):
     """Normalised 22-bit coefficients may not sum to one, so Pillow's own result is the reference, even here."""
@@ -102,7 +104,11 @@ def test_broadcast_strides(backend):
     """A grey image expanded to three channels has channel stride 0; a repeated row has row stride 0."""
     grey = noise(50, 60, "grey")[..., :1]
     plan = plan_regions([(50, 60)], [(0, 2, 3, 57, 49)], qwen2_vl_policy())
-    for view in (grey.expand(-1, -1, 3), noise(1, 60, "row").expand(50, -1, -1), noise(50, 1, "column").expand(-1, 60, -1)):
+    for view in (
+        grey.expand(-1, -1, 3),
+        noise(1, 60, "row").expand(50, -1, -1),
+        noise(50, 1, "column").expand(-1, 60, -1),
+    ):
         want = roi_patches([view.contiguous()], plan, backend=backend)
         assert_same_bits(roi_patches([view], plan, backend=backend), want)
 
@@ -141,7 +147,14 @@ def test_several_images_and_boxes(backend, policy):
     images = [noise(90, 120, 0), noise(300, 31, 1), noise(1, 1, 2), noise(64, 64, 3), photo(longest=130)]
     sizes = [tuple(image.shape[:2]) for image in images]
     h, w = sizes[4]
-    boxes = [(4, 0, 0, w, h), (0, 119, 89, 120, 90), (3, 5, 6, 50, 61), (0, 0, 0, 120, 90), (3, 5, 6, 50, 61), (2, 0, 0, 1, 1)]
+    boxes = [
+        (4, 0, 0, w, h),
+        (0, 119, 89, 120, 90),
+        (3, 5, 6, 50, 61),
+        (0, 0, 0, 120, 90),
+        (3, 5, 6, 50, 61),
+        (2, 0, 0, 1, 1),
+    ]
     plan = plan_regions(sizes, boxes, policy)
     together = roi_patches(images, plan, backend=backend)
     assert together.shape == (plan.rows, 3 * policy.patch_size**2) and together.is_contiguous()
