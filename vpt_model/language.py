@@ -134,8 +134,6 @@ class LanguageModel:
                 f"embeds is {tuple(embeds.shape)} and positions is {tuple(positions.shape)}; lengths {list(lengths)} "
                 f"need [{total}, {self.config.hidden_size}] and [3, {total}]"
             )
-        for cache, count in zip(caches, lengths, strict=True):
-            cache.check(count)
         device_positions = positions.to(self.device)
         segments, begin = [], 0
         for cache, count in zip(caches, lengths, strict=True):
@@ -175,9 +173,8 @@ class LanguageModel:
         return linear(F.silu(gate) * up, layer.down_weight)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        # Qwen2-VL rounds the normalised value to the model's dtype before it multiplies by the weight.
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.config.rms_norm_eps)
-        return normed.to(x.dtype) * weight
+        # Computed in float32 and, as in Qwen2-VL, rounded to the model's dtype before the weight multiplies it.
+        return F.rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps) * weight
 
 
 def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -145,8 +145,8 @@ class VisionTower:
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the half-split pairs of x [N, heads, head_dim] in float32; the result has x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
+    """Rotate the half-split pairs of x [N, heads, head_dim] in the float32 of cos and sin; the result has x's dtype."""
+    first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 

@@ -11,7 +11,7 @@ from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
 from vpt_kernels import qwen2_vl_policy
 from vpt_model.checkpoint import random_state
 from vpt_model.model import Model
-from vpt_model.vision import MEAN, STD
+from vpt_model.vision import MEAN, STD, _rotate
 
 TOLERANCE = 1e-4
 POLICY = qwen2_vl_policy(longest_edge=512)
@@ -104,6 +104,16 @@ def test_bfloat16_is_as_close_as_transformers(published):
     found = tower.forward(tower.embed_pixel_values(pixels), grids)
     assert found.dtype == torch.bfloat16
     assert (found - exact).abs().mean() <= 2 * (expected - exact).abs().mean()
+
+
+def test_bfloat16_rotation_rounds_as_transformers():
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    tower = tiny_model(None).vision
+    cos, sin = tower._rotary([(4, 6)])
+    x = torch.randn(24, 4, 16, generator=torch.Generator().manual_seed(8)).bfloat16()
+    expected, _ = apply_rotary_pos_emb_vision(x, x, *(half[:, 0].repeat(1, 2) for half in (cos, sin)))
+    assert torch.equal(_rotate(x, cos, sin), expected)
 
 
 def test_grids_must_make_the_patches():
