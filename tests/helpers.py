@@ -79,18 +79,25 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> 
 
 
 def assert_twice_as_good(actual: Tensor, eager: Tensor, oracle: Tensor, what: str = "result") -> None:
-    """The largest error against the float64 oracle is at most twice that of the same-dtype PyTorch composition.
+    """The error against the float64 oracle is at most twice that of the same-dtype PyTorch composition.
 
-    Where PyTorch happens to be exact, the rounding of the stored result itself (half a unit in the last place of
-    the largest value) is still allowed: nothing that returns this dtype can promise less.
+    16-bit results: the largest error. Where PyTorch happens to be exact, the rounding of the stored result itself
+    (half a unit in the last place of the largest value) is still allowed: nothing that returns this dtype can
+    promise less. float32 results: the root mean square, because the largest is a matter of the order of summation
+    (PyTorch's own differs threefold between two orders of one sum); no single error may stand out tenfold.
     """
     assert actual.dtype == eager.dtype and actual.shape == eager.shape == oracle.shape, what
     assert torch.isfinite(actual).all(), f"{what}: not finite"
     if not oracle.numel():
         return
-    error = (actual.double() - oracle).abs().max().item()
-    allowed = 2 * max((eager.double() - oracle).abs().max().item(), half_ulp(oracle, actual.dtype).max().item())
-    assert error <= allowed, f"{what}: error {error:.3e} exceeds {allowed:.3e} = 2 × PyTorch's (seed {SEED})"
+    ours, theirs = (actual.double() - oracle).abs(), (eager.double() - oracle).abs()
+    rounding = half_ulp(oracle, actual.dtype).max().item()
+    largest, allowed = ours.max().item(), (2 if actual.itemsize == 2 else 10) * max(theirs.max().item(), rounding)
+    assert largest <= allowed, f"{what}: largest error {largest:.3e} exceeds {allowed:.3e} (seed {SEED})"
+    if actual.itemsize > 2:
+        mean, allowed = (float(2**i * e.square().mean().sqrt()) for i, e in enumerate((ours, theirs)))
+        allowed = max(allowed, rounding)
+        assert mean <= allowed, f"{what}: rms error {mean:.3e} exceeds {allowed:.3e}, twice PyTorch's (seed {SEED})"
 
 
 def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

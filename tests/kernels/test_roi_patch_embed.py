@@ -210,7 +210,7 @@ def test_patch_sizes(backend, patch):
 
 @each_backend
 @each_dtype
-def test_one_region_of_a_strip_per_row_budget(backend, dtype):
+def test_a_large_region(backend, dtype):
     """More rows than any strip or tile: 5,184 patches, one wrong row would show."""
     image = photo("retina", 1411)
     policy = qwen2_vl_policy(max_pixels=1_003_520, min_pixels=900_000)
