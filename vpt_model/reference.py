@@ -259,8 +259,8 @@ class PublishedProcedure:
     """The authors' `generate` and two-round evaluation on one conversation; see the module's docstring.
 
     config, state: shapes and tensors under their checkpoint names, used in place. ids: token ids of the variant.
-    tokenizer, layout: needed by `ask` only. Counted work: lm_calls, token_forwards, cache_copies, vit_calls,
-    vit_patches. Raises ValueError for a re-encoder other than "clip".
+    tokenizer, layout: needed by `ask` only. Counted work: images, lm_calls, token_forwards, cache_copies,
+    vit_calls, vit_patches. Raises ValueError for a re-encoder other than "clip".
     """
 
     def __init__(
@@ -385,7 +385,6 @@ class PublishedProcedure:
         if forced[:1] == [self.ids.action_start]:
             forced = [*self.ids.action_span, self.ids.im_end]
         self.timings = []
-
         prompt = f"<|im_start|>system\n{self.layout.system}<|im_end|>\n<|im_start|>user\n<image>"
         prompt += f"{self.layout.user_text(question, image=True)}<|im_end|>\n<|im_start|>assistant\n"
         free = {"max_new_tokens": max(max_new_tokens, len(forced)), "keep_logits": keep_logits}
@@ -416,7 +415,8 @@ class PublishedProcedure:
         for kind, pictures in (("image", images), ("clip_image", reencoded)):
             pixel_values, grids = None, []
             if pictures:
-                with self._stage("crop+embed"):
+                with self._stage("crop+embed") as work:
+                    work["images"] += len(pictures)
                     resized = [first_resize(picture, self.longest_edge) for picture in pictures]
                     pixel_values, grids = process_images(resized, self.config.vision)
             for h, w in grids:

@@ -22,6 +22,7 @@ from tests.model.inputs import (
     random_image,
     tiny_config,
     tiny_state,
+    transformers_model,
 )
 from vpt_model import reference
 from vpt_model.reference import PublishedProcedure, first_resize, process_images, region_box, rope_index, smart_resize
@@ -128,7 +129,9 @@ def test_second_round_does_the_published_work(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("new", "past"), [(600, 0), (1, 600)], ids=["prefill", "decode"])
 def test_one_token_forward_costs_no_more_than_transformers(new: int, past: int) -> None:
-    procedure, peer = published(), transformers_model()
+    procedure, special = published(), golden_token_ids()
+    state = {name: tensor for name, tensor in golden_state().items() if not name.startswith("clip_projector.")}
+    peer = transformers_model(golden_config(), state, special.image_pad, special.vision_start)
     ids = torch.randint(0, 250, (past + new,), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(past + new).expand(3, -1)
     cache, peer_cache = procedure.decoder.empty_cache(), None
@@ -155,31 +158,6 @@ def test_one_token_forward_costs_no_more_than_transformers(new: int, past: int) 
             flops.append(counter.get_total_flops())
     assert (logits[0] - logits[1]).abs().max() <= TOLERANCE
     assert 0 < flops[0] <= 1.1 * flops[1]
-
-
-def transformers_model() -> torch.nn.Module:
-    """transformers' Qwen2-VL with the golden weights."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    sections = golden("clip")[1]["config"]
-    text = {key: value for key, value in sections["llm"].items() if key not in ("rope_theta", "use_cache")}
-    rope = {
-        "rope_type": "default",
-        "rope_theta": sections["llm"]["rope_theta"],
-        "mrope_section": sections["mrope_section"],
-    }
-    model = Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=sections["vision"])
-    )
-    names = {"model.": "model.language_model.", "visual.": "model.visual.", "lm_head.": "lm_head."}
-    state = {
-        names[prefix] + name.removeprefix(prefix): value
-        for name, value in golden_state().items()
-        for prefix in names
-        if name.startswith(prefix)
-    }
-    model.load_state_dict(state, strict=True)
-    return model.eval()
 
 
 @pytest.mark.parametrize("size", [(640, 480), (101, 77), (300, 1700), (28, 28), (27, 5000), (561, 200)])
@@ -243,7 +221,7 @@ class TestAsk:
         assert answer.second_look_ms > 0
         names = [stage.name for stage in answer.timings]
         assert names == ["crop+embed", "ViT", "prefill", "decode", "crop+embed", "ViT", "append", "decode"]
-        assert answer.timings[4].work == Counter() and answer.timings[5].work["vit_calls"] == 1
+        assert answer.timings[4].work == {"images": 3} and answer.timings[5].work["vit_calls"] == 1
 
     def test_clip(self) -> None:
         procedure = self.procedure()

@@ -1,0 +1,260 @@
+"""The command line: `vpt demo`, `vpt ask`, `vpt env`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from vpt_kernels import BackendUnavailable
+from vpt_kernels import env as environment
+from vpt_model import demo as demonstration
+from vpt_model.checkpoint import load_checkpoint
+from vpt_model.demo import STAGES, Comparison, Report, Step
+from vpt_model.engine import Engine
+from vpt_model.events import Answer, Done, Event, Look, Reencode, Region, Token
+from vpt_model.model import Model
+from vpt_model.tokens import Tokenizer
+
+app = typer.Typer(
+    help="A vision-language model that looks twice.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+
+LOOK = 'a forced second look: "region:x2,y1,x5,y4" or "clip"; may be repeated'
+Looks = Annotated[list[str] | None, typer.Option("--look", help=LOOK, show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+def main() -> None:
+    app()
+
+
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Bad input ends with one line on stderr and exit code 2 instead of a traceback."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except (ValueError, TypeError, BackendUnavailable) as error:
+            message = Text(f"error: {' '.join(str(error).split())}", style="bold red")
+            Console(stderr=True, soft_wrap=True).print(message)
+            raise typer.Exit(2) from error
+
+    return run
+
+
+@app.command()
+@friendly
+def demo(
+    preset: Annotated[
+        str, typer.Option(help="shapes of the random weights: tiny, 2b-slice, 2b (13 GB) or 7b (51 GB)")
+    ] = "2b-slice",
+    look: Looks = None,
+    out: Annotated[Path, typer.Option(help="the picture to write", dir_okay=False)] = Path("vpt-demo.png"),
+    as_json: Json = False,
+    inject: Annotated[
+        str | None, typer.Option(help="corrupt one step on purpose (control, position or slot): the command must fail")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="tokens of each answer", min=1)] = 12,
+    image: Annotated[Path | None, typer.Option(help="a photo; by default the Hubble deep field")] = None,
+) -> None:
+    """Look twice at a photo with random weights, by this engine and by the published procedure, and compare.
+
+    Exit code 1 if they disagree.
+    """
+    try:
+        from vpt_model import figure
+    except ImportError as error:
+        raise ValueError("the picture needs matplotlib: pip install 'vpt-kernels[demo]'") from error
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    looks = look or list(demonstration.LOOKS)
+    with _progress(demonstration.activities(looks), quiet=as_json) as progress:
+        report = demonstration.run(preset, looks, image, max_new_tokens=tokens, inject=inject, progress=progress)
+        figure.draw(report, out)
+    if as_json:
+        typer.echo(json.dumps(demonstration.as_json(report) | {"picture": str(out)}))
+    else:
+        _print_report(Console(), report, out)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@friendly
+def ask(
+    model: Annotated[Path, typer.Option(help="a checkpoint folder: config.json, weights, tokenizer.json")],
+    image: Annotated[Path, typer.Option(help="an image file")],
+    question: Annotated[str, typer.Option(help="what to ask about it")],
+    look: Looks = None,
+    as_json: Json = False,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 64,
+) -> None:
+    """Answer a question about an image, with the second looks that the model asks for."""
+    config, state = load_checkpoint(model)
+    tokenizer = Tokenizer.from_folder(model, config.kind)
+    engine = Engine(Model.from_state(config, state), tokenizer, max_looks=max(1, len(look or ())))
+    console = Console(quiet=as_json)
+    answer = _follow(console, engine.stream(image, question, looks=look, max_new_tokens=max_new_tokens))
+    if as_json:
+        typer.echo(json.dumps(_answer_as_json(answer)))
+        return
+    for notice in answer.notices:
+        console.print(Text(f"note: {notice}", style="yellow"))
+    table = Table("stage", "ms", "work", box=None, header_style="dim")
+    for stage in answer.timings:
+        table.add_row(
+            stage.name,
+            f"{stage.milliseconds:,.1f}",
+            ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in stage.work.items()),
+        )
+    table.columns[1].justify = "right"
+    console.print(table)
+    console.print(Text(answer.text, style="bold"))
+
+
+@app.command()
+def env() -> None:
+    """What this machine has, what is missing and how to get it."""
+    typer.echo(environment.report())
+
+
+@contextmanager
+def _progress(steps: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, or a line for each activity where stderr is no terminal."""
+    console, begun = Console(stderr=True, quiet=quiet), 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=steps)
+
+        def begin(activity: str) -> None:
+            nonlocal begun
+            bar.update(task, description=activity, completed=begun)
+            begun += 1
+            if not console.is_terminal:
+                console.print(f"{activity} …", style="dim")
+
+        yield begin
+
+
+def _print_report(console: Console, report: Report, out: Path) -> None:
+    console.print(
+        f"\npreset [bold]{report.preset}[/], photo {report.image.width}×{report.image.height}, "
+        f"question “{report.question}”\n"
+        "The weights are random, so the words of the answers mean nothing yet. "
+        "What counts: both procedures choose the same tokens, and what each of them does for it."
+    )
+    if report.inject:
+        console.print(f"[yellow]The engine's {report.inject} is corrupted on purpose: the answers must differ.[/]")
+    for look in report.comparisons:
+        ours, published = look.ours.second_look, look.published.second_look
+        exact = look.difference <= report.limit
+        console.print("\n", _table(look), sep="")
+        console.print(
+            f"  perception token → first answer token: {ours:,.0f} ms, published {published:,.0f} ms", end=" "
+        )
+        console.print(f"([bold]{look.speedup:.1f}×[/])")
+        console.print(
+            f"  {len(look.ours.ids)} answer tokens:",
+            "[green]identical ids[/]," if look.identical else "[bold red]DIFFERENT IDS[/],",
+            f"largest logit difference [{'green' if exact else 'bold red'}]{look.difference:.1e}[/]",
+            f"(limit {report.limit:.0e})",
+        )
+    console.print(f"\npicture: {out}")
+    agreed = "[bold green]The two procedures agree.[/]"
+    console.print(agreed if report.passed else "[bold red]The two procedures DISAGREE.[/]")
+
+
+def _table(look: Comparison) -> Table:
+    table = Table(title=look.look, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
+    table.add_column("stage")
+    for name in ("this engine", "published procedure"):
+        table.add_column("ms", justify="right")
+        table.add_column(name)
+    table.add_column("ratio", justify="right")
+    runs = (look.ours, look.published)
+    for number, title in ((1, "first look"), (2, "second look")):
+        table.add_row(title, style="cyan")
+        for stage in STAGES:
+            steps = [next((s for s in run.steps if (s.look, s.name) == (number, stage)), None) for run in runs]
+            if any(steps):
+                ratio = f"{steps[1].milliseconds / steps[0].milliseconds:.1f}×" if all(steps) else ""
+                table.add_row(f"  {stage}", *(cell for step in steps for cell in _cells(step)), ratio)
+        table.add_section()
+    ours, published = (run.total for run in runs)
+    table.add_row("total", f"{ours:,.1f}", "", f"{published:,.1f}", "", f"{published / ours:.1f}×", style="bold")
+    return table
+
+
+_WORDS = {
+    "images": ("image", "images"),
+    "ViT calls": ("ViT call", "ViT calls"),
+    "patches": ("patch", "patches"),
+    "LM calls": ("LM call", "LM calls"),
+    "tokens": ("token", "tokens"),
+    "cache copies": ("copy", "copies"),
+}
+
+
+def _cells(step: Step | None) -> tuple[str, str]:
+    if step is None:
+        return "", "–"
+    counts = [
+        f"{step.work[name]:,} {words[step.work[name] != 1]}" for name, words in _WORDS.items() if name in step.work
+    ]
+    return f"{step.milliseconds:,.1f}", ", ".join(counts)
+
+
+def _follow(console: Console, events: Iterator[Event]) -> Answer:
+    """Print what happens and when, one line for each event and each run of tokens; the final answer."""
+    start, said = time.perf_counter(), ""
+
+    def line(kind: str, text: str) -> None:
+        console.print(Text.assemble((f"{time.perf_counter() - start:8.2f} s  ", "dim"), (f"{kind:<10}", "cyan"), text))
+
+    for event in events:
+        if isinstance(event, Token):
+            said += event.text
+            continue
+        if said:
+            line("said", said)
+            said = ""
+        if isinstance(event, Region):
+            line("region", ", ".join(map(str, event.boxes)))
+        elif isinstance(event, Reencode):
+            line("re-encode", event.kind)
+        elif isinstance(event, Look):
+            line("looked", f"{event.tokens} visual tokens, {event.appended} tokens appended")
+        elif isinstance(event, Done):
+            line("done", event.answer.finish_reason)
+            return event.answer
+    raise RuntimeError("the stream ended without an answer")
+
+
+def _answer_as_json(answer: Answer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "ids": answer.ids,
+        "first_text": answer.first_text,
+        "finish_reason": answer.finish_reason,
+        "notices": answer.notices,
+        "looks": [
+            {"kind": look.kind, "boxes": look.boxes, "tokens": look.tokens, "appended": look.appended}
+            for look in answer.looks
+        ],
+        "stages": [
+            {"stage": stage.name, "milliseconds": stage.milliseconds, "work": stage.work} for stage in answer.timings
+        ],
+    }
