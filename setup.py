@@ -18,8 +18,11 @@ def extension() -> dict:
     try:
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
-        print(f"vpt-kernels: building without the C++ extension ({error}); install torch first and use "
-              "`pip install --no-build-isolation`", file=sys.stderr)
+        print(
+            f"vpt-kernels: building without the C++ extension ({error}); install torch first and use "
+            "`pip install --no-build-isolation`",
+            file=sys.stderr,
+        )
         return {}
 
     class BuildOrContinue(BuildExtension):
@@ -29,8 +32,11 @@ def extension() -> dict:
             try:
                 super().run()
             except Exception as error:  # noqa: BLE001  (compilers fail in many ways, none may stop the installation)
-                print(f"vpt-kernels: the C++ extension was not built: {error}\n"
-                      "vpt-kernels: run `python -m vpt_kernels.env` for what is missing", file=sys.stderr)
+                print(
+                    f"vpt-kernels: the C++ extension was not built: {error}\n"
+                    "vpt-kernels: run `python -m vpt_kernels.env` for what is missing",
+                    file=sys.stderr,
+                )
                 self.extensions = []
 
         def copy_extensions_to_source(self) -> None:

@@ -55,7 +55,8 @@ def build() -> dict:
 
 
 def tests() -> dict:
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "tests/kernels", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    folders = ["tests/gpu", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", *folders, "-q", "-m", "not slow", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=420)
     lines = result.stdout.strip().splitlines()
     return {"ok": result.returncode == 0, "summary": lines[-1] if lines else "", "log": result.stdout[-8000:]}
@@ -66,7 +67,6 @@ def ceilings() -> dict:
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copy = _milliseconds(lambda: target.copy_(source))
-    del source, target
     rates = {"copy_TB_per_s": 2 * COPY_BYTES / copy / 1e9}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("tf32", torch.float32)):
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"

@@ -5,8 +5,6 @@
 
 namespace vpt::cpu {
 
-using OptionalTensor = std::optional<Tensor>;
-
 Tensor roi_patches(std::vector<Tensor> images, Tensor plan, int64_t rows, int64_t row_bytes);
 Tensor roi_patch_embed(std::vector<Tensor> images, Tensor plan, int64_t rows, Tensor weight, Tensor bias);
 void roi_patch_embed_into(
@@ -24,9 +22,11 @@ void control_cross_attention_into(
 
 Tensor append_visual_kv(
     Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,
-    int64_t section_t, int64_t section_h, int64_t section_w);
+    int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
+    OptionalTensor k_scale, OptionalTensor v_scale);
 void append_visual_kv_(
     Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,
-    int64_t section_t, int64_t section_h, int64_t section_w);
+    int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
+    OptionalTensor k_scale, OptionalTensor v_scale);
 
 }  // namespace vpt::cpu

@@ -21,6 +21,7 @@ namespace vpt {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 template <typename T>
 inline const T* data(const Tensor& t) {
@@ -39,8 +40,10 @@ void dispatch(ScalarType type, const char* op, F&& f) {
     f(float{});
   else if (type == ScalarType::BFloat16)
     f(BFloat16{});
+  else if (type == ScalarType::Half)
+    f(Float16{});
   else
-    STD_TORCH_CHECK(false, op, ": the cpp backend computes in float32 and bfloat16 only");
+    STD_TORCH_CHECK(false, op, ": the cpp backend computes in float32, bfloat16 and float16 only");
 }
 
 // Elements offset + i·stride of an int32 or int64 tensor.
@@ -92,10 +95,17 @@ inline Tensor wrap(void* memory, int64_t rows, int64_t columns, ScalarType type,
   return torch::stable::from_blob(memory, {rows, columns}, {columns, 1}, like.device(), type);
 }
 
-// out = a·bᵀ through the library, without autograd.
-inline void matmul_transposed(const Tensor& out, const Tensor& a, const Tensor& b) {
-  Tensor transposed = torch::stable::transpose(b, 0, 1);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), transposed.get()));
+// out = x·weightᵀ through the library and without autograd. float32 goes to MKL, as F.linear does: oneDNN is about
+// twice as fast on AMD processors, but its largest error is 2.5 times larger (bench/NOTES.md).
+inline void linear_into(const Tensor& out, const Tensor& x, const Tensor& weight) {
+  Tensor transposed = torch::stable::transpose(weight, 0, 1);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), x.get(), transposed.get()));
+}
+
+inline Tensor linear(const Tensor& x, const Tensor& weight) {
+  Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  linear_into(out, x, weight);
+  return out;
 }
 
 }  // namespace vpt

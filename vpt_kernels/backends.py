@@ -26,7 +26,7 @@ class Capability:
     dtypes: tuple[torch.dtype, ...]
 
 
-_CPP = Capability(("cpu",), (torch.float32, torch.bfloat16))
+_CPP = Capability(("cpu",), (torch.float32, torch.bfloat16, torch.float16))
 _REFERENCE = Capability(None, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "roi_patches": {

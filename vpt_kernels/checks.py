@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+CHECK_VALUES = os.environ.get("VPT_KERNELS_CHECK") == "1"
+"""Also validate the values of index tensors, which costs a synchronisation on a GPU; set VPT_KERNELS_CHECK=1."""
 
 
 def require_inference(**tensors: Tensor | None) -> None:
@@ -30,3 +35,33 @@ def require_tensor(
         raise ValueError(f"{name} is on {tensor.device}, other tensors on {device}; move them to one device")
     if dim is not None and tensor.dim() != dim:
         raise ValueError(f"{name} has {tensor.dim()} dimensions {tuple(tensor.shape)}; it must have {dim}")
+
+
+def require_disjoint(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Raise ValueError if two tensors share memory."""
+    begin_a, begin_b = a.data_ptr(), b.data_ptr()
+    end_a, end_b = (t.data_ptr() + t.element_size() * (1 + _last_offset(t)) for t in (a, b))
+    if a.numel() and b.numel() and a.device == b.device and begin_a < end_b and begin_b < end_a:
+        raise ValueError(
+            f"{first} and {second} share memory: rows would be overwritten before they are read; clone one"
+        )
+
+
+def _last_offset(tensor: Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def require_slots(name: str, slots: Tensor, capacity: int) -> None:
+    """Raise ValueError for an index that would be skipped because it is too large, or that occurs twice."""
+    used = slots[slots >= 0]
+    if used.numel() and int(used.max()) >= capacity:
+        raise ValueError(f"{name} reach {int(used.max())}; the capacity is {capacity}: these would not be stored")
+    if used.unique().numel() != used.numel():
+        raise ValueError(f"{name} hold an index twice; which token is stored would be undefined")
+
+
+def require_segments(ends: Tensor, tokens: int) -> None:
+    """Raise ValueError unless cu_seqlens rises from 0 to the number of tokens."""
+    values = ends.tolist()
+    if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in zip(values, values[1:])):
+        raise ValueError(f"cu_seqlens is {values}; it must rise from 0 to the number of tokens, {tokens}")

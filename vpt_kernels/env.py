@@ -14,7 +14,7 @@ import torch
 import vpt_kernels
 from vpt_kernels.backends import EXTENSION_PROBLEM
 
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps vpt-kernels (or `pip install --no-build-isolation -e .`)"
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps vpt-kernels, or `-e .` in a checkout"
 
 
 def _version(package: str) -> str:

@@ -21,7 +21,7 @@ _CONTROL = (
 )
 _APPEND = (
     "Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "int section_t, int section_h, int section_w"
+    "int section_t, int section_h, int section_w, bool interleaved, bool heads_first, Tensor? k_scale, Tensor? v_scale"
 )
 SCHEMAS = {
     "roi_patches": "(Tensor[] images, Tensor plan, SymInt rows, SymInt row_bytes) -> Tensor",

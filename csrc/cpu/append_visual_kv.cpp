@@ -19,11 +19,21 @@ struct Call {
   const Tensor& k_cache;
   const Tensor& v_cache;
   Sections sections;
+  bool heads_first;  // HND
+  const OptionalTensor& k_scale;
+  const OptionalTensor& v_scale;
+
+  bool quantised() const { return k_cache.scalar_type() == ScalarType::Float8_e4m3fn; }
 };
 
-CacheLayout layout(const Tensor& cache) {
-  if (cache.dim() == 3) return {1, cache.size(0), 0, cache.stride(0), cache.stride(1)};
-  return {cache.size(0), cache.size(1), cache.stride(0), cache.stride(1), cache.stride(2)};
+// Dimension of the cache's rows and of its heads.
+int64_t row_dim(const Call& c) { return c.k_cache.dim() - (c.heads_first ? 2 : 3); }
+int64_t head_dim(const Call& c) { return c.k_cache.dim() - (c.heads_first ? 3 : 2); }
+
+CacheLayout layout(const Call& c, const Tensor& cache) {
+  const bool paged = cache.dim() == 4;
+  return {paged ? cache.size(0) : 1, cache.size(row_dim(c)), paged ? cache.stride(0) : 0, cache.stride(row_dim(c)),
+          cache.stride(head_dim(c))};
 }
 
 Indices position_row(const Tensor& positions, int axis) {
@@ -43,15 +53,25 @@ void check(const Call& c) {
   STD_TORCH_CHECK(
       s.t >= 0 && s.h >= 0 && s.w >= 0 && 2 * s.half() == c.cos_sin.size(1) && 2 * s.half() <= dim,
       "sections must sum to half of rotary_dim, which must be at most head_dim");
-  for (const Tensor* cache : {&c.k_cache, &c.v_cache})
-    ok = ok && (cache->dim() == 3 || cache->dim() == 4) && cache->dim() == c.k_cache.dim() &&
-        cache->size(cache->dim() - 2) == heads && cache->size(cache->dim() - 1) == dim &&
-        cache->size(0) == c.k_cache.size(0) && cache->size(1) == c.k_cache.size(1);
-  STD_TORCH_CHECK(ok, "k_cache and v_cache must be [capacity, heads, head_dim] or [pages, page_size, heads, head_dim]");
+  ok = (c.k_cache.dim() == 3 || c.k_cache.dim() == 4) && c.v_cache.dim() == c.k_cache.dim();
+  for (const Tensor* cache : {&c.k_cache, &c.v_cache}) {
+    ok = ok && cache->size(head_dim(c)) == heads && cache->size(cache->dim() - 1) == dim;
+    for (int64_t d = 0; ok && d < cache->dim(); ++d) ok = cache->size(d) == c.k_cache.size(d);
+    ok = ok && cache->scalar_type() == (c.quantised() ? ScalarType::Float8_e4m3fn : type);
+  }
+  STD_TORCH_CHECK(ok, "append_visual_kv: k_cache and v_cache do not fit k, v and each other");
   for (const Tensor* t : {&c.q, &c.k, &c.v, &c.k_cache, &c.v_cache, &c.cos_sin})
-    ok = ok && t->is_cpu() && (t == &c.cos_sin || t->scalar_type() == type) &&
-        (t->size(t->dim() - 1) <= 1 || t->stride(-1) == 1);
+    ok = ok && t->is_cpu() && (t->size(t->dim() - 1) <= 1 || t->stride(-1) == 1);
+  ok = ok && c.k.scalar_type() == type && c.v.scalar_type() == type;
   STD_TORCH_CHECK(ok, "append_visual_kv: one device, one dtype, contiguous last dimensions");
+  STD_TORCH_CHECK(c.quantised() == c.k_scale.has_value() && c.quantised() == c.v_scale.has_value(),
+                  "scales go with float8_e4m3fn caches, and only with them");
+  for (const OptionalTensor* scale : {&c.k_scale, &c.v_scale})
+    STD_TORCH_CHECK(
+        !scale->has_value() ||
+            ((*scale)->is_cpu() && (*scale)->scalar_type() == ScalarType::Float && (*scale)->is_contiguous() &&
+             ((*scale)->numel() == 1 || (*scale)->numel() == heads)),
+        "a scale must be float32, one number or one per key/value head");
   if (tokens == 0) return;
   int64_t low = 0, high = 0;
   for (int axis = 0; axis < 3; ++axis) {
@@ -67,68 +87,126 @@ void check(const Call& c) {
       c.cos_sin.size(0) - 1, ": build a longer table");
 }
 
-template <typename T>
-void rotate_heads(
-    const Loops<T>& loop, const T* from, int64_t from_stride, const float* cos_sin, int64_t half, int64_t heads,
-    int64_t dim, T* to, int64_t to_stride) {
-  for (int64_t h = 0; h < heads; ++h, from += from_stride, to += to_stride) {
-    loop.rotate(from, cos_sin, cos_sin + half, half, to);
-    if (to != from) std::copy(from + 2 * half, from + dim, to + 2 * half);
+// cos and sin of one token, [2, half]: every half-dimension from the row of its own position.
+void gather_cos_sin(const Sections& s, const float* const rows[3], float* out) {
+  const int64_t half = s.half();
+  if (s.interleaved) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float* row = rows[s.axis(i)];
+      out[i] = row[i];
+      out[half + i] = row[half + i];
+    }
+    return;
   }
+  const int64_t ends[4] = {0, s.t, s.t + s.h, half};
+  for (int axis = 0; axis < 3; ++axis)
+    for (int64_t part : {int64_t{0}, half})
+      std::copy(rows[axis] + part + ends[axis], rows[axis] + part + ends[axis + 1], out + part + ends[axis]);
 }
 
+// Where the rotated keys or the values of one token go: T as they are, or float8 divided by a scale.
 template <typename T>
-void append(const Call& c, const Tensor& q_out) {
-  const int64_t tokens = c.k.size(0), heads = c.k.size(1), dim = c.k.size(2), q_heads = c.q.size(1);
-  const int64_t half = c.sections.half(), table_stride = c.cos_sin.stride(0);
-  const CacheLayout keys = layout(c.k_cache), values = layout(c.v_cache);
-  const Indices slots(c.slots, c.slots.stride(0));
-  const Indices rows[3] = {position_row(c.positions, 0), position_row(c.positions, 1), position_row(c.positions, 2)};
-  const float* table = data<float>(c.cos_sin);
-  const T *q = data<T>(c.q), *k = data<T>(c.k), *v = data<T>(c.v);
-  T *q_to = mutable_data<T>(q_out), *k_to = mutable_data<T>(c.k_cache), *v_to = mutable_data<T>(c.v_cache);
-  const Loops<T>& loop = loops<T>(simd());
-  const int64_t q_strides[2] = {c.q.stride(0), c.q.stride(1)}, k_strides[2] = {c.k.stride(0), c.k.stride(1)};
-  const int64_t v_strides[2] = {c.v.stride(0), c.v.stride(1)}, to_strides[2] = {q_out.stride(0), q_out.stride(1)};
-  // About 16k elements a thread: less is not worth waking one.
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, (q_heads + 2 * heads) * dim));
-  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
-    static thread_local Workspace space;
-    float* cos_sin = space.reserve<float>(2 * half);
-    for (int64_t t = begin; t < end; ++t) {
-      for (int axis = 0; axis < 3; ++axis) {
-        const float* row = table + rows[axis][t] * table_stride;
-        const int64_t from = c.sections.begin(axis), to = c.sections.begin(axis + 1);
-        std::copy(row + from, row + to, cos_sin + from);
-        std::copy(row + half + from, row + half + to, cos_sin + half + from);
-      }
-      rotate_heads(
-          loop, q + t * q_strides[0], q_strides[1], cos_sin, half, q_heads, dim, q_to + t * to_strides[0],
-          to_strides[1]);
-      const int64_t slot = slots[t];
-      if (!keys.holds(slot)) continue;
-      rotate_heads(
-          loop, k + t * k_strides[0], k_strides[1], cos_sin, half, heads, dim, k_to + keys.offset(slot, 0),
-          keys.head_stride);
-      for (int64_t h = 0; h < heads; ++h) {
-        const T* from = v + t * v_strides[0] + h * v_strides[1];
-        std::copy(from, from + dim, v_to + values.offset(slot, h));
-      }
+struct Store {
+  CacheLayout layout;
+  void* base;
+  const float* scales;  // null unless the cache is float8
+  int64_t scale_stride;
+
+  Store(const Call& c, const Tensor& cache, const OptionalTensor& scale)
+      : layout(vpt::cpu::layout(c, cache)),
+        base(cache.mutable_data_ptr()),
+        scales(scale.has_value() ? data<float>(*scale) : nullptr),
+        scale_stride(scale.has_value() && scale->numel() > 1 ? 1 : 0) {}
+
+  T* row(int64_t slot, int64_t head) const { return static_cast<T*>(base) + layout.offset(slot, head); }
+  void quantise(const float* x, int64_t n, int64_t slot, int64_t head) const {
+    simd().quantise(
+        x, scales[head * scale_stride], n, static_cast<Float8E4M3*>(base) + layout.offset(slot, head));
+  }
+};
+
+template <typename T>
+class Append {
+ public:
+  Append(const Call& c, const Tensor& q_out)
+      : c_(c),
+        q_out_(q_out),
+        keys_(c, c.k_cache, c.k_scale),
+        values_(c, c.v_cache, c.v_scale),
+        slots_(c.slots, c.slots.stride(0)),
+        positions_{position_row(c.positions, 0), position_row(c.positions, 1), position_row(c.positions, 2)} {}
+
+  void run() const {
+    const int64_t elements = (c_.q.size(1) + 2 * c_.k.size(1)) * c_.k.size(2);
+    // About 16k elements a thread: less is not worth waking one.
+    const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements));
+    torch::stable::parallel_for(0, c_.k.size(0), grain, [this](int64_t begin, int64_t end) {
+      static thread_local Workspace space;
+      float* cos_sin = space.reserve<float>(2 * c_.sections.half() + c_.k.size(2));
+      for (int64_t t = begin; t < end; ++t) token(t, cos_sin, cos_sin + 2 * c_.sections.half());
+    });
+  }
+
+ private:
+  void token(int64_t t, float* cos_sin, float* wide) const {
+    const float* table = data<float>(c_.cos_sin);
+    const int64_t stride = c_.cos_sin.stride(0), half = c_.sections.half();
+    const float* const rows[3] = {
+        table + positions_[0][t] * stride, table + positions_[1][t] * stride, table + positions_[2][t] * stride};
+    gather_cos_sin(c_.sections, rows, cos_sin);
+    const T* q = data<T>(c_.q) + t * c_.q.stride(0);
+    T* q_to = mutable_data<T>(q_out_) + t * q_out_.stride(0);
+    for (int64_t h = 0; h < c_.q.size(1); ++h)
+      rotate(q + h * c_.q.stride(1), cos_sin, half, q_to + h * q_out_.stride(1));
+    const int64_t slot = slots_[t];
+    if (!keys_.layout.holds(slot)) return;
+    const T* k = data<T>(c_.k) + t * c_.k.stride(0);
+    const T* v = data<T>(c_.v) + t * c_.v.stride(0);
+    for (int64_t h = 0; h < c_.k.size(1); ++h)
+      store(k + h * c_.k.stride(1), v + h * c_.v.stride(1), cos_sin, half, slot, h, wide);
+  }
+
+  void store(
+      const T* k, const T* v, const float* cos_sin, int64_t half, int64_t slot, int64_t head, float* wide) const {
+    const int64_t dim = c_.k.size(2);
+    if (keys_.scales == nullptr) {
+      rotate(k, cos_sin, half, keys_.row(slot, head));
+      std::copy(v, v + dim, values_.row(slot, head));
+      return;
     }
-  });
-}
+    const Loops<T>& loop = loops<T>(simd());
+    loop.rotate_wide(k, cos_sin, cos_sin + half, half, wide);
+    loop.widen(k + 2 * half, dim - 2 * half, wide + 2 * half);
+    keys_.quantise(wide, dim, slot, head);
+    loop.widen(v, dim, wide);
+    values_.quantise(wide, dim, slot, head);
+  }
+
+  void rotate(const T* from, const float* cos_sin, int64_t half, T* to) const {
+    loops<T>(simd()).rotate(from, cos_sin, cos_sin + half, half, to);
+    if (to != from) std::copy(from + 2 * half, from + c_.k.size(2), to + 2 * half);
+  }
+
+  const Call& c_;
+  const Tensor& q_out_;
+  Store<T> keys_, values_;
+  Indices slots_;
+  Indices positions_[3];
+};
 
 void run(const Call& c, const Tensor& q_out) {
   if (c.k.size(0) == 0) return;
-  dispatch(c.q.scalar_type(), "append_visual_kv", [&](auto zero) { append<decltype(zero)>(c, q_out); });
+  dispatch(c.q.scalar_type(), "append_visual_kv", [&](auto zero) { Append<decltype(zero)>(c, q_out).run(); });
 }
 
 }  // namespace
 
 Tensor append_visual_kv(
     Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,
-    int64_t section_t, int64_t section_h, int64_t section_w) {
-  const Call call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, {section_t, section_h, section_w}};
+    int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
+    OptionalTensor k_scale, OptionalTensor v_scale) {
+  const Sections sections{section_t, section_h, section_w, interleaved};
+  const Call call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
   check(call);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   run(call, out);
@@ -137,8 +215,10 @@ Tensor append_visual_kv(
 
 void append_visual_kv_(
     Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,
-    int64_t section_t, int64_t section_h, int64_t section_w) {
-  const Call call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, {section_t, section_h, section_w}};
+    int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
+    OptionalTensor k_scale, OptionalTensor v_scale) {
+  const Sections sections{section_t, section_h, section_w, interleaved};
+  const Call call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
   check(call);
   run(call, q);
 }

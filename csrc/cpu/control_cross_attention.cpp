@@ -1,8 +1,10 @@
 // LayerNorm into a tile, the library's GEMM, and the rank-one update as the epilogue of the tile while it is in cache.
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "../ops.h"
+#include "bias_columns.h"
 #include "simd.h"
 
 namespace vpt::cpu {
@@ -114,9 +116,9 @@ const int32_t* token_images(const Call& c, Workspace& space) {
   return image;
 }
 
-// LayerNorm of the tokens' rows: GEMM operand [tokens, columns].
+// LayerNorm of the tokens' rows, `stride` apart: the GEMM's operand.
 template <typename T, typename Compute>
-void normalise(const Call& c, int64_t first, int64_t tokens, Compute* out) {
+void normalise(const Call& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
   const Tensor& x = c.features;
   const Loops<T>& loop = loops<T>(simd());
   auto norm = [&](const T* row, int64_t stride, int64_t n, Compute* to) {
@@ -126,16 +128,15 @@ void normalise(const Call& c, int64_t first, int64_t tokens, Compute* out) {
       loop.layer_norm_wide(row, stride, data<T>(*c.norm_weight), data<T>(*c.norm_bias), n, to);
   };
   const T* base = data<T>(x);
-  const int64_t columns = c.weight->size(1);
   torch::stable::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t token = first + t;
-      Compute* row = out + t * columns;
+      Compute* row = out + t * stride;
       if (!c.conv()) {
         const int64_t per_image = x.dim() == 3 ? x.size(1) : x.size(0);
         const int64_t offset = x.dim() == 3 ? (token / per_image) * x.stride(0) + (token % per_image) * x.stride(1)
                                             : token * x.stride(0);
-        norm(base + offset, 1, columns, row);
+        norm(base + offset, 1, x.size(x.dim() - 1), row);
         continue;
       }
       const int64_t channels = x.size(1), width = x.size(3) / kKernel, per_image = width * (x.size(2) / kKernel);
@@ -189,40 +190,70 @@ void identity(const Call& c, const Conditions& k, const Target& target) {
   });
 }
 
-// f of a tile through the library's GEMM, then each row's bias and rank-one update in float32, rounded once.
+// f of a tile through the library's GEMM, then each row's rank-one update in float32, rounded once. `matrix` has
+// `columns` columns of weights; in bfloat16 (Compute == T) the bias follows in extra columns, in float32 it is added after.
 template <typename T, typename Compute>
 void project(const Call& c, const Conditions& k, const Target& target, const Tensor& matrix) {
-  static thread_local Workspace bias_space, rows_space, product_space;
-  const int64_t hidden = c.hidden(), columns = c.weight->size(1), total = c.tokens();
+  static thread_local Workspace bias_space, rows_space;
+  const int64_t hidden = c.hidden(), columns = c.weight->size(1), stride = matrix.size(1), total = c.tokens();
   const int64_t tile = std::min(total, kTileTokens);
   const Loops<T>& loop = loops<T>(simd());
   float* bias = bias_space.reserve<float>(hidden);
   loop.widen(data<T>(*c.bias), hidden, bias);
-  Compute* rows = rows_space.reserve<Compute>(tile * columns);
-  Compute* product = product_space.reserve<Compute>(tile * hidden);
+  Compute* rows = rows_space.reserve<Compute>(tile * stride);
   for (int64_t first = 0; first < total; first += tile) {
     const int64_t tokens = std::min(tile, total - first);
-    normalise<T, Compute>(c, first, tokens, rows);
-    matmul_transposed(
-        wrap(product, tokens, hidden, matrix.scalar_type(), c.features),
-        wrap(rows, tokens, columns, matrix.scalar_type(), c.features), matrix);
+    normalise<T, Compute>(c, first, tokens, rows, stride);
+    if constexpr (std::is_same_v<Compute, BFloat16>)
+      for (int64_t t = 0; t < tokens; ++t) select_bias(rows + t * stride, columns, stride, 0);
+    const Tensor result = linear(wrap(rows, tokens, stride, matrix.scalar_type(), c.features), matrix);
+    const Compute* product = data<Compute>(result);
     torch::stable::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
       static thread_local Workspace wide_space;
       float* wide = wide_space.reserve<float>(hidden);
       for (int64_t t = begin; t < end; ++t) {
         T* out = target.row<T>(first + t);
         if (out == nullptr) continue;
-        loops<Compute>(simd()).widen(product + t * hidden, hidden, wide);
+        const Compute* f = product + t * hidden;
         const float* condition = k.of(first + t);
-        if (condition == nullptr) {
-          loop.add_bias(wide, bias, hidden, out);
-          continue;
+        if constexpr (std::is_same_v<Compute, BFloat16>) {
+          if (condition == nullptr)
+            std::copy(f, f + hidden, out);
+          else
+            loop.rank_one(f, condition, hidden, out);
+        } else if (condition == nullptr) {
+          loop.add_bias_wide(f, bias, hidden, out);
+        } else {
+          loops<float>(simd()).add_bias(f, bias, hidden, wide);
+          loop.rank_one_wide(wide, condition, hidden, out);
         }
-        loops<float>(simd()).add_bias_inplace(wide, bias, hidden);
-        loop.rank_one_wide(wide, condition, hidden, out);
       }
     });
   }
+}
+
+// The weight as the GEMM reads it: float32 (widened if T is narrower), or bfloat16 with the bias in extra columns.
+template <typename T>
+void project_widened(const Call& c, const Conditions& k, const Target& target) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    project<T, float>(c, k, target, *c.weight);
+  } else {
+    static thread_local Workspace space;
+    const int64_t n = c.weight->numel();
+    float* wide = space.reserve<float>(n);
+    loops<T>(simd()).widen(data<T>(*c.weight), n, wide);
+    project<T, float>(c, k, target, wrap(wide, c.weight->size(0), c.weight->size(1), ScalarType::Float, c.features));
+  }
+}
+
+void project_native(const Call& c, const Conditions& k, const Target& target) {
+  static thread_local Workspace bias_space, space;
+  const int64_t hidden = c.hidden(), columns = c.weight->size(1), total = columns_with_bias(columns, 1);
+  float* bias = bias_space.reserve<float>(hidden);
+  loops<BFloat16>(simd()).widen(data<BFloat16>(*c.bias), hidden, bias);
+  BFloat16* matrix = space.reserve<BFloat16>(hidden * total);
+  append_bias_columns(data<BFloat16>(*c.weight), hidden, columns, {bias}, matrix);
+  project<BFloat16, BFloat16>(c, k, target, wrap(matrix, hidden, total, ScalarType::BFloat16, c.features));
 }
 
 void run(const Call& c, const Target& target) {
@@ -230,24 +261,19 @@ void run(const Call& c, const Target& target) {
   if (tokens == 0 || hidden == 0) return;
   dispatch(c.features.scalar_type(), "control_cross_attention", [&](auto zero) {
     using T = decltype(zero);
-    static thread_local Workspace condition_space, image_space, weight_space;
+    static thread_local Workspace condition_space, image_space;
     Conditions k{nullptr, nullptr, 1, hidden};
     if (c.control.has_value()) {
       k.k = conditions<T>(c, condition_space);
       k.image = token_images(c, image_space);
       k.per_image = tokens / std::max<int64_t>(1, c.images());
     }
-    if (!c.weight.has_value()) {
+    if (!c.weight.has_value())
       identity<T>(c, k, target);
-    } else if (sizeof(T) == sizeof(float) || has_bfloat16_matmul()) {
-      project<T, T>(c, k, target, *c.weight);
-    } else {
-      // Without bfloat16 units a float32 product is faster.
-      const int64_t n = c.weight->numel();
-      float* wide = weight_space.reserve<float>(n);
-      loops<T>(simd()).widen(data<T>(*c.weight), n, wide);
-      project<T, float>(c, k, target, wrap(wide, c.weight->size(0), c.weight->size(1), ScalarType::Float, c.features));
-    }
+    else if (std::is_same_v<T, BFloat16> && has_matmul<T>())
+      project_native(c, k, target);
+    else
+      project_widened<T>(c, k, target);
   });
 }
 

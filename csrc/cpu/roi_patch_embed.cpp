@@ -1,8 +1,10 @@
 // Crop, resize and cut regions into patches, one strip of merge-block rows per work item; then the library's GEMM on
 // a tile of patches at a time, so that no image-sized float tensor exists.
 #include <cstring>
+#include <type_traits>
 
 #include "../ops.h"
+#include "bias_columns.h"
 #include "resampler.h"
 
 namespace vpt::cpu {
@@ -95,16 +97,16 @@ void put<uint8_t>(const uint8_t* pixels, int64_t n, uint8_t* out) {
   std::memcpy(out, pixels, n);
 }
 
-// Patches of a strip as rows of p·p·3 values: raw bytes, or centred numbers in T.
+// Patches of a strip as rows of p·p·3 values, `stride` apart: raw bytes, or centred numbers in T.
 template <typename T>
-void write_patches(const Strip& strip, Scratch& scratch, T* out) {
+void write_patches(const Strip& strip, Scratch& scratch, T* out, int64_t stride) {
   const Resampler& resampler = *strip.resampler;
   const Region& r = resampler.region();
-  const int64_t p = r.patch_size, columns = 3 * p * p, origin = strip.begin * r.rows_per_block_row();
+  const int64_t p = r.patch_size, origin = strip.begin * r.rows_per_block_row();
   if (resampler.padded()) {
     T zero{};
     if constexpr (sizeof(T) == 1) zero = kPixelZero;
-    std::fill(out, out + strip.rows() * columns, zero);
+    std::fill(out, out + strip.rows() * stride, zero);
   }
   const int32_t rows_per_block = r.merge_size * r.patch_size;
   const int32_t end = std::min(strip.end * rows_per_block, resampler.valid_height());
@@ -114,110 +116,133 @@ void write_patches(const Strip& strip, Scratch& scratch, T* out) {
     T* line = out + (y % p) * 3 * p;
     for (int32_t x = 0, left = 0; left < width; ++x, left += r.patch_size) {
       const int64_t pixels = std::min<int64_t>(p, width - left);
-      put(row + 3 * static_cast<int64_t>(left), 3 * pixels, line + (patch_row(r, patch_y, x) - origin) * columns);
+      put(row + 3 * static_cast<int64_t>(left), 3 * pixels, line + (patch_row(r, patch_y, x) - origin) * stride);
     }
   });
 }
 
 template <typename T>
-void write_strips(const Strip* strips, size_t count, T* out, int64_t columns) {
+void write_strips(const Strip* strips, size_t count, T* out, int64_t stride) {
   const int64_t base = strips[0].first_row();
   torch::stable::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     for (int64_t i = begin; i < end; ++i)
-      write_patches(strips[i], scratch, out + (strips[i].first_row() - base) * columns);
+      write_patches(strips[i], scratch, out + (strips[i].first_row() - base) * stride, stride);
   });
 }
 
-// The bias of every patch row of a strip: by valid rows at the bottom edge, by valid columns at the right edge.
+// Calls f(row, entry) with every patch row of a strip and its entry of the bias table [2, p + 1]: by valid rows at the
+// bottom edge, by valid columns at the right edge.
 template <typename F>
-void for_each_bias(const Strip& strip, const float* bias, int64_t embed, F&& f) {
+void for_each_bias(const Strip& strip, F&& f) {
   const Resampler& resampler = *strip.resampler;
   const Region& r = resampler.region();
-  const int64_t first = strip.first_row(), p = r.patch_size;
-  const float* full = bias + p * embed;
-  if (!resampler.padded()) {
-    for (int64_t row = 0; row < strip.rows(); ++row) f(first + row, full);
-    return;
-  }
+  const int64_t p = r.patch_size;
   for (int32_t y = strip.begin * r.merge_size; y < strip.end * r.merge_size; ++y) {
     for (int32_t x = 0; x < r.grid.width; ++x) {
       const int64_t tall = std::clamp<int64_t>(resampler.valid_height() - y * p, 0, p);
       const int64_t wide = std::clamp<int64_t>(resampler.valid_width() - x * p, 0, p);
-      const int64_t entry = tall < p ? tall : p + 1 + wide;
-      f(r.first_row + patch_row(r, y, x), bias + entry * embed);
+      f(r.first_row + patch_row(r, y, x), tall < p ? tall : wide < p ? p + 1 + wide : p);
     }
   }
 }
 
-// What the GEMM of one call works on.
-template <typename T>
-struct Embedding {
-  const Tensor& weight;
-  const Tensor& bias;
-  const Tensor& out;
-  int64_t row;  // of out, for the plan's first patch
+// Calls f(strip) for the strips, in parallel.
+template <typename F>
+void for_each_strip(const Strip* strips, size_t count, F&& f) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(strips[i]);
+  });
+}
 
-  // A bfloat16 product where the processor has one, else a float32 product rounded at the end.
+// The GEMMs of one call, a tile of strips at a time. `row` is the row of `out` for the plan's first patch.
+class Embedding {
+ public:
+  Embedding(const Tensor& weight, const Tensor& bias, const Tensor& out, int64_t row)
+      : weight_(weight), bias_(bias), out_(out), row_(row) {}
+
+  template <typename T>
   void run(const std::vector<Strip>& strips) const {
-    const bool native = sizeof(T) == sizeof(float) || has_bfloat16_matmul();
-    if (native)
-      tiles<T>(strips, weight);
-    else
-      tiles<float>(strips, widened());
+    if constexpr (sizeof(T) == sizeof(float)) {
+      widened<T>(strips, weight_);
+    } else if (has_matmul<T>()) {
+      if constexpr (std::is_same_v<T, BFloat16>) native(strips);
+    } else {
+      static thread_local Workspace space;
+      const int64_t n = weight_.numel();
+      float* wide = space.reserve<float>(n);
+      torch::stable::parallel_for(0, n, 1 << 16, [&](int64_t begin, int64_t end) {
+        loops<T>(simd()).widen(data<T>(weight_) + begin, end - begin, wide + begin);
+      });
+      widened<T>(strips, wrap(wide, weight_.size(0), weight_.size(1), ScalarType::Float, weight_));
+    }
   }
 
  private:
-  static Workspace& workspace(int purpose) {
-    static thread_local Workspace spaces[3];
-    return spaces[purpose];
-  }
-
-  Tensor widened() const {
-    const int64_t n = weight.numel();
-    float* wide = workspace(0).reserve<float>(n);
-    const T* source = data<T>(weight);
-    torch::stable::parallel_for(0, n, 1 << 16, [&](int64_t begin, int64_t end) {
-      loops<T>(simd()).widen(source + begin, end - begin, wide + begin);
-    });
-    return wrap(wide, weight.size(0), weight.size(1), ScalarType::Float, weight);
-  }
-
-  template <typename Compute>
-  void tiles(const std::vector<Strip>& strips, const Tensor& matrix) const {
-    const ScalarType type = sizeof(Compute) == sizeof(T) ? weight.scalar_type() : ScalarType::Float;
-    const int64_t columns = weight.size(1), embed = weight.size(0);
+  template <typename F>
+  static void tiles(const std::vector<Strip>& strips, F&& f) {
     for (size_t begin = 0, end; begin < strips.size(); begin = end) {
       int64_t rows = 0;
       for (end = begin; end < strips.size() && (end == begin || rows + strips[end].rows() <= kTileRows); ++end)
         rows += strips[end].rows();
-      Compute* patches = workspace(1).reserve<Compute>(rows * columns);
-      write_strips(&strips[begin], end - begin, patches, columns);
-      const int64_t first = strips[begin].first_row();
-      Tensor result = sizeof(Compute) == sizeof(T)
-          ? torch::stable::narrow(const_cast<Tensor&>(out), 0, row + first, rows)
-          : wrap(workspace(2).reserve<float>(rows * embed), rows, embed, ScalarType::Float, weight);
-      matmul_transposed(result, wrap(patches, rows, columns, type, weight), matrix);
-      finish(&strips[begin], end - begin, sizeof(Compute) == sizeof(T) ? nullptr : data<float>(result));
+      f(&strips[begin], end - begin, rows);
     }
   }
 
-  void finish(const Strip* strips, size_t count, const float* wide) const {
-    const int64_t embed = weight.size(0), base = strips[0].first_row(), stride = out.stride(0);
-    const float* biases = data<float>(bias);
-    T* target = mutable_data<T>(out) + row * stride;
-    const Loops<T>& loop = loops<T>(simd());
-    torch::stable::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for_each_bias(strips[i], biases, embed, [&](int64_t patch, const float* b) {
-          T* line = target + patch * stride;
-          if (wide != nullptr)
-            loop.add_bias(wide + (patch - base) * embed, b, embed, line);
-          else
-            loop.add_bias_inplace(line, b, embed);
+  // A float32 product; bias and rounding to T afterwards, while the tile is in cache.
+  template <typename T>
+  void widened(const std::vector<Strip>& strips, const Tensor& matrix) const {
+    static thread_local Workspace space;
+    const int64_t columns = matrix.size(1), embed = matrix.size(0), stride = out_.stride(0);
+    const float* biases = data<float>(bias_);
+    T* target = mutable_data<T>(out_) + row_ * stride;
+    tiles(strips, [&](const Strip* tile, size_t count, int64_t rows) {
+      float* patches = space.reserve<float>(rows * columns);
+      write_strips(tile, count, patches, columns);
+      const Tensor product = linear(wrap(patches, rows, columns, ScalarType::Float, weight_), matrix);
+      const float* sums = data<float>(product) - tile->first_row() * embed;
+      for_each_strip(tile, count, [&](const Strip& strip) {
+        for_each_bias(strip, [&](int64_t row, int64_t entry) {
+          loops<T>(simd()).add_bias_wide(sums + row * embed, biases + entry * embed, embed, target + row * stride);
         });
+      });
     });
   }
+
+  // A bfloat16 product with the biases in it, rounded once, straight into `out`.
+  void native(const std::vector<Strip>& strips) const {
+    static thread_local Workspace space, matrix_space;
+    const int64_t columns = weight_.size(1), embed = weight_.size(0), entries = 2 * bias_.size(1);
+    std::vector<int64_t> column_of(entries, -1);
+    std::vector<const float*> used;
+    for (const Strip& strip : strips)
+      for_each_bias(strip, [&](int64_t, int64_t entry) {
+        if (column_of[entry] >= 0) return;
+        column_of[entry] = static_cast<int64_t>(used.size());
+        used.push_back(data<float>(bias_) + entry * embed);
+      });
+    const int64_t total = columns_with_bias(columns, static_cast<int64_t>(used.size()));
+    BFloat16* augmented = matrix_space.reserve<BFloat16>(embed * total);
+    append_bias_columns(data<BFloat16>(weight_), embed, columns, used, augmented);
+    const Tensor matrix = wrap(augmented, embed, total, ScalarType::BFloat16, weight_);
+    tiles(strips, [&](const Strip* tile, size_t count, int64_t rows) {
+      BFloat16* patches = space.reserve<BFloat16>(rows * total);
+      write_strips(tile, count, patches, total);
+      const int64_t first = tile->first_row();
+      for_each_strip(tile, count, [&](const Strip& strip) {
+        for_each_bias(strip, [&](int64_t row, int64_t entry) {
+          select_bias(patches + (row - first) * total, columns, total, column_of[entry]);
+        });
+      });
+      const Tensor target = torch::stable::narrow(const_cast<Tensor&>(out_), 0, row_ + first, rows);
+      linear_into(target, wrap(patches, rows, total, ScalarType::BFloat16, weight_), matrix);
+    });
+  }
+
+  const Tensor& weight_;
+  const Tensor& bias_;
+  const Tensor& out_;
+  int64_t row_;
 };
 
 void embed_rows(
@@ -240,9 +265,8 @@ void embed_rows(
   if (total == 0 || embed == 0) return;
   static thread_local std::vector<Strip> strips;
   split(regions, count, kTileRows / (2 * torch::stable::get_num_threads()), strips);
-  dispatch(weight.scalar_type(), "roi_patch_embed", [&](auto zero) {
-    Embedding<decltype(zero)>{weight, bias, out, row}.run(strips);
-  });
+  const Embedding embedding(weight, bias, out, row);
+  dispatch(weight.scalar_type(), "roi_patch_embed", [&](auto zero) { embedding.run<decltype(zero)>(strips); });
 }
 
 }  // namespace

@@ -19,10 +19,9 @@ template <typename T>
 struct Loops {
   // out = pixel − zero
   void (*centre)(const uint8_t* pixels, int64_t n, T* out);
-  // row = round(wide + bias); wide may be row itself when T is float
-  void (*add_bias)(const float* wide, const float* bias, int64_t n, T* row);
-  // row = round(row + bias)
-  void (*add_bias_inplace)(T* row, const float* bias, int64_t n);
+  // row = round(x + bias); x may be row
+  void (*add_bias)(const T* x, const float* bias, int64_t n, T* row);
+  void (*add_bias_wide)(const float* x, const float* bias, int64_t n, T* row);
   void (*widen)(const T* x, int64_t n, float* out);
   float (*dot)(const T* x, const float* y, int64_t n);
   // out = round((x − mean)/√(var + eps)·weight + bias), x with stride; out float32 or T
@@ -33,6 +32,7 @@ struct Loops {
   void (*rank_one_wide)(const float* f, const float* k, int64_t n, T* out);
   // Rotate-half of the pairs (x[i], x[i + half]); x may be out
   void (*rotate)(const T* x, const float* cos, const float* sin, int64_t half, T* out);
+  void (*rotate_wide)(const T* x, const float* cos, const float* sin, int64_t half, float* out);
 };
 
 struct Simd {
@@ -45,8 +45,11 @@ struct Simd {
       const uint8_t* row, const int32_t* first, const int32_t* packed, int groups, int64_t n, uint8_t* out);
   // One row of n bytes from 4·groups input rows.
   void (*vertical)(const uint8_t* const* rows, const int32_t* packed, int groups, int64_t n, uint8_t* out);
+  // out = saturate(x / scale)
+  void (*quantise)(const float* x, float scale, int64_t n, Float8E4M3* out);
   Loops<float> f32;
   Loops<BFloat16> bf16;
+  Loops<Float16> f16;
 };
 
 template <typename T>
@@ -60,6 +63,11 @@ inline const Loops<BFloat16>& loops<BFloat16>(const Simd& simd) {
   return simd.bf16;
 }
 
+template <>
+inline const Loops<Float16>& loops<Float16>(const Simd& simd) {
+  return simd.f16;
+}
+
 extern const Simd kGeneric;
 #ifdef __x86_64__
 extern const Simd kAvx2;
@@ -68,7 +76,20 @@ extern const Simd kAvx512;
 
 // The widest instruction set that this processor has.
 const Simd& simd();
-// Whether the library's bfloat16 matrix product is faster than float32 here.
 bool has_bfloat16_matmul();
+
+// Whether the library's matrix product in T is at least as fast as in float32 here; else T is widened first.
+template <typename T>
+bool has_matmul() {
+  return false;
+}
+template <>
+inline bool has_matmul<float>() {
+  return true;
+}
+template <>
+inline bool has_matmul<BFloat16>() {
+  return has_bfloat16_matmul();
+}
 
 }  // namespace vpt

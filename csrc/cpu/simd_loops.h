@@ -21,16 +21,10 @@ void centre(const uint8_t* pixels, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(static_cast<float>(static_cast<int32_t>(pixels[i]) - 128));
 }
 
-template <typename T>
-void add_bias(const float* wide, const float* bias, int64_t n, T* row) {
+template <typename S, typename T>
+void add_bias(const S* x, const float* bias, int64_t n, T* row) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) row[i] = from_float<T>(wide[i] + bias[i]);
-}
-
-template <typename T>
-void add_bias_inplace(T* row, const float* bias, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) row[i] = from_float<T>(to_float(row[i]) + bias[i]);
+  for (int64_t i = 0; i < n; ++i) row[i] = from_float<T>(to_float(x[i]) + bias[i]);
 }
 
 template <typename T>
@@ -39,26 +33,33 @@ void widen(const T* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]);
 }
 
+// Σ term(i), in float32 over short blocks and in double over the blocks: as accurate as a pairwise sum.
+template <typename Term>
+inline float sum(int64_t n, Term term) {
+  constexpr int64_t kBlock = 128;
+  double total = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    float part = 0.f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part = term(i, part);
+    total += part;
+  }
+  return static_cast<float>(total);
+}
+
 template <typename T>
 float dot(const T* x, const float* y, int64_t n) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum = VPT_FMA(to_float(x[i]), y[i], sum);
-  return sum;
+  return sum(n, [=](int64_t i, float part) { return VPT_FMA(to_float(x[i]), y[i], part); });
 }
 
 template <typename T, typename U>
 void layer_norm(const T* x, int64_t stride, const T* weight, const T* bias, int64_t n, U* out) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += to_float(x[i * stride]);
-  const float mean = sum / static_cast<float>(n);
-  float squares = 0.f;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) {
+  const float mean = sum(n, [=](int64_t i, float part) { return part + to_float(x[i * stride]); }) / static_cast<float>(n);
+  const float squares = sum(n, [=](int64_t i, float part) {
     const float d = to_float(x[i * stride]) - mean;
-    squares = VPT_FMA(d, d, squares);
-  }
+    return VPT_FMA(d, d, part);
+  });
   const float scale = 1.f / __builtin_sqrtf(squares / static_cast<float>(n) + kLayerNormEps);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -74,21 +75,29 @@ void rank_one(const S* f, const float* k, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(VPT_FMA(score, k[i], to_float(f[i])));
 }
 
-template <typename T>
-void rotate(const T* x, const float* cos, const float* sin, int64_t half, T* out) {
+template <typename T, typename U>
+void rotate(const T* x, const float* cos, const float* sin, int64_t half, U* out) {
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
     const float a = to_float(x[i]), b = to_float(x[i + half]);
     const float first = VPT_FMA(a, cos[i], -(b * sin[i])), second = VPT_FMA(b, cos[i], a * sin[i]);
-    out[i] = from_float<T>(first);
-    out[i + half] = from_float<T>(second);
+    out[i] = from_float<U>(first);
+    out[i + half] = from_float<U>(second);
   }
+}
+
+void quantise(const float* x, float scale, int64_t n, Float8E4M3* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = from_float<Float8E4M3>(x[i] / scale);
 }
 
 template <typename T>
 constexpr Loops<T> make_loops() {
-  return {centre<T>,        add_bias<T>,          add_bias_inplace<T>, widen<T>,           dot<T>,
-          layer_norm<T, T>, layer_norm<T, float>, rank_one<T, T>,      rank_one<float, T>, rotate<T>};
+  return {
+      centre<T>,        add_bias<T, T>,       add_bias<float, T>, widen<T>,           dot<T>,
+      layer_norm<T, T>, layer_norm<T, float>, rank_one<T, T>,     rank_one<float, T>, rotate<T, T>,
+      rotate<T, float>,
+  };
 }
 
 }  // namespace

@@ -49,7 +49,8 @@ def test_projection_agrees() -> None:
     norm = (torch.rand(hidden), torch.randn(hidden))
     linear = (torch.randn(hidden, hidden) / 10, torch.randn(hidden))
     features, control = torch.randn(3, 17, hidden), torch.randn(3, hidden)
-    expected = control_cross_attention(features, control, fold_projector("identity", condition_norm=norm, condition=linear))
+    on_cpu = fold_projector("identity", condition_norm=norm, condition=linear)
+    expected = control_cross_attention(features, control, on_cpu)
     cuda = [tuple(t.cuda() for t in pair) for pair in (norm, linear)]
     projector = fold_projector("identity", condition_norm=cuda[0], condition=cuda[1])
     found = control_cross_attention(features.cuda(), control.cuda(), projector)
@@ -71,4 +72,5 @@ def test_append_agrees_and_clamps_positions() -> None:
     for found, expected in zip(results[1], results[0]):
         torch.testing.assert_close(found.cpu(), expected)
     far = torch.full_like(positions, 1000).cuda()
-    append_visual_kv(q.cuda(), k.cuda(), v.cuda(), table.cuda(), far, slots.cuda(), *results[1][1:], backend="reference")
+    moved = [t.cuda() for t in (q, k, v, table)]
+    append_visual_kv(*moved, far, slots.cuda(), *results[1][1:], backend="reference")

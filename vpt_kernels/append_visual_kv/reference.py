@@ -7,37 +7,56 @@ from torch import Tensor
 
 from vpt_kernels.library import implement
 
+FLOAT8_MAX = 448.0
 
-def _cos_sin(table: Tensor, positions: Tensor, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token, [T, 1, rotary_dim / 2]: channel block j takes position row j (chunked M-RoPE)."""
+
+def _axes(sections: tuple[int, int, int], interleaved: bool) -> list[int]:
+    """Which position row turns each half-dimension."""
+    if not interleaved:
+        return [axis for axis, count in enumerate(sections) for _ in range(count)]
+    axes = [0] * sum(sections)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = [axis] * len(range(axis, min(3 * sections[axis], len(axes)), 3))
+    return axes
+
+
+def _cos_sin(table: Tensor, positions: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+    """cos and sin of every token, [T, 1, rotary_dim / 2]."""
     if table.device.type == "cpu" and positions.numel():
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= table.shape[0]:
             raise RuntimeError(
-                f"positions span {low}..{high}; the cos_sin table has rows 0..{table.shape[0] - 1}: build a longer table"
+                f"positions span {low}..{high}; the cos_sin table has rows 0..{table.shape[0] - 1}: "
+                "build a longer table"
             )
     rows = table[positions.long().clamp(0, table.shape[0] - 1)]  # [3, T, rotary_dim]
-    halves = []
-    for half in rows.chunk(2, dim=-1):
-        parts = half.split(sections, dim=-1)
-        halves.append(torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)[:, None])
-    return halves[0], halves[1]
+    axis = torch.tensor(axes, device=table.device)
+    cos, sin = (half.gather(0, axis.expand(1, rows.shape[1], -1))[0][:, None] for half in rows.chunk(2, dim=-1))
+    return cos, sin
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotated x in float32 (float64 for float64)."""
     wide = x if x.dtype == torch.float64 else x.float()
     half = cos.shape[-1]
     first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-    return rotated.to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def _store(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+def _store(cache: Tensor, slots: Tensor, rows: Tensor, heads_first: bool, scale: Tensor | None) -> None:
+    if scale is not None:
+        # The conversion to float8 turns what is too large into NaN: saturate first.
+        rows = (rows.float() / scale.reshape(-1, 1)).clamp(-FLOAT8_MAX, FLOAT8_MAX)
+    rows = rows.to(cache.dtype)
+    if heads_first:
+        cache = cache.transpose(-2, -3)
     page_size = cache.shape[-3]
     capacity = page_size * (cache.shape[0] if cache.dim() == 4 else 1)
     valid = (slots >= 0) & (slots < capacity)
     slot = slots[valid].long()
     index = (slot // page_size, slot % page_size) if cache.dim() == 4 else (slot,)
+    if cache.dtype == torch.float8_e4m3fn:  # which index_put_ does not know
+        cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
     cache.index_put_(index, rows[valid])
 
 
@@ -53,11 +72,15 @@ def append_visual_kv(
     section_t: int,
     section_h: int,
     section_w: int,
+    interleaved: bool,
+    heads_first: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
-    cos, sin = _cos_sin(cos_sin, positions, (section_t, section_h, section_w))
-    _store(k_cache, slots, _rotate(k, cos, sin))
-    _store(v_cache, slots, v)
-    return _rotate(q, cos, sin).contiguous()
+    cos, sin = _cos_sin(cos_sin, positions, _axes((section_t, section_h, section_w), interleaved))
+    _store(k_cache, slots, _rotate(k, cos, sin), heads_first, k_scale)
+    _store(v_cache, slots, v, heads_first, v_scale)
+    return _rotate(q, cos, sin).to(q.dtype).contiguous()
 
 
 def append_visual_kv_(q: Tensor, *others: object) -> None:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.backends import bind
-from vpt_kernels.checks import require_inference, require_tensor
+from vpt_kernels.checks import (
+    CHECK_VALUES,
+    require_disjoint,
+    require_inference,
+    require_segments,
+    require_slots,
+    require_tensor,
+)
 
 FORMS = ("linear", "conv", "identity")
 
@@ -107,9 +114,7 @@ def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
 
 
-def _check(
-    features: Tensor, control: Tensor | None, projector: ControlProjector, cu_seqlens: Tensor | None
-) -> int:
+def _check(features: Tensor, control: Tensor | None, projector: ControlProjector, cu_seqlens: Tensor | None) -> int:
     """Validate a call; return the number of tokens it projects."""
     dtype, device = projector.condition_weight.dtype, projector.condition_weight.device
     weight, hidden = projector.feature_weight, projector.hidden_size
@@ -120,8 +125,8 @@ def _check(
     if is_conv:
         if features.dim() != 4 or features.shape[1] != channels or features.shape[2] % 4 or features.shape[3] % 4:
             raise ValueError(
-                f"features have shape {tuple(features.shape)}; the conv form needs [images, {channels}, h, w] with h, w "
-                "multiples of 4"
+                f"features have shape {tuple(features.shape)}; the conv form needs [images, {channels}, h, w], h and "
+                "w multiples of 4"
             )
         tokens = features.shape[0] * (features.shape[2] // 4) * (features.shape[3] // 4)
     else:
@@ -142,10 +147,8 @@ def _check(
             raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}; it must be int32 or int64")
         if cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens is empty; it must hold 0 and the end of each image's tokens")
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            ends = cu_seqlens.tolist()
-            if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:])):
-                raise ValueError(f"cu_seqlens is {ends}; it must rise from 0 to the number of tokens, {tokens}")
+        if (cu_seqlens.device.type == "cpu" or CHECK_VALUES) and not torch.compiler.is_compiling():
+            require_segments(cu_seqlens, tokens)
     images = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else features.shape[0] if batched else 1
     if control is not None:
         require_tensor("control", control, dtype, device, 2)
@@ -182,8 +185,8 @@ def control_cross_attention(
         backend: "auto", "cpp" or "reference".
 
     Returns:
-        [tokens of all images, H] in the features' dtype, always a new tensor. float32 and bfloat16 on `cpp`; the
-        score and the rank-one term are float32 there and the sum is rounded once.
+        [tokens of all images, H] in the features' dtype, always a new tensor. On `cpp` the score and
+        the rank-one term are float32 and the sum is rounded once.
 
     Raises:
         TypeError: wrong dtype.
@@ -210,7 +213,8 @@ def control_cross_attention_into(
     """`control_cross_attention`, with token i written to `out[rows[i]]`; other rows are left alone.
 
     Args:
-        out: [L, H], dtype and device of the features, last dimension contiguous (an embedding buffer).
+        out: [L, H], dtype and device of the features, last dimension contiguous (an embedding buffer); it must not
+            share memory with the features.
         rows: int32 or int64 [tokens]; a row < 0 or ≥ L is skipped. Equal rows: one of the tokens wins.
 
     Raises:
@@ -228,5 +232,9 @@ def control_cross_attention_into(
         raise TypeError(f"rows is {rows.dtype}; it must be int32 or int64")
     if rows.shape[0] != tokens:
         raise ValueError(f"rows has {rows.shape[0]} entries; the features give {tokens} tokens")
+    if not torch.compiler.is_compiling():
+        require_disjoint("features", features, "out", out)
+        if CHECK_VALUES:
+            require_slots("rows", rows, out.shape[0])
     op = bind("control_cross_attention", "control_cross_attention_into", backend, features.device, features.dtype)
     op(features, control, cu_seqlens, *projector.tensors(), out, rows)

@@ -54,7 +54,9 @@ def control_cross_attention(
         k = k.repeat_interleave(f.shape[0] // k.shape[0] if k.shape[0] else 0, 0)
     else:
         k = k.repeat_interleave(cu_seqlens.diff(), 0, output_size=f.shape[0])
-    a = torch.einsum("to,to->t", f, k)
+    # Summed in float32 and rounded once, as the published einsum is.
+    wide = torch.float64 if f.dtype == torch.float64 else torch.float32
+    a = (f.to(wide) * k.to(wide)).sum(-1).to(f.dtype)
     return f + a[:, None] * k
 
 

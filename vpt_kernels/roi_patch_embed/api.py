@@ -186,4 +186,3 @@ def roi_patch_embed_into(
         raise ValueError(f"rows {row}..{row + plan.rows} do not fit out's {out.shape[0]} rows; enlarge out")
     op = bind("roi_patch_embed", "roi_patch_embed_into", backend, device, embed.weight.dtype)
     op(images, plan.table, embed.weight, embed.bias, out, row)
-

@@ -219,9 +219,7 @@ def _vertical_first(policy: RegionPolicy, in_h: int, in_w: int, out_h: int, out_
     return version >= (12, 2) and in_h > 100 * in_w and out_h < in_h
 
 
-def plan_regions(
-    sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]], policy: RegionPolicy
-) -> RegionPlan:
+def plan_regions(sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]], policy: RegionPolicy) -> RegionPlan:
     """Plan the patches of `boxes`, each cropped first and then resized on its own.
 
     Args:

@@ -87,7 +87,8 @@ def _region_pixels(images: Sequence[Tensor], row: list[int]) -> Tensor:
     c = Column
     top, left = row[c.TOP], row[c.LEFT]
     pixels = images[row[c.IMAGE]][top : top + row[c.HEIGHT], left : left + row[c.WIDTH]]
-    for width, height in zip(row[c.NEAREST_WIDTH_1 : c.RESIZED_WIDTH : 2], row[c.NEAREST_HEIGHT_1 : c.RESIZED_HEIGHT : 2]):
+    steps = row[c.NEAREST_WIDTH_1 : c.RESIZED_WIDTH]
+    for width, height in zip(steps[0::2], steps[1::2]):
         if (height, width) != tuple(pixels.shape[:2]):
             ys = nearest_indices(pixels.shape[0], height).to(pixels.device)
             xs = nearest_indices(pixels.shape[1], width).to(pixels.device)
@@ -137,10 +138,10 @@ def _bias_rows(plan: Tensor, bias: Tensor) -> Tensor:
 
 def roi_patch_embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor) -> Tensor:
     patches = roi_patches(images, plan, rows, weight.shape[1])
-    centred = (patches.to(torch.int16) - PIXEL_ZERO).to(weight.dtype)
-    product = torch.nn.functional.linear(centred, weight)
+    # Product and bias cancel on flat images: rounding the product first would cost most of the result's bits.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return (product.to(wide) + _bias_rows(plan, bias)).to(weight.dtype)
+    product = torch.nn.functional.linear((patches.to(torch.int16) - PIXEL_ZERO).to(wide), weight.to(wide))
+    return (product + _bias_rows(plan, bias)).to(weight.dtype)
 
 
 def roi_patch_embed_into(
