@@ -102,7 +102,8 @@ def _photo(axes: Axes, report: Report) -> None:
     axes.set_xticks([(index + 0.5) * width / GRID for index in range(GRID)], [f"x{index}" for index in range(GRID)])
     axes.set_yticks([(index + 0.5) * height / GRID for index in range(GRID)], [f"y{index}" for index in range(GRID)])
     axes.tick_params(length=0, labelsize=8.5, colors=MUTED, top=False, labeltop=False)
-    axes.set_title("The photo: named cells, and the crop with its margin", loc="left")
+    named = any(look.boxes for look in report.comparisons)
+    axes.set_title("The photo: named cells, and the crop with its margin" if named else "The photo", loc="left")
 
 
 def _named_cells(region: RegionSpan, width: int, height: int) -> tuple[float, float, float, float]:
@@ -119,14 +120,16 @@ def _pixels(axes: Axes, image: Image.Image, box: Box | None, view: Box) -> None:
     left, top, right, bottom = box or (0, 0, *image.size)
     pixels, extent = seen_pixels(image, box), (left, right, bottom, top)
     scale = pixels.width / (right - left)
-    seen = round((view[2] - view[0]) * scale), round((view[3] - view[1]) * scale)
-    title = f"{'First' if box is None else 'Second'} look: {seen[0]}×{seen[1]} pixels of this region"
-    axes.set_title(title, loc="left")
+    seen = f"{round((view[2] - view[0]) * scale)}×{round((view[3] - view[1]) * scale)} pixels"
+    whole = view == (0, 0, *image.size)
+    order = "First" if box is None else "Second"
+    axes.set_title(f"{order} look: {seen} of {'the photo' if whole else 'this region'}", loc="left")
 
     detail = richest_window(image, view)
     right_half = detail[0] + detail[2] > view[0] + view[2]
-    shape = (0.02 if right_half else 0.57, 0.02, 0.41, 0.41 * (view[2] - view[0]) / (view[3] - view[1]))
-    inset = axes.inset_axes(shape)
+    width, height = view[2] - view[0], view[3] - view[1]
+    wide, high = 0.42 * min(width, height) / width, 0.42 * min(width, height) / height
+    inset = axes.inset_axes((0.02 if right_half else 0.98 - wide, 0.02, wide, high))
     for axis, window in ((axes, view), (inset, detail)):
         axis.imshow(pixels, extent=extent, interpolation="nearest")
         axis.set(xlim=(window[0], window[2]), ylim=(window[3], window[1]), xticks=[], yticks=[])
@@ -150,7 +153,7 @@ def _timeline(axes: Axes, comparisons: list[Comparison]) -> None:
             axes.plot([run.trigger_at, run.answer_at], [y + 0.36] * 2, color=INK, linewidth=2, solid_capstyle="butt")
             axes.text(run.total + 0.006 * end, y, f"{_time(run.total)} in all; {note}", va="center", fontsize=9.5)
         axes.text(0, 2.6 * index - 0.44, look.look, fontsize=10.5, fontweight="bold", va="bottom")
-    axes.set(xlim=(0, 1.22 * end), ylim=(2.6 * len(comparisons) - 1.0, -0.95), xlabel="seconds")
+    axes.set(xlim=(0, 1.32 * end), ylim=(2.6 * len(comparisons) - 1.0, -0.95), xlabel="seconds")
     axes.xaxis.set_major_formatter(lambda milliseconds, _: f"{milliseconds / 1e3:g}")
     axes.set_yticks([y for y, _ in labels], [name for _, name in labels])
     axes.tick_params(axis="y", length=0)
