@@ -331,6 +331,6 @@ def test_random_state_makes_a_lively_model():
     )
     logits = model.language.logits(hidden)
     margin = logits.topk(2).values.diff().abs()
-    assert 2 < logits.std() < 5
-    assert margin.median() > 0.2
+    assert 0.8 < logits.std() < 1.3
+    assert margin.median() > 0.1
     assert len(logits.argmax(-1).unique()) > 40

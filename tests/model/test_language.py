@@ -83,7 +83,7 @@ def test_prefill_equals_transformers(plain, images):
     ids, pictures = conversation(images)
     _, logits = run(model, model.language.new_cache(128), ids, pictures)
     expected = published(reference, ids, pictures)
-    assert expected.abs().max() > 5
+    assert expected.abs().max() > 2
     assert (logits - expected).abs().max() <= TOLERANCE
 
 
