@@ -100,7 +100,7 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
 def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """A random state dict, the same for the same config and seed (bf16 and fp16 are roundings of the float32 values).
 
-    Scales keep activations and logits of order one (float32 noise in the logits stays well below 1e-4), attention peaked
+    Scales keep activations and logits of order one (float32 noise in logits stays well below 1e-4), attention peaked
     enough that single tokens matter, and the projector's rank-one term half the features' size.
     """
     generator = torch.Generator().manual_seed(seed)
