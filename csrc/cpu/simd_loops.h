@@ -35,7 +35,7 @@ void widen(const T* x, int64_t n, float* out) {
 
 // Σ term(i), in float32 over short blocks and in double over the blocks: as accurate as a pairwise sum.
 template <typename Term>
-inline float sum(int64_t n, Term term) {
+inline double sum(int64_t n, Term term) {
   constexpr int64_t kBlock = 128;
   double total = 0.0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -45,25 +45,29 @@ inline float sum(int64_t n, Term term) {
     for (int64_t i = begin; i < end; ++i) part = term(i, part);
     total += part;
   }
-  return static_cast<float>(total);
+  return total;
 }
 
 template <typename T>
 float dot(const T* x, const float* y, int64_t n) {
-  return sum(n, [=](int64_t i, float part) { return VPT_FMA(to_float(x[i]), y[i], part); });
+  return static_cast<float>(sum(n, [=](int64_t i, float part) { return VPT_FMA(to_float(x[i]), y[i], part); }));
 }
 
 template <typename T, typename U>
 void layer_norm(const T* x, int64_t stride, const T* weight, const T* bias, int64_t n, U* out) {
-  const float mean = sum(n, [=](int64_t i, float part) { return part + to_float(x[i * stride]); }) / static_cast<float>(n);
-  const float squares = sum(n, [=](int64_t i, float part) {
-    const float d = to_float(x[i * stride]) - mean;
+  // Sums start from the first element and the mean is kept in two parts: rows far from zero lose nothing.
+  const float origin = to_float(x[0]);
+  const double mean =
+      origin + sum(n, [=](int64_t i, float part) { return part + (to_float(x[i * stride]) - origin); }) / n;
+  const float high = static_cast<float>(mean), low = static_cast<float>(mean - high);
+  const double squares = sum(n, [=](int64_t i, float part) {
+    const float d = to_float(x[i * stride]) - high - low;
     return VPT_FMA(d, d, part);
   });
-  const float scale = 1.f / __builtin_sqrtf(squares / static_cast<float>(n) + kLayerNormEps);
+  const float scale = static_cast<float>(1.0 / __builtin_sqrt(squares / n + kLayerNormEps));
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float normed = (to_float(x[i * stride]) - mean) * scale;
+    const float normed = (to_float(x[i * stride]) - high - low) * scale;
     out[i] = from_float<U>(VPT_FMA(normed, to_float(weight[i]), to_float(bias[i])));
   }
 }

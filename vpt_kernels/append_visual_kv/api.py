@@ -43,10 +43,9 @@ def _check(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    require_inference(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    require_tensor("q", q, None, None, 3)
     dtype, device = q.dtype, q.device
     for name, tensor, kind, dim in (
-        ("q", q, None, 3),
         ("k", k, dtype, 3),
         ("v", v, dtype, 3),
         ("cos_sin", cos_sin, torch.float32, 2),
@@ -80,6 +79,7 @@ def _check(
     for name, tensor in strided.items():
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has strides {tensor.stride()}; the last dimension must be contiguous")
+    require_inference(**strided)
     if CHECK_VALUES and not torch.compiler.is_compiling():
         capacity = k_cache.numel() // (kv_heads * head_dim)
         require_slots("slots", slots, capacity)
@@ -96,6 +96,7 @@ def _check_caches(
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; choose one of {LAYOUTS}")
     _, kv_heads, head_dim = k.shape
+    require_tensor("k_cache", k_cache, None, None, None)
     quantised = k_cache.dtype == torch.float8_e4m3fn
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         require_tensor(name, cache, torch.float8_e4m3fn if quantised else k.dtype, k.device, None)
@@ -165,7 +166,7 @@ def append_visual_kv(
         backend: "auto", "cpp" or "reference".
 
     Returns:
-        The rotated q, a new contiguous [T, query heads, head_dim]. The rotation is computed in float32 and rounded once.
+        The rotated q, a new contiguous [T, query heads, head_dim]. The rotation is computed in float32, rounded once.
 
     Raises:
         TypeError: wrong dtype.

@@ -35,12 +35,13 @@ def _cos_sin(table: Tensor, positions: Tensor, axes: list[int]) -> tuple[Tensor,
     return cos, sin
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotated x in float32 (float64 for float64)."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotated x, computed in float32 (float64 for float64) and rounded to `dtype`; the rest of each row as it is."""
     wide = x if x.dtype == torch.float64 else x.float()
     half = cos.shape[-1]
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([rotated.to(dtype), x[..., 2 * half :].to(dtype)], dim=-1)
 
 
 def _store(cache: Tensor, slots: Tensor, rows: Tensor, heads_first: bool, scale: Tensor | None) -> None:
@@ -78,9 +79,10 @@ def append_visual_kv(
     v_scale: Tensor | None,
 ) -> Tensor:
     cos, sin = _cos_sin(cos_sin, positions, _axes((section_t, section_h, section_w), interleaved))
-    _store(k_cache, slots, _rotate(k, cos, sin), heads_first, k_scale)
+    rounded = k.dtype if k_scale is None else torch.float32
+    _store(k_cache, slots, _rotate(k, cos, sin, rounded), heads_first, k_scale)
     _store(v_cache, slots, v, heads_first, v_scale)
-    return _rotate(q, cos, sin).to(q.dtype).contiguous()
+    return _rotate(q, cos, sin, q.dtype)
 
 
 def append_visual_kv_(q: Tensor, *others: object) -> None:

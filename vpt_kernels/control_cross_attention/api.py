@@ -119,7 +119,9 @@ def _check(features: Tensor, control: Tensor | None, projector: ControlProjector
     dtype, device = projector.condition_weight.dtype, projector.condition_weight.device
     weight, hidden = projector.feature_weight, projector.hidden_size
     require_tensor("features", features, dtype, device, None)
-    require_inference(features=features, control=control, condition_weight=projector.condition_weight)
+    require_inference(features=features, control=control)
+    for tensor in projector.tensors():
+        require_inference(projector=tensor)
     channels = hidden if weight is None else projector.feature_norm_weight.shape[0]
     is_conv = weight is not None and weight.shape[1] != channels
     if is_conv:
@@ -223,6 +225,7 @@ def control_cross_attention_into(
     tokens = _check(features, control, projector, cu_seqlens)
     require_tensor("out", out, features.dtype, features.device, 2)
     require_tensor("rows", rows, None, features.device, 1)
+    require_inference(out=out)
     if out.shape[1] != projector.hidden_size or out.stride(1) != 1:
         raise ValueError(
             f"out has shape {tuple(out.shape)} and strides {out.stride()}; it needs {projector.hidden_size} contiguous "

@@ -51,6 +51,11 @@ def fold_patch_weight(
     Raises:
         ValueError: shapes do not fit.
     """
+    require_tensor("weight", weight, None, None, None)
+    if not weight.is_floating_point() or not (dtype or weight.dtype).is_floating_point:
+        raise TypeError(
+            f"weight is {weight.dtype}, to be folded to {dtype or weight.dtype}; both must be floating point"
+        )
     require_inference(weight=weight, bias=bias)
     if weight.dim() not in (4, 5) or weight.shape[1] != 3 or weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [E, 3, p, p] or [E, 3, T, p, p]")
@@ -84,10 +89,11 @@ def _check_images(images: Sequence[Tensor], plan: RegionPlan) -> torch.device:
         raise TypeError("images is one tensor; give a list of uint8 [height, width, 3] tensors")
     if plan.rows and not images:
         raise ValueError("images is empty, but the plan has regions")
-    device = images[0].device if images else torch.device("cpu")
+    device = getattr(images[0], "device", None) if images else torch.device("cpu")
     for number, image in enumerate(images):
-        if image.dtype != torch.uint8:
-            raise TypeError(f"image {number} is {image.dtype}; it must be uint8 (0…255), not normalised")
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+            kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"image {number} is {kind}; it must be a torch.uint8 tensor (0…255, not normalised)")
         if image.dim() != 3 or image.shape[2] != 3:
             raise ValueError(f"image {number} has shape {tuple(image.shape)}; it must be [height, width, 3] (HWC, RGB)")
         if image.device != device:
@@ -100,7 +106,15 @@ def _check_images(images: Sequence[Tensor], plan: RegionPlan) -> torch.device:
 
 
 def _check_embed(embed: FoldedPatchEmbed, plan: RegionPlan, device: torch.device) -> None:
-    require_inference(weight=embed.weight)
+    require_inference(weight=embed.weight, bias=embed.bias)
+    outputs, patch = embed.weight.shape[0], embed.patch_size
+    wide = torch.float64 if embed.weight.dtype == torch.float64 else torch.float32
+    require_tensor("bias", embed.bias, wide, device, 3)
+    if embed.weight.shape != (outputs, 3 * patch * patch) or embed.bias.shape != (2, patch + 1, outputs):
+        raise ValueError(
+            f"weight {tuple(embed.weight.shape)} and bias {tuple(embed.bias.shape)} must be [E, {3 * patch * patch}] "
+            f"and [2, {patch + 1}, E] for patch size {patch}; use fold_patch_weight"
+        )
     if embed.patch_size != plan.patch_size:
         raise ValueError(f"the weight has patch size {embed.patch_size}, the plan {plan.patch_size}; they must agree")
     if embed.weight.device != device:
@@ -177,6 +191,7 @@ def roi_patch_embed_into(
     device = _check_images(images, plan)
     _check_embed(embed, plan, device)
     require_tensor("out", out, embed.weight.dtype, device, 2)
+    require_inference(out=out)
     if out.shape[1] != embed.weight.shape[0] or out.stride(1) != 1:
         raise ValueError(
             f"out has shape {tuple(out.shape)} and strides {out.stride()}; it needs {embed.weight.shape[0]} contiguous "
