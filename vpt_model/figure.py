@@ -171,7 +171,7 @@ def _bar(axes: Axes, y: float, run: Run, end: float) -> None:
         axes.barh(
             y, step.milliseconds, left=start, height=0.56, color=COLOURS[step.name], edgecolor="white", linewidth=0.8
         )
-        if step.milliseconds > 0.042 * end:
+        if step.milliseconds > 0.052 * end:
             colour = "white" if step.name in DARK else INK
             middle = start + step.milliseconds / 2
             axes.text(middle, y, _time(step.milliseconds), ha="center", va="center", fontsize=8.5, color=colour)
