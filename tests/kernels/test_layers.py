@@ -1,0 +1,47 @@
+"""The modules give what the functions give, and survive .to()."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import conv2d
+
+from vpt_kernels import append_visual_kv, control_cross_attention, fold_projector, qwen2_vl_policy, rotary_table
+from vpt_kernels.layers import AppendVisualKV, ControlCrossAttention, RoiPatchEmbed
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def test_roi_patch_embed_equals_the_convolution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(32, 3, 14, 14, generator=generator) / 24)
+    image = torch.randint(0, 256, (56, 84, 3), dtype=torch.uint8, generator=generator)
+    layer = RoiPatchEmbed(weight, MEAN, STD, qwen2_vl_policy(merge_size=1))
+    tokens, grids = layer([image, image], [(1, 0, 0, 84, 56)])
+    pixels = ((image.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()).permute(2, 0, 1)
+    expected = conv2d(pixels[None], weight.detach().double(), stride=14)[0].flatten(1).T
+    assert grids == ((4, 6),)
+    torch.testing.assert_close(tokens.double(), expected, rtol=1e-5, atol=1e-5)
+    whole, grids = layer([image, image])
+    assert grids == ((4, 6), (4, 6)) and torch.equal(whole[24:], tokens)
+
+
+def test_control_cross_attention() -> None:
+    norm, linear = (torch.rand(48), torch.randn(48)), (torch.randn(48, 48) / 7, torch.randn(48))
+    projector = fold_projector("identity", condition_norm=norm, condition=linear)
+    features, control = torch.randn(2, 5, 48), torch.randn(2, 48)
+    layer = ControlCrossAttention(projector)
+    assert torch.equal(layer(features, control), control_cross_attention(features, control, projector))
+    narrow = layer.to(torch.bfloat16)(features.bfloat16(), control.bfloat16())
+    torch.testing.assert_close(narrow.float(), layer.float()(features, control), rtol=0.05, atol=0.5)
+
+
+def test_append_keeps_its_table_in_float32() -> None:
+    layer = AppendVisualKV(rotary_table(40, 64), (8, 12, 12)).to(torch.bfloat16)
+    assert layer.cos_sin.dtype == torch.float32
+    q, k, v = (torch.randn(3, heads, 64) for heads in (4, 2, 2))
+    positions, slots = torch.randint(0, 40, (3, 3)), torch.tensor([4, 0, 2])
+    caches = [torch.zeros(8, 2, 64) for _ in range(4)]
+    rotated = layer(q, k, v, positions, slots, *caches[:2])
+    expected = append_visual_kv(q, k, v, rotary_table(40, 64), positions, slots, *caches[2:], (8, 12, 12))
+    assert torch.equal(rotated, expected)
+    assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])

@@ -1,0 +1,124 @@
+"""The operators as nn.Modules, to take the place of a model's own layers. Forward only; no state but weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vpt_kernels.append_visual_kv.api import append_visual_kv
+from vpt_kernels.control_cross_attention.api import ControlProjector, control_cross_attention
+from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed, fold_patch_weight, roi_patch_embed
+from vpt_kernels.roi_patch_embed.geometry import RegionPolicy, plan_regions
+
+
+class RoiPatchEmbed(nn.Module):
+    """uint8 images and boxes → patch tokens; replaces image processor and patch embedding.
+
+    Args:
+        weight: [E, 3, p, p] or [E, 3, T, p, p], a patch convolution's; bias: [E] or None.
+        mean, std: per channel, of pixels scaled to 0…1.
+        policy: how a crop becomes patches; its patch_size must be the weight's.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        policy: RegionPolicy,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        with torch.no_grad():
+            folded = fold_patch_weight(weight, mean, std, bias)
+        self.policy = policy
+        self.patch_size = folded.patch_size
+        self.register_buffer("weight", folded.weight)
+        self.register_buffer("bias", folded.bias)
+
+    def forward(
+        self, images: Sequence[Tensor], boxes: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Tokens [Σ patches, E] and the grid (height, width) in patches of each box; default: every whole image.
+
+        images: uint8 [height, width, 3]; boxes: (image, left, top, right, bottom), see `plan_regions`.
+        """
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        if boxes is None:
+            boxes = [(i, 0, 0, width, height) for i, (height, width) in enumerate(sizes)]
+        plan = plan_regions(sizes, boxes, self.policy)
+        embed = FoldedPatchEmbed(self.weight, self.bias, self.patch_size)
+        return roi_patch_embed(images, plan, embed), plan.grids
+
+
+class ControlCrossAttention(nn.Module):
+    """A published projector (`MinimalProjector`, `MinimalSamProjector`, `MinimalCLIPProjector`) with fixed weights."""
+
+    _NAMES = tuple(ControlProjector.__dataclass_fields__)
+
+    def __init__(self, projector: ControlProjector) -> None:
+        super().__init__()
+        for name in self._NAMES:
+            self.register_buffer(name, getattr(projector, name))
+
+    def forward(self, features: Tensor, control: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """[tokens, H]; arguments as of `control_cross_attention`."""
+        projector = ControlProjector(*(getattr(self, name) for name in self._NAMES))
+        return control_cross_attention(features, control, projector, cu_seqlens)
+
+
+class AppendVisualKV(nn.Module):
+    """`append_visual_kv` with a model's table, sections and cache layout bound.
+
+    Args:
+        cos_sin: from `rotary_table`; sections, interleaved, layout: as of `append_visual_kv`.
+    """
+
+    def __init__(
+        self,
+        cos_sin: Tensor,
+        sections: tuple[int, int, int] = (16, 24, 24),
+        *,
+        interleaved: bool = False,
+        layout: str = "NHD",
+    ) -> None:
+        super().__init__()
+        self.sections, self.interleaved, self.layout = sections, interleaved, layout
+        # Always float32: a model converted to bfloat16 must keep its angles.
+        self.cos_sin = cos_sin
+
+    def _apply(self, function, recurse: bool = True) -> AppendVisualKV:
+        super()._apply(function, recurse)
+        self.cos_sin = self.cos_sin.to(function(self.cos_sin).device)
+        return self
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The rotated q; k and v are written into the caches."""
+        return append_visual_kv(
+            q,
+            k,
+            v,
+            self.cos_sin,
+            positions,
+            slots,
+            k_cache,
+            v_cache,
+            self.sections,
+            interleaved=self.interleaved,
+            layout=self.layout,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
