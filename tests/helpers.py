@@ -16,7 +16,10 @@ SEED = int(os.environ.get("VPT_TEST_SEED", "20250224"))
 
 BACKENDS = ("reference", "cpp")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+each_dtype = pytest.mark.parametrize("dtype", _DTYPES.values(), ids=_DTYPES)
+each_model_dtype = pytest.mark.parametrize("dtype", list(_DTYPES.values())[:2], ids=list(_DTYPES)[:2])
+"""For full-size work: without units for it, a float16 product takes seconds on a CPU."""
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,6 +54,13 @@ def photo(name: str = "astronaut", longest: int = 512) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image[::step, ::step]))
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear in x's dtype; float16 with float32 sums, rounded once, as processors with float16 units do it."""
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+    bias = None if bias is None else bias.to(wide)
+    return torch.nn.functional.linear(x.to(wide), weight.to(wide), bias).to(x.dtype)
+
+
 def patchify(canvas: Tensor, patch: int, merge: int = 1) -> Tensor:
     """[H, W, C] → [patches, patch·patch·C], rows in (h/m, w/m, m, m) order, columns in (y, x, channel) order."""
     height, width, channels = canvas.shape
@@ -67,7 +77,7 @@ def unpatchify(rows: Tensor, grid: tuple[int, int], patch: int, merge: int = 1) 
 
 def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, so that NaN equals NaN and −0 differs from 0."""
-    return tensor.detach().contiguous().view(torch.uint8)
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> None:

@@ -22,15 +22,23 @@ class Call:
     k_cache: Tensor
     v_cache: Tensor
     sections: tuple[int, int, int]
+    interleaved: bool = False
+    layout: str = "NHD"
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def options(self) -> dict:
+        names = ("sections", "interleaved", "layout", "k_scale", "v_scale")
+        return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.q, self.k, self.v, self.cos_sin, self.positions, self.slots, self.k_cache, self.v_cache)
 
     def run(self, backend: str) -> Tensor:
-        return append_visual_kv(*self.tensors(), self.sections, backend=backend)
+        return append_visual_kv(*self.tensors(), **self.options(), backend=backend)
 
     def run_in_place(self, backend: str) -> None:
-        return append_visual_kv_(*self.tensors(), self.sections, backend=backend)
+        return append_visual_kv_(*self.tensors(), **self.options(), backend=backend)
 
     def fresh(self) -> Call:
         """The same call with q and both caches copied."""
@@ -84,7 +92,12 @@ def make(
 def angles(call: Call) -> tuple[Tensor, Tensor]:
     """float32 cos and sin [tokens, 1, rotary_dim / 2], by the section of each half-dimension."""
     half = call.cos_sin.shape[1] // 2
-    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(call.sections))
+    if call.interleaved:  # t h w t h w … while there are three, then what is left of t
+        axis = torch.zeros(half, dtype=torch.int64)
+        for number in (1, 2):
+            axis[number : 3 * call.sections[number] : 3] = number
+    else:
+        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(call.sections))
     rows = call.positions.long()[axis].T  # [tokens, half]
     index = torch.arange(half).expand_as(rows)
     return call.cos_sin[rows, index][:, None], call.cos_sin[rows, half + index][:, None]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers import normal
+from tests.helpers import linear, normal
 from vpt_kernels import ControlProjector, fold_projector
 
 Parameters = dict[str, tuple[Tensor, Tensor]]
@@ -62,14 +62,16 @@ def composition(
     f = features.to(dtype)
     if "feature" in p and f.dim() == 4:
         f = F.layer_norm(f.permute(0, 2, 3, 1), p["feature_norm"][0].shape, *p["feature_norm"]).permute(0, 3, 1, 2)
-        f = F.conv2d(f, *p["feature"], stride=4).flatten(2).transpose(1, 2)
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        weight, bias = (t.to(wide) for t in p["feature"])
+        f = F.conv2d(f.to(wide), weight, bias, stride=4).to(dtype).flatten(2).transpose(1, 2)
     elif "feature" in p:
-        f = F.linear(F.layer_norm(f, f.shape[-1:], *p["feature_norm"]), *p["feature"])
+        f = linear(F.layer_norm(f, f.shape[-1:], *p["feature_norm"]), *p["feature"])
     if f.dim() == 3:
         images = list(f)
     else:
         images = [f[a:b] for a, b in pairwise(cu_seqlens or [0, len(f)])]
     if control is not None:
-        k = F.linear(F.layer_norm(control.to(dtype), control.shape[-1:], *p["condition_norm"]), *p["condition"])
+        k = linear(F.layer_norm(control.to(dtype), control.shape[-1:], *p["condition_norm"]), *p["condition"])
         images = [f + torch.einsum("so,o->s", f, row)[:, None] * row for f, row in zip(images, k, strict=True)]
     return torch.cat(images) if images else f.reshape(0, f.shape[-1])

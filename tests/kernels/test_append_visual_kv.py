@@ -172,8 +172,10 @@ def test_nan_query_does_not_touch_the_caches(backend):
 def test_values_are_copied_bit_by_bit(backend, dtype):
     """NaN payloads, −0 and denormals survive in v and in the dimensions beyond the rotary ones."""
     call = make(8, head_dim=24, rotary_dim=8, dtype=dtype)
-    integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
-    odd = torch.tensor([1, -1, 0x7F81, torch.iinfo(integers).min, 0x0080, 3, 0x7FC1, -2], dtype=integers).view(dtype)
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    odd = torch.tensor([1, -1, 0x7F81, 0x7C01, torch.iinfo(integers).min, 0x0080, 0x7FC1, -2], dtype=integers).view(
+        dtype
+    )
     call.v[:] = odd[:, None, None]
     call.k[..., 8:] = odd[:, None, None]
     before = call.k.clone()

@@ -12,6 +12,7 @@ from tests.helpers import (
     assert_twice_as_good,
     each_backend,
     each_dtype,
+    each_model_dtype,
     normal,
     numbers,
     virtual_bytes,
@@ -55,7 +56,7 @@ each_raggedness = pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED
 
 
 @each_backend
-@each_dtype
+@each_model_dtype
 @each_conditioning
 @each_raggedness
 @pytest.mark.parametrize("hidden", (1536, 3584))
@@ -66,7 +67,7 @@ def test_identity(backend, dtype, conditioned, lengths, hidden):
 
 
 @each_backend
-@each_dtype
+@each_model_dtype
 @each_conditioning
 @pytest.mark.parametrize("images", (1, 3))
 def test_linear_at_dinov2_size(backend, dtype, conditioned, images):
@@ -83,13 +84,13 @@ def test_linear_ragged(backend, dtype, conditioned, lengths):
 
 
 @each_backend
-@each_dtype
+@each_model_dtype
 def test_linear_into_wider_model(backend, dtype):
     check("linear", 3584, (37, 1024), None, dtype, backend, rounds=3)
 
 
 @each_backend
-@each_dtype
+@each_model_dtype
 def test_conv_at_sam_size(backend, dtype):
     check("conv", 1536, (1, 256, 64, 64), None, dtype, backend)
 
@@ -111,12 +112,22 @@ def test_odd_widths(backend, dtype, hidden, channels):
 
 
 @each_backend
-@each_dtype
+@each_model_dtype
 def test_large_scores(backend, dtype):
     """Scores in the thousands, beyond what 16 bits of mantissa could hold."""
     params = parameters("linear", 96, 64, dtype)
     params["condition"] = params["condition"][0] * 30, params["condition"][1]
     check("linear", 96, (40, 64), [13, 27], dtype, backend, rounds=4, params=params)
+
+
+def test_scores_beyond_float16():
+    """f·k = 98,304 does not fit float16, the projected token 2,048 + 98,304/2 does: the score is float32."""
+    hidden = 96
+    condition = torch.zeros(hidden, hidden), torch.full((hidden,), 0.5)
+    given = {"condition_norm": (torch.ones(hidden), torch.zeros(hidden)), "condition": condition}
+    projector = fold_projector("identity", **{name: tuple(t.half() for t in pair) for name, pair in given.items()})
+    features, control = torch.full((3, hidden), 2048, dtype=torch.float16), torch.zeros(1, hidden, dtype=torch.float16)
+    assert (control_cross_attention(features, control, projector, backend="cpp") == 51200).all()
 
 
 @each_backend

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import (
@@ -17,6 +16,8 @@ from tests.helpers import (
     assert_twice_as_good,
     each_backend,
     each_dtype,
+    each_model_dtype,
+    linear,
     noise,
     normal,
     patchify,
@@ -61,7 +62,7 @@ def unfused(
     x = torch.where(valid.view(-1, patch, patch, 1), x, 0).permute(0, 3, 1, 2)
     frames = weight.shape[2] if weight.dim() == 5 else 1
     x = x[:, :, None].expand(-1, -1, frames, -1, -1).reshape(len(x), -1)
-    return F.linear(x.to(dtype), weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+    return linear(x.to(dtype), weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
 
 
 def valid_pixels(policy: RegionPolicy, plan: RegionPlan, boxes: list[tuple[int, ...]]) -> Tensor:
@@ -77,7 +78,7 @@ def valid_pixels(policy: RegionPolicy, plan: RegionPlan, boxes: list[tuple[int, 
 
 def weights(shape: tuple[int, ...], dtype: torch.dtype, coherent: bool = False) -> Tensor:
     """Random; coherent ones have a common sign, so that errors of a flat image add up."""
-    return normal(*shape, key="patch weight", dtype=dtype, scale=0.02) + (0.03 if coherent else 0)
+    return (normal(*shape, key="patch weight", scale=0.02) + (0.03 if coherent else 0)).to(dtype)
 
 
 def check(images, boxes, policy, weight, bias, mean, std, dtype, backend, what):
@@ -101,6 +102,15 @@ def test_qwen2_vl_tokens(backend, dtype, content, coherent):
     check(
         [image], [(0, 10, 5, 240, 180)], qwen2_vl_policy(), weight, None, CLIP_MEAN, CLIP_STD, dtype, backend, content
     )
+
+
+@each_backend
+@pytest.mark.parametrize("content", ("white", "astronaut"))
+def test_small_weights_in_float16(backend, content):
+    """Divided by 255 they would lose bits to float16's denormals."""
+    image, weight = CONTENTS[content](200, 260), weights((70, 3, 2, 14, 14), torch.float16) / 32
+    policy, box = qwen2_vl_policy(), [(0, 10, 5, 240, 180)]
+    check([image], box, policy, weight, None, CLIP_MEAN, CLIP_STD, torch.float16, backend, content)
 
 
 @each_backend
@@ -137,7 +147,7 @@ def test_sam_tokens_with_padding(backend, dtype, content, size):
 
 
 @each_backend
-@each_dtype
+@each_model_dtype
 def test_sam_tokens_at_full_size(backend, dtype):
     weight, bias = weights((16, 3, 16, 16), dtype), normal(16, key="bias", dtype=dtype)
     image = photo("astronaut")[:333]
@@ -209,7 +219,7 @@ def test_patch_sizes(backend, patch):
 
 
 @each_backend
-@each_dtype
+@each_model_dtype
 def test_a_large_region(backend, dtype):
     """More rows than any strip or tile: 5,184 patches, one wrong row would show."""
     image = photo("retina", 1411)
