@@ -10,7 +10,7 @@
 namespace vpt::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 512;
+constexpr int64_t kTileRows = 1024;
 constexpr int kPixelZero = 128;
 
 // A run of merge-block rows of one region.

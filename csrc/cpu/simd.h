@@ -17,7 +17,7 @@ constexpr int kTapGroup = 4;
 // Loops over one row of n elements of type T; sums and products are float32.
 template <typename T>
 struct Loops {
-  // out = pixel − zero
+  // out = (pixel − 128)/256, exact in every T
   void (*centre)(const uint8_t* pixels, int64_t n, T* out);
   // row = round(x + bias); x may be row
   void (*add_bias)(const T* x, const float* bias, int64_t n, T* row);

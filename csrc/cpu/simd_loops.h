@@ -18,7 +18,8 @@ constexpr float kLayerNormEps = 1e-5f;
 template <typename T>
 void centre(const uint8_t* pixels, int64_t n, T* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(static_cast<float>(static_cast<int32_t>(pixels[i]) - 128));
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = from_float<T>(static_cast<float>(static_cast<int32_t>(pixels[i]) - 128) * 0x1p-8f);
 }
 
 template <typename S, typename T>

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vpt_kernels.backends import bind
 from vpt_kernels.checks import require_inference, require_tensor
-from vpt_kernels.roi_patch_embed.geometry import PIXEL_ZERO, RegionPlan
+from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, PIXEL_ZERO, RegionPlan
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class FoldedPatchEmbed:
     """A patch embedding that reads uint8 pixels; made by `fold_patch_weight`.
 
     Attributes:
-        weight: [E, p·p·3], columns in (y, x, channel) order, W / (255·std).
+        weight: [E, p·p·3], columns in (y, x, channel) order, W·256 / (255·std): it multiplies
+            (pixel − 128)/256.
         bias: float32 [2, p + 1, E]: the bias of a patch of which v rows (first index 0) or v columns (1) are image;
             [., p] is the ordinary one, [., 0] the convolution's own bias.
         patch_size: p.
@@ -70,8 +71,8 @@ def fold_patch_weight(
         wide = wide.sum(2)
     mean_t = torch.tensor(mean, dtype=torch.float64, device=weight.device)
     std_t = torch.tensor(std, dtype=torch.float64, device=weight.device)
-    folded = (wide.permute(0, 2, 3, 1) / (255 * std_t)).to(dtype)  # [E, p, p, 3]
-    shift = folded.double() * (255 * mean_t - PIXEL_ZERO)
+    folded = (wide.permute(0, 2, 3, 1) * (PIXEL_SCALE / (255 * std_t))).to(dtype)  # [E, p, p, 3]
+    shift = folded.double() * ((255 * mean_t - PIXEL_ZERO) / PIXEL_SCALE)
     biases = torch.zeros((2, patch + 1, embed), dtype=torch.float64, device=weight.device)
     for axis, other in ((0, 2), (1, 1)):
         biases[axis, 1:] = -shift.sum((other, 3)).cumsum(1).T

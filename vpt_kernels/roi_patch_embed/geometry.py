@@ -18,9 +18,9 @@ from torch import Tensor
 MAX_SIZE = 1 << 20
 """Largest width or height, in pixels, of an image or of a resampled region."""
 MAX_ASPECT_RATIO = 200
-PIXEL_ZERO = 128
-"""Pixels are centred by this before the GEMM: exact in bfloat16, it keeps the folded bias small, and padded pixels
-are stored as this value, so that they contribute nothing."""
+PIXEL_ZERO, PIXEL_SCALE = 128, 256
+"""The GEMM reads (pixel − 128)/256: exact in every dtype, near the centre of the pixels, which keeps the folded bias
+small, and of order one, which keeps float16 weights normal. Padded pixels are stored as 128 and contribute nothing."""
 
 
 class Column(IntEnum):

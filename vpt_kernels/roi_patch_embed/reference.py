@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.library import implement
-from vpt_kernels.roi_patch_embed.geometry import FILTERS, PIXEL_ZERO, Column
+from vpt_kernels.roi_patch_embed.geometry import FILTERS, PIXEL_SCALE, PIXEL_ZERO, Column
 
 PRECISION_BITS = 32 - 8 - 2
 
@@ -140,7 +140,8 @@ def roi_patch_embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: T
     patches = roi_patches(images, plan, rows, weight.shape[1])
     # Product and bias cancel on flat images: rounding the product first would cost most of the result's bits.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    product = torch.nn.functional.linear((patches.to(torch.int16) - PIXEL_ZERO).to(wide), weight.to(wide))
+    centred = (patches.to(wide) - PIXEL_ZERO) / PIXEL_SCALE
+    product = torch.nn.functional.linear(centred, weight.to(wide))
     return (product + _bias_rows(plan, bias)).to(weight.dtype)
 
 
