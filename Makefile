@@ -1,6 +1,9 @@
-# make demo   the main job: two looks at a real photo, ours beside the published procedure
-# make test   the test suite            make test-full   longer evidence
-# make gpu    on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python
+# make demo        the main job: two looks at a real photo, ours beside the published procedure
+# make test        the test suite
+# make test-full   longer evidence: slow tests, pixels of the newest Pillow
+# make mutate      one-line faults in the kernels, each of which the tests must catch
+# make bench       the operators on this CPU against their alternatives
+# make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 NEW_PILLOW ?= pillow==13.0.0
@@ -8,8 +11,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: demo test test-full gpu lint clean
+.PHONY: help demo test test-full mutate bench gpu lint clean
+
+help:
+	@sed -n "s/^# \(make .*\)/\1/p" Makefile
 
 demo: $(VENV)/.ready
 	$(BIN)/vpt demo $(DEMO_ARGS)
@@ -25,13 +32,19 @@ test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 
+mutate: $(VENV)/.ready
+	$(BIN)/python -m tests.mutate
+
+# Large freed blocks stay with the process: otherwise every alternative pays for fresh pages on every call.
+bench: $(VENV)/.ready
+	MALLOC_MMAP_THRESHOLD_=268435456 MALLOC_TRIM_THRESHOLD_=268435456 $(BIN)/python -m bench.ops_cpu $(BENCH_ARGS)
+
 gpu:
 	$(PYTHON) bench/gpu.py
 
 # torch first and pinned: a requirement of another package would fetch the newest build with its CUDA libraries.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	touch $@
 
@@ -40,9 +53,10 @@ $(VENV)/.packages: pyproject.toml $(VENV)/.torch
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,demo]"
 	touch $@
 
-# Rebuilt when a source is newer; ninja compiles only what changed.
+# The installation has just built the extension; later only what changed is compiled.
 $(VENV)/.ready: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
+	if [ ! -e vpt_kernels/_C.so ] || [ -n "$$(find csrc setup.py -newer vpt_kernels/_C.so)" ]; then \
+		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace; fi
 	touch $@
 
 $(VENV)/newest-pillow/.ready: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""Shapes of the language model, the vision tower and the perception variant (spec §1, §3.6, §7.2)."""
+"""Shapes of the language model, the vision tower and the perception variant."""
 
 from __future__ import annotations
 
@@ -102,4 +102,4 @@ PRESETS: dict[str, ModelConfig] = {
     "2b": _2B,
     "7b": _7B,
 }
-"""Named configurations (spec §7.2); `2b` and `7b` are the true shapes."""
+"""Named configurations; `2b` and `7b` are the true shapes of Qwen2-VL."""
