@@ -107,7 +107,7 @@ def test_qwen2_vl_tokens(backend, dtype, content, coherent):
 @each_backend
 @pytest.mark.parametrize("content", ("white", "astronaut"))
 def test_small_weights_in_float16(backend, content):
-    """Divided by 255 they would lose bits to float16's denormals."""
+    """Divided by 255 they would lose bits to float16's denormals: the fold carries a power of two."""
     image, weight = CONTENTS[content](200, 260), weights((70, 3, 2, 14, 14), torch.float16) / 32
     policy, box = qwen2_vl_policy(), [(0, 10, 5, 240, 180)]
     check([image], box, policy, weight, None, CLIP_MEAN, CLIP_STD, torch.float16, backend, content)
@@ -302,14 +302,15 @@ def test_runs_repeat_and_inputs_stay(backend, dtype):
 
 @each_dtype
 def test_fold_is_linear_in_the_pixels(dtype):
-    """W·(pixel − 128) + bias[p] is the convolution; bias[v] leaves out the rows (columns) that are padding."""
+    """W·(pixel − 128)/256 + bias[p] is the convolution; bias[v] leaves out the rows (columns) that are padding."""
     weight, bias = weights((7, 3, 3, 5, 5), dtype), normal(7, key="bias", dtype=dtype)
     embed = fold_patch_weight(weight, CLIP_MEAN, CLIP_STD, bias)
     assert embed.weight.shape == (7, 75) and embed.weight.dtype == dtype and embed.weight.is_contiguous()
     assert embed.bias.shape == (2, 6, 7) and embed.bias.dtype == torch.float32 and embed.patch_size == 5
-    want = weight.double().sum(2).permute(0, 2, 3, 1) / (255 * torch.tensor(CLIP_STD, dtype=torch.float64))
+    want = weight.double().sum(2).permute(0, 2, 3, 1) * 256 / (255 * torch.tensor(CLIP_STD, dtype=torch.float64))
     assert_same_bits(embed.weight, want.to(dtype).reshape(7, 75))
-    rounded = embed.weight.double().view(7, 5, 5, 3) * (128 - 255 * torch.tensor(CLIP_MEAN, dtype=torch.float64))
+    at_zero = (128 - 255 * torch.tensor(CLIP_MEAN, dtype=torch.float64)) / 256
+    rounded = embed.weight.double().view(7, 5, 5, 3) * at_zero
     for v in range(6):
         for axis, part in ((0, rounded[:, :v]), (1, rounded[:, :, :v])):
             torch.testing.assert_close(
