@@ -102,10 +102,4 @@ inline void linear_into(const Tensor& out, const Tensor& x, const Tensor& weight
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), x.get(), transposed.get()));
 }
 
-inline Tensor linear(const Tensor& x, const Tensor& weight) {
-  Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
-  linear_into(out, x, weight);
-  return out;
-}
-
 }  // namespace vpt

@@ -154,37 +154,38 @@ class Append {
     const float* const rows[3] = {
         table + positions_[0][t] * stride, table + positions_[1][t] * stride, table + positions_[2][t] * stride};
     gather_cos_sin(c_.sections, rows, cos_sin);
-    const T* q = data<T>(c_.q) + t * c_.q.stride(0);
-    T* q_to = mutable_data<T>(q_out_) + t * q_out_.stride(0);
-    for (int64_t h = 0; h < c_.q.size(1); ++h)
-      rotate(q + h * c_.q.stride(1), cos_sin, half, q_to + h * q_out_.stride(1));
+    const int64_t dim = c_.k.size(2), heads = c_.k.size(1);
+    rotate(
+        data<T>(c_.q) + t * c_.q.stride(0), c_.q.stride(1), cos_sin, c_.q.size(1),
+        mutable_data<T>(q_out_) + t * q_out_.stride(0), q_out_.stride(1));
     const int64_t slot = slots_[t];
     if (!keys_.layout.holds(slot)) return;
     const T* k = data<T>(c_.k) + t * c_.k.stride(0);
     const T* v = data<T>(c_.v) + t * c_.v.stride(0);
-    for (int64_t h = 0; h < c_.k.size(1); ++h)
-      store(k + h * c_.k.stride(1), v + h * c_.v.stride(1), cos_sin, half, slot, h, wide);
-  }
-
-  void store(
-      const T* k, const T* v, const float* cos_sin, int64_t half, int64_t slot, int64_t head, float* wide) const {
-    const int64_t dim = c_.k.size(2);
-    if (keys_.scales == nullptr) {
-      rotate(k, cos_sin, half, keys_.row(slot, head));
-      std::copy(v, v + dim, values_.row(slot, head));
+    if (keys_.scales != nullptr) {
+      for (int64_t h = 0; h < heads; ++h) quantise(k + h * c_.k.stride(1), v + h * c_.v.stride(1), cos_sin, slot, h, wide);
       return;
     }
+    rotate(k, c_.k.stride(1), cos_sin, heads, keys_.row(slot, 0), keys_.layout.head_stride);
+    for (int64_t h = 0; h < heads; ++h, v += c_.v.stride(1)) std::copy(v, v + dim, values_.row(slot, h));
+  }
+
+  void quantise(const T* k, const T* v, const float* cos_sin, int64_t slot, int64_t head, float* wide) const {
+    const int64_t dim = c_.k.size(2), half = c_.sections.half();
     const Loops<T>& loop = loops<T>(simd());
-    loop.rotate_wide(k, cos_sin, cos_sin + half, half, wide);
+    loop.rotate_wide(k, 0, cos_sin, cos_sin + half, half, 1, wide, 0);
     loop.widen(k + 2 * half, dim - 2 * half, wide + 2 * half);
     keys_.quantise(wide, dim, slot, head);
     loop.widen(v, dim, wide);
     values_.quantise(wide, dim, slot, head);
   }
 
-  void rotate(const T* from, const float* cos_sin, int64_t half, T* to) const {
-    loops<T>(simd()).rotate(from, cos_sin, cos_sin + half, half, to);
-    if (to != from) std::copy(from + 2 * half, from + c_.k.size(2), to + 2 * half);
+  void rotate(const T* x, int64_t stride, const float* cos_sin, int64_t heads, T* out, int64_t out_stride) const {
+    const int64_t half = c_.sections.half(), dim = c_.k.size(2);
+    loops<T>(simd()).rotate(x, stride, cos_sin, cos_sin + half, half, heads, out, out_stride);
+    if (x == out || dim == 2 * half) return;
+    for (int64_t h = 0; h < heads; ++h, x += stride, out += out_stride)
+      std::copy(x + 2 * half, x + dim, out + 2 * half);
   }
 
   const Call& c_;

@@ -194,20 +194,22 @@ void identity(const Call& c, const Conditions& k, const Target& target) {
 // `columns` columns of weights; in bfloat16 (Compute == T) the bias follows in extra columns, in float32 it is added after.
 template <typename T, typename Compute>
 void project(const Call& c, const Conditions& k, const Target& target, const Tensor& matrix) {
-  static thread_local Workspace bias_space, rows_space;
+  static thread_local Workspace bias_space, rows_space, product_space;
   const int64_t hidden = c.hidden(), columns = c.weight->size(1), stride = matrix.size(1), total = c.tokens();
   const int64_t tile = std::min(total, kTileTokens);
   const Loops<T>& loop = loops<T>(simd());
   float* bias = bias_space.reserve<float>(hidden);
   loop.widen(data<T>(*c.bias), hidden, bias);
   Compute* rows = rows_space.reserve<Compute>(tile * stride);
+  Compute* product = product_space.reserve<Compute>(tile * hidden);
   for (int64_t first = 0; first < total; first += tile) {
     const int64_t tokens = std::min(tile, total - first);
     normalise<T, Compute>(c, first, tokens, rows, stride);
     if constexpr (std::is_same_v<Compute, BFloat16>)
       for (int64_t t = 0; t < tokens; ++t) select_bias(rows + t * stride, columns, stride, 0);
-    const Tensor result = linear(wrap(rows, tokens, stride, matrix.scalar_type(), c.features), matrix);
-    const Compute* product = data<Compute>(result);
+    linear_into(
+        wrap(product, tokens, hidden, matrix.scalar_type(), c.features),
+        wrap(rows, tokens, stride, matrix.scalar_type(), c.features), matrix);
     torch::stable::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
       static thread_local Workspace wide_space;
       float* wide = wide_space.reserve<float>(hidden);

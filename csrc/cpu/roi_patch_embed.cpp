@@ -192,15 +192,18 @@ class Embedding {
   // A float32 product; bias and rounding to T afterwards, while the tile is in cache.
   template <typename T>
   void widened(const std::vector<Strip>& strips, const Tensor& matrix) const {
-    static thread_local Workspace space;
+    static thread_local Workspace space, product_space;
     const int64_t columns = matrix.size(1), embed = matrix.size(0), stride = out_.stride(0);
     const float* biases = data<float>(bias_);
     T* target = mutable_data<T>(out_) + row_ * stride;
     tiles(strips, [&](const Strip* tile, size_t count, int64_t rows) {
       float* patches = space.reserve<float>(rows * columns);
       write_strips(tile, count, patches, columns);
-      const Tensor product = linear(wrap(patches, rows, columns, ScalarType::Float, weight_), matrix);
-      const float* sums = data<float>(product) - tile->first_row() * embed;
+      float* product = product_space.reserve<float>(rows * embed);
+      linear_into(
+          wrap(product, rows, embed, ScalarType::Float, weight_),
+          wrap(patches, rows, columns, ScalarType::Float, weight_), matrix);
+      const float* sums = product - tile->first_row() * embed;
       for_each_strip(tile, count, [&](const Strip& strip) {
         for_each_bias(strip, [&](int64_t row, int64_t entry) {
           loops<T>(simd()).add_bias_wide(sums + row * embed, biases + entry * embed, embed, target + row * stride);

@@ -30,9 +30,13 @@ struct Loops {
   // out = round(f + (f·k)k); f may be out
   void (*rank_one)(const T* f, const float* k, int64_t n, T* out);
   void (*rank_one_wide)(const float* f, const float* k, int64_t n, T* out);
-  // Rotate-half of the pairs (x[i], x[i + half]); x may be out
-  void (*rotate)(const T* x, const float* cos, const float* sin, int64_t half, T* out);
-  void (*rotate_wide)(const T* x, const float* cos, const float* sin, int64_t half, float* out);
+  // Rotate-half of the pairs (x[i], x[i + half]) of every head, heads `stride` apart; x may be out
+  void (*rotate)(
+      const T* x, int64_t stride, const float* cos, const float* sin, int64_t half, int64_t heads, T* out,
+      int64_t out_stride);
+  void (*rotate_wide)(
+      const T* x, int64_t stride, const float* cos, const float* sin, int64_t half, int64_t heads, float* out,
+      int64_t out_stride);
 };
 
 struct Simd {

@@ -35,9 +35,8 @@ void widen(const T* x, int64_t n, float* out) {
 }
 
 // Σ term(i), in float32 over short blocks and in double over the blocks: as accurate as a pairwise sum.
-template <typename Term>
+template <int64_t kBlock = 128, typename Term>
 inline double sum(int64_t n, Term term) {
-  constexpr int64_t kBlock = 128;
   double total = 0.0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
@@ -51,7 +50,8 @@ inline double sum(int64_t n, Term term) {
 
 template <typename T>
 float dot(const T* x, const float* y, int64_t n) {
-  return static_cast<float>(sum(n, [=](int64_t i, float part) { return VPT_FMA(to_float(x[i]), y[i], part); }));
+  return static_cast<float>(
+      sum<512>(n, [=](int64_t i, float part) { return VPT_FMA(to_float(x[i]), y[i], part); }));
 }
 
 template <typename T, typename U>
@@ -81,13 +81,17 @@ void rank_one(const S* f, const float* k, int64_t n, T* out) {
 }
 
 template <typename T, typename U>
-void rotate(const T* x, const float* cos, const float* sin, int64_t half, U* out) {
+void rotate(
+    const T* x, int64_t stride, const float* cos, const float* sin, int64_t half, int64_t heads, U* out,
+    int64_t out_stride) {
+  for (int64_t h = 0; h < heads; ++h, x += stride, out += out_stride) {
 #pragma omp simd
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = to_float(x[i]), b = to_float(x[i + half]);
-    const float first = VPT_FMA(a, cos[i], -(b * sin[i])), second = VPT_FMA(b, cos[i], a * sin[i]);
-    out[i] = from_float<U>(first);
-    out[i + half] = from_float<U>(second);
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = to_float(x[i]), b = to_float(x[i + half]);
+      const float first = VPT_FMA(a, cos[i], -(b * sin[i])), second = VPT_FMA(b, cos[i], a * sin[i]);
+      out[i] = from_float<U>(first);
+      out[i + half] = from_float<U>(second);
+    }
   }
 }
 

@@ -104,8 +104,8 @@ const char* compare_loops(const Loops<T>& ours, const Loops<T>& plain) {
     ours.rank_one(x.data(), k.data(), n, a.data());
     plain.rank_one(x.data(), k.data(), n, b.data());
     if (!same(n)) return "rank_one differs";
-    ours.rotate(x.data(), cos.data(), sin.data(), n, a.data());
-    plain.rotate(x.data(), cos.data(), sin.data(), n, b.data());
+    ours.rotate(x.data(), 0, cos.data(), sin.data(), n, 1, a.data(), 0);
+    plain.rotate(x.data(), 0, cos.data(), sin.data(), n, 1, b.data(), 0);
     if (!same(2 * n)) return "rotate differs";
     std::vector<uint8_t> pixels = random_bytes(n);
     ours.centre(pixels.data(), n, a.data());
@@ -119,6 +119,7 @@ int check(const Simd& simd) {
   const char* problem = compare_resampling(simd);
   if (!problem) problem = compare_loops(simd.f32, kGeneric.f32);
   if (!problem) problem = compare_loops(simd.bf16, kGeneric.bf16);
+  if (!problem) problem = compare_loops(simd.f16, kGeneric.f16);
   std::printf("%s %s\n", simd.name, problem ? problem : "ok");
   return problem ? 1 : 0;
 }
