@@ -1,6 +1,6 @@
 # make demo        the main job: two looks at a real photo, ours beside the published procedure
 # make test        the test suite
-# make test-full   longer evidence: slow tests, pixels of the newest Pillow
+# make test-full   longer evidence: thousands of geometries, on the newest Pillow too
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       the operators on this CPU against their alternatives
 # make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python
@@ -22,12 +22,12 @@ demo: $(VENV)/.ready
 	$(BIN)/vpt demo $(DEMO_ARGS)
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
 
-# Pixels of the newest Pillow, whose pass order differs, then the slow tests.
+# Many more geometries, on the pinned Pillow and on the newest, whose pass order differs.
 test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
-	PYTHONPATH=$(VENV)/newest-pillow $(BIN)/python -m tests.kernels.pillow_parity --order installed --count 400
-	$(BIN)/python -m pytest -m "slow and not gpu" $(TEST_ARGS)
+	PYTHONPATH=$(VENV)/newest-pillow $(BIN)/python -m tests.kernels.pillow_parity --order installed --count 1000
+	$(BIN)/python -m tests.kernels.pillow_parity --order hv --count 1000
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ def build() -> dict:
 
 def tests() -> dict:
     folders = ["tests/gpu", "tests/kernels"]
-    command = [sys.executable, "-m", "pytest", *folders, "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *folders, "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=420)
     lines = result.stdout.strip().splitlines()
     return {"ok": result.returncode == 0, "summary": lines[-1] if lines else "", "log": result.stdout[-8000:]}
