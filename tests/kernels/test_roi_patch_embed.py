@@ -117,7 +117,7 @@ def test_small_weights_in_float16(backend, content):
 @each_dtype
 @pytest.mark.parametrize("content", CONTENTS)
 def test_dinov2_tokens(backend, dtype, content):
-    weight, bias = weights((33, 3, 14, 14), dtype), normal(33, key="bias", dtype=dtype)
+    weight, bias = weights((96, 3, 14, 14), dtype), normal(96, key="bias", dtype=dtype)
     image = CONTENTS[content](100, 140)
     check(
         [image],
@@ -139,7 +139,7 @@ def test_dinov2_tokens(backend, dtype, content):
 @pytest.mark.parametrize("size", ((100, 61), (61, 100), (100, 1), (1, 100), (100, 100), (99, 96)))
 def test_sam_tokens_with_padding(backend, dtype, content, size):
     """The padded side ends inside a patch, for nearly every size."""
-    weight, bias = weights((19, 3, 16, 16), dtype), normal(19, key="bias", dtype=dtype)
+    weight, bias = weights((96, 3, 16, 16), dtype), normal(96, key="bias", dtype=dtype)
     image = CONTENTS[content](*size)
     boxes = [(0, 0, 0, size[1], size[0])]
     for edge in (128, 112):
@@ -149,7 +149,7 @@ def test_sam_tokens_with_padding(backend, dtype, content, size):
 @each_backend
 @each_model_dtype
 def test_sam_tokens_at_full_size(backend, dtype):
-    weight, bias = weights((16, 3, 16, 16), dtype), normal(16, key="bias", dtype=dtype)
+    weight, bias = weights((48, 3, 16, 16), dtype), normal(48, key="bias", dtype=dtype)
     image = photo("astronaut")[:333]
     assert sam_policy().fit(*image.shape[:2])[0] % 16 not in (0, 15)
     boxes = [(0, 0, 0, image.shape[1], 333)]
@@ -161,7 +161,7 @@ def test_sam_tokens_at_full_size(backend, dtype):
 @pytest.mark.parametrize("valid", range(17))
 def test_every_number_of_valid_rows_and_columns(backend, dtype, valid):
     """A 32×32 window whose second row, then column, of patches holds `valid` rows, or columns, of image."""
-    weight, bias = weights((11, 3, 16, 16), dtype, coherent=True), normal(11, key="bias", dtype=dtype)
+    weight, bias = weights((40, 3, 16, 16), dtype, coherent=True), normal(40, key="bias", dtype=dtype)
     image = noise(16 + valid, 32, "valid rows")
     for view in (image, image.transpose(0, 1)):
         size = tuple(view.shape[:2])
