@@ -5,6 +5,7 @@
 
 #include "../ops.h"
 #include "bias_columns.h"
+#include "int8_product.h"
 #include "resampler.h"
 
 namespace vpt::cpu {
@@ -96,8 +97,12 @@ template <>
 void put<uint8_t>(const uint8_t* pixels, int64_t n, uint8_t* out) {
   std::memcpy(out, pixels, n);
 }
+template <>
+void put<int8_t>(const uint8_t* pixels, int64_t n, int8_t* out) {
+  simd().centre(pixels, n, out);
+}
 
-// Patches of a strip as rows of p·p·3 values, `stride` apart: raw bytes, or centred numbers in T.
+// Patches of a strip as rows of p·p·3 values, `stride` apart: raw bytes, pixel − 128, or (pixel − 128)/256 in T.
 template <typename T>
 void write_patches(const Strip& strip, Scratch& scratch, T* out, int64_t stride) {
   const Resampler& resampler = *strip.resampler;
@@ -105,7 +110,7 @@ void write_patches(const Strip& strip, Scratch& scratch, T* out, int64_t stride)
   const int64_t p = r.patch_size, origin = strip.begin * r.rows_per_block_row();
   if (resampler.padded()) {
     T zero{};
-    if constexpr (sizeof(T) == 1) zero = kPixelZero;
+    if constexpr (std::is_same_v<T, uint8_t>) zero = kPixelZero;
     std::fill(out, out + strip.rows() * stride, zero);
   }
   const int32_t rows_per_block = r.merge_size * r.patch_size;
@@ -192,6 +197,10 @@ class Embedding {
   // A float32 product; bias and rounding to T afterwards, while the tile is in cache.
   template <typename T>
   void widened(const std::vector<Strip>& strips, const Tensor& matrix) const {
+    if (has_int8_matmul()) {
+      integral<T>(strips, matrix);
+      return;
+    }
     static thread_local Workspace space, product_space;
     const int64_t columns = matrix.size(1), embed = matrix.size(0), stride = out_.stride(0);
     const float* biases = data<float>(bias_);
@@ -207,6 +216,39 @@ class Embedding {
       for_each_strip(tile, count, [&](const Strip& strip) {
         for_each_bias(strip, [&](int64_t row, int64_t entry) {
           loops<T>(simd()).add_bias_wide(sums + row * embed, biases + entry * embed, embed, target + row * stride);
+        });
+      });
+    });
+  }
+
+  // The same through byte products with exact sums.
+  template <typename T>
+  void integral(const std::vector<Strip>& strips, const Tensor& matrix) const {
+    static thread_local Workspace space, product_space;
+    const int64_t columns = matrix.size(1), embed = matrix.size(0), stride = out_.stride(0);
+    const float* biases = data<float>(bias_);
+    T* target = mutable_data<T>(out_) + row_ * stride;
+    const Int8Weight weight(matrix);
+    tiles(strips, [&](const Strip* tile, size_t count, int64_t rows) {
+      int8_t* patches = space.reserve<int8_t>(rows * columns);
+      write_strips(tile, count, patches, columns);
+      int32_t* product = product_space.reserve<int32_t>(rows * weight.width());
+      weight.multiply(
+          wrap(product, rows, weight.width(), ScalarType::Int, weight_),
+          wrap(patches, rows, columns, ScalarType::Char, weight_));
+      const int32_t* sums = product - tile->first_row() * weight.width();
+      for_each_strip(tile, count, [&](const Strip& strip) {
+        static thread_local Workspace wide_space;
+        float* wide = wide_space.reserve<float>(embed);
+        for_each_bias(strip, [&](int64_t row, int64_t entry) {
+          const int32_t* digits = sums + row * weight.width();
+          const float* bias = biases + entry * embed;
+          if constexpr (std::is_same_v<T, float>) {
+            weight.combine(digits, bias, target + row * stride);
+          } else {
+            weight.combine(digits, bias, wide);
+            for (int64_t i = 0; i < embed; ++i) target[row * stride + i] = from_float<T>(wide[i]);
+          }
         });
       });
     });

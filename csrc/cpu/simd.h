@@ -49,6 +49,13 @@ struct Simd {
       const uint8_t* row, const int32_t* first, const int32_t* packed, int groups, int64_t n, uint8_t* out);
   // One row of n bytes from 4·groups input rows.
   void (*vertical)(const uint8_t* const* rows, const int32_t* packed, int groups, int64_t n, uint8_t* out);
+  // out = pixel − 128
+  void (*centre)(const uint8_t* pixels, int64_t n, int8_t* out);
+  float (*largest)(const float* x, int64_t n);
+  // Digits of round(x·inverse) in base 256, the highest first and `stride` apart
+  void (*digits)(const float* x, int64_t n, double inverse, int count, int8_t* out, int64_t stride);
+  // out = scale·(digits' products, n apart) + bias
+  void (*combine)(const int32_t* products, int64_t n, int digits, const float* scale, const float* bias, float* out);
   // out = saturate(x / scale)
   void (*quantise)(const float* x, float scale, int64_t n, Float8E4M3* out);
   Loops<float> f32;
@@ -81,6 +88,8 @@ extern const Simd kAvx512;
 // The widest instruction set that this processor has.
 const Simd& simd();
 bool has_bfloat16_matmul();
+// Whether byte products run in a four-way dot-product instruction.
+bool has_int8_matmul();
 
 // Whether the library's matrix product in T is at least as fast as in float32 here; else T is widened first.
 template <typename T>

@@ -53,7 +53,7 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
 }  // namespace
 
 const Simd kGeneric = {
-    "generic", kWords, pack, horizontal, vertical, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
+    "generic", kWords, pack, horizontal, vertical, centre_bytes, largest, digits, combine, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
 };
 
 #ifdef __x86_64__
@@ -67,9 +67,11 @@ const Simd& simd() {
 }
 
 bool has_bfloat16_matmul() { return __builtin_cpu_supports("avx512bf16"); }
+bool has_int8_matmul() { return __builtin_cpu_supports("avx512vnni"); }
 #else
 const Simd& simd() { return kGeneric; }
 bool has_bfloat16_matmul() { return false; }
+bool has_int8_matmul() { return false; }
 #endif
 
 }  // namespace vpt

@@ -95,6 +95,50 @@ void rotate(
   }
 }
 
+void centre_bytes(const uint8_t* pixels, int64_t n, int8_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int8_t>(pixels[i] ^ 0x80);
+}
+
+float largest(const float* x, int64_t n) {
+  float most = 0.f;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; ++i) {
+    const float magnitude = __builtin_fabsf(x[i]);
+    most = magnitude > most ? magnitude : most;
+  }
+  return most;
+}
+
+void digits(const float* x, int64_t n, double inverse, int count, int8_t* out, int64_t stride) {
+  // Adding 1.5·2^52 leaves the rounded integer in the low bits of the double.
+  constexpr double kRound = 6755399441055744.0;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const double shifted = static_cast<double>(x[i]) * inverse + kRound;
+    int64_t bits;
+    __builtin_memcpy(&bits, &shifted, sizeof bits);
+    int32_t rest = static_cast<int32_t>(bits);
+    for (int d = 3; d >= 0; --d) {
+      if (d >= count) continue;
+      const int32_t digit = static_cast<int8_t>(rest & 0xFF);
+      out[d * stride + i] = static_cast<int8_t>(digit);
+      rest = (rest - digit) >> 8;
+    }
+  }
+}
+
+void combine(const int32_t* products, int64_t n, int digits, const float* scale, const float* bias, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float sum = static_cast<float>(products[i]);
+    sum = VPT_FMA(sum, 256.f, static_cast<float>(products[n + i]));
+    sum = VPT_FMA(sum, 256.f, static_cast<float>(products[2 * n + i]));
+    if (digits == 4) sum = VPT_FMA(sum, 256.f, static_cast<float>(products[3 * n + i]));
+    out[i] = VPT_FMA(sum, scale[i], bias[i]);
+  }
+}
+
 void quantise(const float* x, float scale, int64_t n, Float8E4M3* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = from_float<Float8E4M3>(x[i] / scale);

@@ -115,8 +115,41 @@ const char* compare_loops(const Loops<T>& ours, const Loops<T>& plain) {
   return nullptr;
 }
 
+// Digits must be identical and stand for the rounded number; sums of their products must be close.
+const char* compare_digits(const Simd& simd) {
+  for (int n : {1, 7, 64, 588, 1000})
+    for (int count : {3, 4}) {
+      std::normal_distribution<float> normal;
+      std::vector<float> x(n), scale(n), bias(n), out(n), plain(n);
+      for (auto* v : {&x, &scale, &bias})
+        for (float& f : *v) f = normal(engine);
+      const float largest = simd.largest(x.data(), n);
+      if (largest != kGeneric.largest(x.data(), n)) return "largest differs";
+      const double inverse = (count == 4 ? 0x7F7F7F7F : 0x7F7F7F) / static_cast<double>(largest);
+      std::vector<int8_t> a(count * n), b(count * n);
+      simd.digits(x.data(), n, inverse, count, a.data(), n);
+      kGeneric.digits(x.data(), n, inverse, count, b.data(), n);
+      if (a != b) return "digits differ";
+      std::vector<int32_t> products(count * n);
+      for (int i = 0; i < n; ++i) {
+        double value = 0;
+        for (int d = 0; d < count; ++d) {
+          value = 256 * value + a[d * n + i];
+          products[d * n + i] = uniform(-9000000, 9000000);
+        }
+        if (std::abs(value - x[i] * inverse) > 0.5 + 1e-6) return "digits do not stand for the number";
+      }
+      simd.combine(products.data(), n, count, scale.data(), bias.data(), out.data());
+      kGeneric.combine(products.data(), n, count, scale.data(), bias.data(), plain.data());
+      for (int i = 0; i < n; ++i)
+        if (!close(out[i], plain[i], std::abs(plain[i]) + 1.f)) return "combine differs";
+    }
+  return nullptr;
+}
+
 int check(const Simd& simd) {
   const char* problem = compare_resampling(simd);
+  if (!problem) problem = compare_digits(simd);
   if (!problem) problem = compare_loops(simd.f32, kGeneric.f32);
   if (!problem) problem = compare_loops(simd.bf16, kGeneric.bf16);
   if (!problem) problem = compare_loops(simd.f16, kGeneric.f16);
