@@ -339,8 +339,13 @@ APPEND_ROWS: list[Row] = [
         "scales[head * scale_stride]", "scales[0]", f"{VARIANTS} {FORMATS}",
     ),
     (
-        "float8 not saturated", "append_visual_kv/reference.py",
-        ".clamp(-FLOAT8_MAX, FLOAT8_MAX)", "", f"{VARIANTS} {FORMATS}",
+        "float8 saturated before the scale", "append_visual_kv/reference.py",
+        "(rows.float() / scale.reshape(-1, 1)).clamp(-FLOAT8_MAX, FLOAT8_MAX)",
+        "(rows.float().clamp(-FLOAT8_MAX, FLOAT8_MAX) / scale.reshape(-1, 1))", f"{VARIANTS} {FORMATS}",
+    ),
+    (
+        "float8 saturated before the scale", "cpu/simd_loops.h",
+        "(x[i] / scale)", "((x[i] > 448.f ? 448.f : x[i]) / scale)", f"{VARIANTS} {FORMATS}",
     ),
     (
         "float8 not saturated", "math/rounding.h",
@@ -352,12 +357,12 @@ APPEND_ROWS: list[Row] = [
         "rounded = k.dtype if k_scale is None else torch.float32", "rounded = k.dtype", FORMATS,
     ),
     (
-        "unrotated part of q dropped", "append_visual_kv/reference.py",
+        "unrotated part dropped", "append_visual_kv/reference.py",
         "x[..., 2 * half :].to(dtype)", "torch.zeros_like(x[..., 2 * half :], dtype=dtype)", APPEND,
     ),
     (
-        "unrotated part of q dropped", "cpu/append_visual_kv.cpp",
-        "if (to != from) std::copy(from", "if (to == from) std::copy(from", APPEND,
+        "unrotated part dropped", "cpu/append_visual_kv.cpp",
+        "if (x == out || dim == 2 * half) return;", "return;", APPEND,
     ),
     (
         "position at the table's end", "append_visual_kv/reference.py",

@@ -139,13 +139,8 @@ def main() -> int:
     if len(faults) == len(FAULTS):
         rows.sort(key=lambda row: FAULTS.index(row[0]))
         lines = [f"| {fault.name} | {fault.backend} | {fault.file} | {note} |" for fault, note in rows]
-        head = [
-            "# Faults and the tests that catch them",
-            "",
-            "| fault | backend | file | caught by |",
-            "|---|---|---|---|",
-        ]
-        TABLE.write_text("\n".join([*head, *lines]) + "\n")
+        head = "# Faults and the tests that catch them\n\n| fault | backend | file | caught by |\n|---|---|---|---|"
+        TABLE.write_text("\n".join([head, *lines]) + "\n")
     return 1 if survivors else 0
 
 

@@ -63,9 +63,7 @@ class ModelConfig:
         if sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim/2 = {self.head_dim // 2}")
         if self.vision.hidden_size != self.hidden_size:
-            raise ValueError(
-                f"vision.hidden_size {self.vision.hidden_size} must equal hidden_size {self.hidden_size}"
-            )
+            raise ValueError(f"vision.hidden_size {self.vision.hidden_size} must equal hidden_size {self.hidden_size}")
 
     @property
     def head_dim(self) -> int:

@@ -46,7 +46,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _store(cache: Tensor, slots: Tensor, rows: Tensor, heads_first: bool, scale: Tensor | None) -> None:
     if scale is not None:
-        # The conversion to float8 turns what is too large into NaN: saturate first.
+        # PyTorch before 2.13 converts what is too large for float8 to NaN: saturate first.
         rows = (rows.float() / scale.reshape(-1, 1)).clamp(-FLOAT8_MAX, FLOAT8_MAX)
     rows = rows.to(cache.dtype)
     if heads_first:
