@@ -113,11 +113,14 @@ def roi_rows(width: int, height: int, max_pixels: int, dtype: torch.dtype, round
         crop = image[top:bottom, left:right].permute(2, 0, 1)[None]
         return F.interpolate(crop, (rows * 14, columns * 14), mode="bicubic", antialias=True)[0], rows, columns
 
-    def interpolate(at=None) -> Tensor:
+    def interpolate(at=None, linear: Callable[..., Tensor] = F.linear) -> Tensor:
         pixels, rows, columns = resized(at)
         blocks = pixels.reshape(3, rows // 2, 2, 14, columns // 2, 2, 14).permute(1, 4, 2, 5, 3, 6, 0)
         centred = (blocks.reshape(rows * columns, -1).to(dtype) - 128) / 256
-        return F.linear(centred, embed.weight).add_(embed.bias[0, -1].to(dtype))
+        return linear(centred, embed.weight).add_(embed.bias[0, -1].to(dtype))
+
+    def onednn(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
     at = box()
     _require_close("roi_patch_embed", ours(at), transformers(at), 1e-4 if dtype == torch.float32 else 2e-2)
@@ -126,6 +129,10 @@ def roi_rows(width: int, height: int, max_pixels: int, dtype: torch.dtype, round
     name = f"{width}x{height} {str(dtype).removeprefix('torch.')}"
     others = {"transformers + F.linear": transformers, "F.interpolate + F.linear": interpolate}
     others["GEMM alone (ceiling)"] = lambda: F.linear(operand, embed.weight)
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # F.linear takes MKL for float32; oneDNN is faster on some processors, and less exact.
+        others["F.interpolate + oneDNN"] = lambda: interpolate(linear=onednn)
+        others["GEMM alone, oneDNN"] = lambda: onednn(operand, embed.weight)
     rows = [compare(f"roi_patch_embed {name}", ours, others, rounds)]
     if dtype == torch.float32:
         patches = lambda: roi_patches([image], plan_regions([(height, width)], [box()], policy))  # noqa: E731

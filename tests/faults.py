@@ -25,7 +25,7 @@ ORDER, PLANS = "test_pass_order", "test_plan_regions"
 CONTROL = "test_control_cross_attention"
 APPEND, LAYOUTS, FORMATS = "test_append_visual_kv", "test_append_layouts", "test_append_formats"
 VARIANTS, APPEND_ERRORS, CHECKS = "test_append_variants", "test_append_bad_input", "test_check_mode"
-SIMD = "test_simd"
+SIMD, BYTES = "test_simd", "test_byte_products"
 
 Row = tuple[str, str, str, str, str]
 
@@ -93,8 +93,21 @@ ROI: list[Row] = [
     ),
     (
         "padding not centred", "cpu/roi_patch_embed.cpp",
-        "if constexpr (sizeof(T) == 1) zero = kPixelZero;",
-        "if constexpr (sizeof(T) == 1) zero = kPixelZero; else zero = from_float<T>(-1.f);", EMBED,
+        "if constexpr (std::is_same_v<T, uint8_t>) zero = kPixelZero;",
+        "if constexpr (std::is_same_v<T, uint8_t>) zero = kPixelZero; "
+        "else std::fill_n(reinterpret_cast<char*>(&zero), sizeof(T), 1);", EMBED,
+    ),
+    (
+        "outlying weights in three digits", "cpu/int8_product.h",
+        "digits_ = outliers ? 4 : 3;", "digits_ = 3;", BYTES,
+    ),
+    (
+        "NaN of a weight lost", "cpu/int8_product.h",
+        "if (square != square) scales_[r] = square;", "", BYTES,
+    ),
+    (
+        "bias rounded to bfloat16", "cpu/bias_columns.h",
+        "kBiasParts = 3", "kBiasParts = 1", EMBED,
     ),
     (
         "merge blocks column by column", "roi_patch_embed/reference.py",
