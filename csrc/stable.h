@@ -95,8 +95,7 @@ inline Tensor wrap(void* memory, int64_t rows, int64_t columns, ScalarType type,
   return torch::stable::from_blob(memory, {rows, columns}, {columns, 1}, like.device(), type);
 }
 
-// out = x·weightᵀ through the library and without autograd. float32 goes to MKL, as F.linear does: oneDNN is about
-// twice as fast on AMD processors, but its largest error is 2.5 times larger (bench/NOTES.md).
+// out = x·weightᵀ through the library that F.linear takes, without autograd.
 inline void linear_into(const Tensor& out, const Tensor& x, const Tensor& weight) {
   Tensor transposed = torch::stable::transpose(weight, 0, 1);
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), x.get(), transposed.get()));

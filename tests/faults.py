@@ -131,8 +131,8 @@ ROI: list[Row] = [
         "(product + _bias_rows(plan, bias))", "product", EMBED,
     ),
     (
-        "patch bias dropped", "cpu/simd_loops.h",
-        "from_float<T>(to_float(x[i]) + bias[i])", "from_float<T>(to_float(x[i]))", EMBED,
+        "patch bias dropped", "cpu/roi_patch_embed.cpp",
+        "const float* bias = biases + entry * embed;", "const float* bias = biases + 0 * entry;", EMBED,
     ),
     (
         "rounded before the bias", "roi_patch_embed/reference.py",
@@ -303,6 +303,10 @@ APPEND_ROWS: list[Row] = [
     ),
     (
         "input offset cut to 32 bits", "cpu/append_visual_kv.cpp",
+        "v += c_.v.stride(1)", "v += static_cast<int32_t>(c_.v.stride(1))", FORMATS,
+    ),
+    (
+        "input offset of a float8 row cut to 32 bits", "cpu/append_visual_kv.cpp",
         "v + h * c_.v.stride(1)", "v + static_cast<int32_t>(h * c_.v.stride(1))", FORMATS,
     ),
     (

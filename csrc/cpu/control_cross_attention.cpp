@@ -5,6 +5,7 @@
 
 #include "../ops.h"
 #include "bias_columns.h"
+#include "float_gemm.h"
 #include "simd.h"
 
 namespace vpt::cpu {
@@ -116,36 +117,53 @@ const int32_t* token_images(const Call& c, Workspace& space) {
   return image;
 }
 
+template <typename T, typename Compute>
+void normalise_row(const Call& c, const T* row, int64_t n, Compute* out) {
+  const Loops<T>& loop = loops<T>(simd());
+  if constexpr (sizeof(Compute) == sizeof(T))
+    loop.layer_norm(row, 1, data<T>(*c.norm_weight), data<T>(*c.norm_bias), n, out);
+  else
+    loop.layer_norm_wide(row, 1, data<T>(*c.norm_weight), data<T>(*c.norm_bias), n, out);
+}
+
 // LayerNorm of the tokens' rows, `stride` apart: the GEMM's operand.
 template <typename T, typename Compute>
-void normalise(const Call& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
+void normalise_rows(const Call& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
   const Tensor& x = c.features;
-  const Loops<T>& loop = loops<T>(simd());
-  auto norm = [&](const T* row, int64_t stride, int64_t n, Compute* to) {
-    if constexpr (sizeof(Compute) == sizeof(T))
-      loop.layer_norm(row, stride, data<T>(*c.norm_weight), data<T>(*c.norm_bias), n, to);
-    else
-      loop.layer_norm_wide(row, stride, data<T>(*c.norm_weight), data<T>(*c.norm_bias), n, to);
-  };
-  const T* base = data<T>(x);
-  torch::stable::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t token = first + t;
-      Compute* row = out + t * stride;
-      if (!c.conv()) {
-        const int64_t per_image = x.dim() == 3 ? x.size(1) : x.size(0);
-        const int64_t offset = x.dim() == 3 ? (token / per_image) * x.stride(0) + (token % per_image) * x.stride(1)
-                                            : token * x.stride(0);
-        norm(base + offset, 1, x.size(x.dim() - 1), row);
-        continue;
-      }
-      const int64_t channels = x.size(1), width = x.size(3) / kKernel, per_image = width * (x.size(2) / kKernel);
-      const int64_t y = (token % per_image) / width * kKernel, left = token % width * kKernel;
-      for (int64_t ky = 0; ky < kKernel; ++ky)
-        for (int64_t kx = 0; kx < kKernel; ++kx)
-          norm(
-              base + (token / per_image) * x.stride(0) + (y + ky) * x.stride(2) + (left + kx) * x.stride(3), x.stride(1),
-              channels, row + (ky * kKernel + kx) * channels);
+  const int64_t per_image = x.dim() == 3 ? x.size(1) : c.tokens();
+  const int64_t image_stride = x.dim() == 3 ? x.stride(0) : 0, token_stride = x.stride(x.dim() - 2);
+  torch::stable::parallel_for(first, first + tokens, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      normalise_row<T>(
+          c, data<T>(x) + (t / per_image) * image_stride + (t % per_image) * token_stride, x.size(x.dim() - 1),
+          out + (t - first) * stride);
+  });
+}
+
+// The same for 4×4 pixels a token. A pixel's channels lie far apart, often by a power of two: a row of pixels is
+// transposed first, so that memory is read along the row.
+template <typename T, typename Compute>
+void normalise_blocks(const Call& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
+  const Tensor& x = c.features;
+  const int64_t channels = x.size(1), width = x.size(3) / kKernel, height = x.size(2) / kKernel;
+  const int64_t begin_row = first / width, end_row = (first + tokens + width - 1) / width;
+  const int64_t padded = channels + 64 / static_cast<int64_t>(sizeof(T));  // not a power of two
+  torch::stable::parallel_for(begin_row * kKernel, end_row * kKernel, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Workspace space;
+    T* pixels = space.reserve<T>(width * kKernel * padded);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / kKernel, ky = item % kKernel;
+      const int64_t left = std::max(first, row * width), right = std::min(first + tokens, (row + 1) * width);
+      const T* from = data<T>(x) + (row / height) * x.stride(0) + (row % height * kKernel + ky) * x.stride(2) +
+          (left % width) * kKernel * x.stride(3);
+      const int64_t count = (right - left) * kKernel;
+      for (int64_t channel = 0; channel < channels; ++channel)
+        for (int64_t i = 0; i < count; ++i)
+          pixels[i * padded + channel] = from[channel * x.stride(1) + i * x.stride(3)];
+      for (int64_t i = 0; i < count; ++i)
+        normalise_row<T>(
+            c, pixels + i * padded, channels,
+            out + (left - first + i / kKernel) * stride + (ky * kKernel + i % kKernel) * channels);
     }
   });
 }
@@ -190,33 +208,53 @@ void identity(const Call& c, const Conditions& k, const Target& target) {
   });
 }
 
+// bfloat16 products by the library that F.linear takes.
+class BFloat16Gemm {
+ public:
+  explicit BFloat16Gemm(const Tensor& weight) : weight_(weight) {}
+
+  Tensor operator()(BFloat16* x, int64_t rows) const {
+    static thread_local Workspace space;
+    const int64_t outputs = weight_.size(0);
+    Tensor product =
+        wrap(space.reserve<BFloat16>(rows * outputs), rows, outputs, ScalarType::BFloat16, weight_);
+    linear_into(product, wrap(x, rows, weight_.size(1), ScalarType::BFloat16, weight_), weight_);
+    return product;
+  }
+
+ private:
+  const Tensor& weight_;
+};
+
 // f of a tile through the library's GEMM, then each row's rank-one update in float32, rounded once. `matrix` has
 // `columns` columns of weights; in bfloat16 (Compute == T) the bias follows in extra columns, in float32 it is added after.
 template <typename T, typename Compute>
 void project(const Call& c, const Conditions& k, const Target& target, const Tensor& matrix) {
-  static thread_local Workspace bias_space, rows_space, product_space;
+  static thread_local Workspace bias_space, rows_space;
   const int64_t hidden = c.hidden(), columns = c.weight->size(1), stride = matrix.size(1), total = c.tokens();
   const int64_t tile = std::min(total, kTileTokens);
   const Loops<T>& loop = loops<T>(simd());
   float* bias = bias_space.reserve<float>(hidden);
   loop.widen(data<T>(*c.bias), hidden, bias);
   Compute* rows = rows_space.reserve<Compute>(tile * stride);
-  Compute* product = product_space.reserve<Compute>(tile * hidden);
+  using Gemm = std::conditional_t<std::is_same_v<Compute, BFloat16>, BFloat16Gemm, FloatGemm>;
+  const Gemm gemm(matrix);
   for (int64_t first = 0; first < total; first += tile) {
     const int64_t tokens = std::min(tile, total - first);
-    normalise<T, Compute>(c, first, tokens, rows, stride);
+    if (c.conv())
+      normalise_blocks<T>(c, first, tokens, rows, stride);
+    else
+      normalise_rows<T>(c, first, tokens, rows, stride);
     if constexpr (std::is_same_v<Compute, BFloat16>)
       for (int64_t t = 0; t < tokens; ++t) select_bias(rows + t * stride, columns, stride, 0);
-    linear_into(
-        wrap(product, tokens, hidden, matrix.scalar_type(), c.features),
-        wrap(rows, tokens, stride, matrix.scalar_type(), c.features), matrix);
+    const Tensor product = gemm(rows, tokens);
     torch::stable::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
       static thread_local Workspace wide_space;
       float* wide = wide_space.reserve<float>(hidden);
       for (int64_t t = begin; t < end; ++t) {
         T* out = target.row<T>(first + t);
         if (out == nullptr) continue;
-        const Compute* f = product + t * hidden;
+        const Compute* f = data<Compute>(product) + t * hidden;
         const float* condition = k.of(first + t);
         if constexpr (std::is_same_v<Compute, BFloat16>) {
           if (condition == nullptr)

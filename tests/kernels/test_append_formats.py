@@ -212,6 +212,22 @@ def test_caches_that_wrap_at_32_bits(backend, in_place, layout, axis):
 def test_inputs_that_wrap_at_32_bits(backend, in_place, axis, name):
     plain = make(3, HEADS, 8, capacity=4, sections=(1, 1, 2))
     call = replace(plain.fresh(), **{name: wrapping(getattr(plain, name), axis)})
+    check_equal(call, plain, backend, in_place)
+
+
+@each_backend
+@each_form
+@pytest.mark.parametrize("axis", (0, 1), ids=("token", "head"))
+@pytest.mark.parametrize("name", ("q", "k", "v"))
+def test_inputs_of_float8_caches_that_wrap_at_32_bits(backend, in_place, axis, name):
+    caches = {cache: torch.zeros(4, 3, 8, dtype=torch.float8_e4m3fn) for cache in ("k_cache", "v_cache")}
+    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(0.25)}
+    plain = replace(make(3, HEADS, 8, capacity=4, sections=(1, 1, 2)), **caches, **scales)
+    call = replace(plain.fresh(), **{name: wrapping(getattr(plain, name), axis)})
+    check_equal(call, plain, backend, in_place)
+
+
+def check_equal(call: Call, plain: Call, backend: str, in_place: bool) -> None:
     assert_same_bits(execute(call, backend, in_place).contiguous(), execute(plain, backend, in_place))
     assert_same_bits(call.k_cache, plain.k_cache)
     assert_same_bits(call.v_cache, plain.v_cache)
