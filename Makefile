@@ -2,7 +2,8 @@
 # make test        the test suite
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
 # make mutate      one-line faults in the kernels, each of which the tests must catch
-# make bench       the operators on this CPU against their alternatives
+# make bench       operators and engine against their alternatives on this machine, quick set (3 minutes)
+# make bench-full  all workloads
 # make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +14,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test test-full mutate bench gpu lint clean
+.PHONY: help demo test test-full mutate bench bench-full gpu lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -36,8 +37,13 @@ mutate: $(VENV)/.ready
 	$(BIN)/python -m tests.mutate
 
 # Large freed blocks stay with the process: otherwise every alternative pays for fresh pages on every call.
+bench bench-full: export MALLOC_MMAP_THRESHOLD_ = 268435456
+bench bench-full: export MALLOC_TRIM_THRESHOLD_ = 268435456
 bench: $(VENV)/.ready
-	MALLOC_MMAP_THRESHOLD_=268435456 MALLOC_TRIM_THRESHOLD_=268435456 $(BIN)/python -m bench.ops_cpu $(BENCH_ARGS)
+	$(BIN)/python -m bench run $(BENCH_ARGS)
+
+bench-full: $(VENV)/.ready
+	$(BIN)/python -m bench run --full $(BENCH_ARGS)
 
 gpu:
 	$(PYTHON) bench/gpu.py

@@ -1,0 +1,99 @@
+"""`python -m bench run | report | compare`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench import report as reports
+from bench.environment import ROOT, machine
+from bench.rows import merge
+
+RESULTS = ROOT / "bench" / "results"
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+# Wide enough for every column where the output is a file.
+console = Console(width=None if sys.stdout.isatty() else 200)
+
+
+@app.command()
+def run(
+    full: Annotated[bool, typer.Option("--full", help="All workloads, not only the quick ones.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default bench/results/<machine>.")] = None,
+    only: Annotated[str, typer.Option(help="A pytest -k expression that picks rows.")] = "",
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes whose rows are merged.")] = 3,
+) -> None:
+    """Measure, print and save; the exit status is 1 if a result was wrong."""
+    rows = "full" if full else "quick"
+    found, failed = [], False
+    with tempfile.TemporaryDirectory(prefix="vpt-bench-") as folder:
+        for number in range(processes):
+            path = Path(folder) / f"{number}.json"
+            options = ["--rows", rows, "--results", path, "-p", "no:cacheprovider", "--benchmark-quiet", "--no-header"]
+            command = [sys.executable, "-m", "pytest", "bench/suite", *options, *(["-k", only] if only else [])]
+            console.print(f"process {number + 1} of {processes}")
+            failed |= subprocess.run(list(map(str, command)), cwd=ROOT, check=False).returncode != 0
+            if not path.is_file():
+                console.print("no row was measured; see above")
+                raise typer.Exit(1)
+            found.append(reports.load(path))
+    result = merge(found)
+    path = (out or RESULTS / machine()) / f"{rows}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(reports.terminal(result))
+    console.print(f"saved: {path}")
+    raise typer.Exit(int(failed))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path | None, typer.Argument(help="A machine's results; default: this machine's.")] = None,
+    readme: Annotated[bool, typer.Option("--readme", help="Also write the README's numbers and pictures.")] = False,
+) -> None:
+    """Print a result, and write its Markdown and pictures beside it."""
+    from bench import charts
+
+    folder = folder or RESULTS / machine()
+    files = sorted(folder.glob("*.json"))
+    files = [file for file in files if file.stem in ("quick", "full")]
+    if not files:
+        console.print(f"no results in {folder}; run `python -m bench run` first")
+        raise typer.Exit(1)
+    for file in files:
+        result = reports.load(file)
+        console.print(reports.terminal(result))
+        file.with_suffix(".md").write_text(reports.markdown(result))
+        charts.ratio_bars(result, folder / f"{file.stem}-ratios.svg")
+        charts.roofline(result, folder / f"{file.stem}-roofline.svg")
+    if readme:
+        path = ROOT / "README.md"
+        path.write_text(reports.replace_block(path.read_text(), reports.readme_block(committed())))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A result file.")],
+    after: Annotated[Path, typer.Argument(help="A later one, of the same machine.")],
+    threshold: Annotated[float, typer.Option(help="How much slower is a failure.")] = reports.SLOWDOWN,
+) -> None:
+    """Exit with 1 where a row became slower, and the whole 95 % interval says so."""
+    table, failures = reports.compare(reports.load(before), reports.load(after), threshold)
+    console.print(table)
+    console.print(f"slower, wrong or missing: {', '.join(failures)}" if failures else "nothing became slower")
+    raise typer.Exit(int(bool(failures)))
+
+
+def committed() -> dict[str, reports.Result]:
+    """The quick results of every machine under bench/results."""
+    return {file.parent.name: reports.load(file) for file in sorted(RESULTS.glob("*/quick.json"))}
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,75 @@
+"""One module per operator: turns a workload into calls of ours and of every alternative, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from bench.rooflines import Work
+from bench.timers import Call
+
+
+class WrongResult(AssertionError):
+    """A call that is timed must first be right; the message says which one was not, and by how much."""
+
+
+@dataclass
+class Case:
+    """One row of a benchmark.
+
+    ours, alternatives: calls that differ in their buffers or geometry only, taken in turn; an alternative that cannot
+    run here is the reason instead. check: raises WrongResult unless ours and the alternatives agree. work: what a call
+    cannot avoid, or None where nothing simple says it. workspace: bytes one call of ours needs beside its inputs and
+    outputs, or None where it was not measured. calls: of the function in one call of ours.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    device: str
+    ours: Sequence[Call]
+    alternatives: dict[str, Sequence[Call] | str]
+    check: Callable[[], object]
+    work: Work | None
+    workspace: int | None = None
+    calls: int = 1
+    settings: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} | {self.shape} | {self.dtype}"
+
+
+def require_close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    """Relative Euclidean distance of two results; NaN is never close."""
+    if ours.shape != theirs.shape:
+        raise WrongResult(f"{name}: shape {tuple(ours.shape)} against {tuple(theirs.shape)}; a wrong row is not timed")
+    error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+    if not error <= tolerance:
+        raise WrongResult(f"{name}: relative difference {error:.2e} exceeds {tolerance:.0e}; a wrong row is not timed")
+
+
+def absent(package: str) -> str | None:
+    """Why an alternative of this package cannot run, or None."""
+    return None if find_spec(package) else f"{package} is not installed"
+
+
+def workspace(call: Call, device: str, outputs: int) -> int | None:
+    """Peak bytes that a call of ours takes from torch's allocator beyond its `outputs`; CUDA only."""
+    if device != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return max(0, torch.cuda.max_memory_allocated() - before - outputs)
+
+
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}

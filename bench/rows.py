@@ -1,0 +1,130 @@
+"""Times one case in pairs and turns it into a row: plain data for JSON, tables and charts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from bench.cases import Case, WrongResult
+from bench.rooflines import Ceilings, Work
+from bench.timers import Ratio, Repeated, clock, host_microseconds, paired_ratio, prepare
+
+SECONDS_PER_ROW = 1.0
+ROUNDS = (9, 101)
+
+Row = dict[str, Any]
+
+
+def wrong_row(case: Case, error: WrongResult) -> Row:
+    """A row that was not timed, because a result was wrong."""
+    return _identity(case) | {"wrong": str(error)}
+
+
+def _identity(case: Case) -> Row:
+    return {"name": case.name, "op": case.op, "shape": case.shape, "dtype": case.dtype, "device": case.device}
+
+
+def _rounds(units: list[Repeated]) -> int:
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    begin = time.perf_counter()
+    for unit in units:
+        unit.call()
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    return min(ROUNDS[1], max(ROUNDS[0], int(SECONDS_PER_ROW / (time.perf_counter() - begin))))
+
+
+def measure(case: Case, benchmark: Any) -> Row:
+    """Check `case`, time it in rounds through pytest-benchmark's `benchmark` fixture, and return the row.
+
+    Every round times each alternative first and ours last. The fixture's timer must be `clock(case.device)`.
+
+    Raises:
+        WrongResult: ours or an alternative gives another result; nothing was timed.
+    """
+    case.check()
+    absent = {name: calls for name, calls in case.alternatives.items() if isinstance(calls, str)}
+    ours = prepare(case.ours, case.device)
+    others = {name: prepare(calls, case.device) for name, calls in case.alternatives.items() if name not in absent}
+    now = clock(case.device)
+    series: dict[str, list[float]] = {name: [] for name in others}
+
+    def time_others() -> None:
+        for name, unit in others.items():
+            begin = now()
+            unit.call()
+            series[name].append((now() - begin) / unit.count)
+
+    rounds = _rounds([ours, *others.values()])
+    benchmark.pedantic(ours.call, setup=time_others, rounds=rounds, iterations=1)
+    own = [seconds / ours.count / case.calls for seconds in benchmark.stats.stats.data]
+    median = statistics.median(own)
+    row: Row = {
+        **_identity(case),
+        "rounds": rounds,
+        "graph": ours.graph,
+        "ours_ms": median * 1e3,
+        "bytes": case.work.bytes if case.work else None,
+        "flops": case.work.flops if case.work else None,
+        "host_us": host_microseconds(case.ours[0], case.device) if case.device == "cuda" else None,
+        "workspace": case.workspace,
+        **({"settings": case.settings} if case.settings else {}),
+        "alternatives": {},
+    }
+    for name in case.alternatives:
+        if name in absent:
+            row["alternatives"][name] = {"absent": absent[name]}
+            continue
+        ratio = paired_ratio(series[name], own)
+        row["alternatives"][name] = {
+            "ms": statistics.median(series[name]) * 1e3,
+            "graph": others[name].graph,
+            **asdict(ratio),
+        }
+    benchmark.extra_info.update(row)
+    return row
+
+
+def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several processes' results.
+
+    Where memory lies and who the neighbours are changes from process to process more than from round to round: times
+    and ratios become medians over the processes, and an interval spans all of theirs. A row is wrong if it was once.
+    """
+    ceilings = Ceilings.best_of([run["ceilings"] for run in runs])
+    rows = [_merge_row([run["rows"][i] for run in runs], ceilings) for i in range(len(runs[0]["rows"]))]
+    return {
+        "environment": runs[0]["environment"] | {"processes": len(runs)},
+        "ceilings": ceilings.as_dict(),
+        "rows": rows,
+    }
+
+
+def _merge_row(rows: list[Row], ceilings: Ceilings) -> Row:
+    row = next((row for row in rows if "wrong" in row), None) or dict(rows[0])
+    if "wrong" in row:
+        return row
+    seconds = statistics.median(row["ours_ms"] for row in rows) / 1e3
+    row["ours_ms"] = seconds * 1e3
+    if row["host_us"] is not None:
+        row["host_us"] = statistics.median(row["host_us"] for row in rows)
+    for name in row["alternatives"]:
+        others = [row["alternatives"][name] for row in rows]
+        if "absent" in others[0]:
+            continue
+        low, high = min(other["low"] for other in others), max(other["high"] for other in others)
+        ratio = Ratio(statistics.median(other["ratio"] for other in others), low, high)
+        milliseconds = statistics.median(other["ms"] for other in others)
+        row["alternatives"][name] = others[0] | {"ms": milliseconds, **asdict(ratio), "noisy": ratio.noisy}
+    if row["bytes"] is not None:
+        floor = ceilings.floor(Work(row["bytes"], row["flops"]), row["dtype"])
+        row |= {
+            "GB_per_s": row["bytes"] / seconds / 1e9,
+            "TFLOP_per_s": row["flops"] / seconds / 1e12,
+            "floor_ms": floor * 1e3,
+            "roofline": floor / seconds,
+        }
+    return row

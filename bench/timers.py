@@ -1,0 +1,116 @@
+"""Clocks and paired comparisons.
+
+Ours and every alternative are timed in turn, round by round, so that all see the same neighbours, clocks and caches;
+what is reported is the median of the rounds' ratios with a distribution-free 95 % interval.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+GRAPH_CALLS = 20
+"""Calls in one captured graph: enough that the launch of the graph itself does not count."""
+NOISY = 0.2
+"""Half width of a ratio's interval, relative to the ratio, from which a row is called noisy."""
+
+
+class DeviceClock:
+    """Seconds of the current CUDA stream, readable like `time.perf_counter`: an event since a first event."""
+
+    def __init__(self) -> None:
+        self._epoch: torch.cuda.Event | None = None
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self._epoch is None:
+            self._epoch = event
+        return self._epoch.elapsed_time(event) / 1e3
+
+
+def clock(device: str) -> Callable[[], float]:
+    """What times calls on `device`: the processor's clock, or the stream's events."""
+    return DeviceClock() if device == "cuda" else time.perf_counter
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A call that stands for `count` calls, and whether it is a replayed graph."""
+
+    call: Call
+    count: int
+    graph: bool
+
+
+def prepare(variants: Sequence[Call], device: str) -> Repeated:
+    """One timed unit from calls that differ in their buffers only.
+
+    CPU: one call, the variants in turn. CUDA: a graph of `GRAPH_CALLS` calls over the rotating buffers, so that inputs
+    come from memory, not from the L2 cache; what cannot be captured is called eagerly as often.
+    """
+    position = -1
+
+    def turn() -> object:
+        nonlocal position
+        position = (position + 1) % len(variants)
+        return variants[position]()
+
+    for _ in range(max(2, len(variants) if device == "cuda" else 0)):
+        turn()
+    if device != "cuda":
+        return Repeated(turn, 1, False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                turn()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return Repeated(lambda: [turn() for _ in range(GRAPH_CALLS)], GRAPH_CALLS, False)
+    return Repeated(graph.replay, GRAPH_CALLS, True)
+
+
+def host_microseconds(call: Call, device: str, calls: int = 100) -> float:
+    """Host time of one call: on a GPU until it is enqueued, on the CPU until it is done. Median of ten series."""
+    samples = []
+    for _ in range(10):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - begin) / calls * 1e6)
+    return statistics.median(samples)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of paired ratios alternative / ours (above 1: ours is faster) and its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def noisy(self) -> bool:
+        return self.high - self.low > 2 * NOISY * self.ratio
+
+
+def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
+    """The ratio of two series measured in the same rounds; the interval spans order statistics n/2 ± 0.98·√n."""
+    if len(theirs) != len(ours) or not ours:
+        raise ValueError(f"series of {len(theirs)} and {len(ours)} rounds cannot be paired; measure them together")
+    ratios = sorted(a / b for a, b in zip(theirs, ours))
+    count, half = len(ratios), 0.98 * math.sqrt(len(ratios))
+    low, high = max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
+    return Ratio(statistics.median(ratios), ratios[low], ratios[high])

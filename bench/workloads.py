@@ -1,0 +1,135 @@
+"""What is measured, as data. `quick` rows make up `make bench`; the others join in `make bench-full`.
+
+Images and crops are those of Qwen2-VL and of Visual Perception Tokens: photos, documents of 1700×2200, photos of 12
+megapixels; looks of at most 512 pixels a side give 54 to 324 tokens. "2b" and "7b" are the language models' widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Lm:
+    """hidden size, query heads, key/value heads, head dimension"""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+LMS = {"2b": Lm(1536, 12, 2, 128), "7b": Lm(3584, 28, 4, 128)}
+
+
+@dataclass(frozen=True)
+class Roi:
+    """`regions` boxes of one image; each result has at most `longest_edge` pixels a side, or `max_pixels` in all.
+
+    new_geometry: every call crops boxes never seen before, which is what a second look does.
+    """
+
+    width: int
+    height: int
+    regions: int
+    dtype: str
+    longest_edge: int | None = None
+    max_pixels: int | None = None
+    new_geometry: bool = True
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        limit = f"{self.longest_edge} px" if self.longest_edge else f"{self.max_pixels / 1e6:.1f} Mpx"
+        return f"{self.width}×{self.height}, {self.regions} region{'s' * (self.regions > 1)}, ≤ {limit}"
+
+
+@dataclass(frozen=True)
+class Control:
+    """`images` of `tokens` features each under one control row each; form as in `fold_projector`."""
+
+    form: str
+    images: int
+    tokens: int
+    lm: str
+    dtype: str
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        return f"{self.form}, {self.images}×{self.tokens} tokens, {self.lm}"
+
+
+@dataclass(frozen=True)
+class Append:
+    """`tokens` appended to a cache of `capacity` rows, page_size 0: contiguous."""
+
+    tokens: int
+    lm: str
+    dtype: str
+    capacity: int = 8192
+    page_size: int = 0
+    in_place: bool = False
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        pages = f", pages of {self.page_size}" if self.page_size else ""
+        return f"{self.tokens} tokens, {self.lm}{pages}{', q in place' if self.in_place else ''}"
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """A forced look of `preset` (random weights), measured from the trigger token to the first answer token."""
+
+    preset: str
+    look: str
+    quick: bool = True
+
+
+PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)
+MEGAPIXEL = 14 * 14 * 4 * 1280
+
+ROI = (
+    *(Roi(*PHOTO, 1, dtype, max_pixels=12_845_056) for dtype in ("float32", "bfloat16")),
+    *(Roi(*LARGE, 1, dtype, max_pixels=MEGAPIXEL) for dtype in ("float32", "bfloat16")),
+    Roi(*PHOTO, 1, "float32", max_pixels=12_845_056, new_geometry=False),
+    *(Roi(*DOCUMENT, n, dtype, longest_edge=512) for dtype in ("float32", "bfloat16") for n in (1, 4)),
+    *(
+        Roi(*image, n, dtype, longest_edge=512, quick=False)
+        for dtype in ("float32", "bfloat16")
+        for image in (DOCUMENT, LARGE)
+        for n in (16, 64)
+    ),
+)
+PATCHES = (
+    Roi(*PHOTO, 1, "uint8", max_pixels=12_845_056),
+    Roi(*LARGE, 1, "uint8", max_pixels=MEGAPIXEL),
+    *(Roi(*DOCUMENT, n, "uint8", longest_edge=512) for n in (1, 4)),
+    *(Roi(*LARGE, n, "uint8", longest_edge=512, quick=False) for n in (16, 64)),
+)
+CONTROL = (
+    *(Control("identity", 1, 252, lm, "float32") for lm in LMS),
+    *(Control(form, 1, 256, "2b", "float32") for form in ("linear", "conv")),
+    *(Control(form, 1, 252 if form == "identity" else 256, "2b", "bfloat16") for form in ("identity", "linear")),
+    *(
+        Control(form, images, 252 if form == "identity" else 256, lm, dtype, quick=False)
+        for form in ("identity", "linear", "conv")
+        for images in (1, 16)
+        for lm in LMS
+        for dtype in ("float32", "bfloat16")
+        if images == 16 or lm == "7b"
+    ),
+)
+APPEND = (
+    *(Append(n, "2b", "float32") for n in (1, 54, 270, 4096)),
+    Append(270, "2b", "float32", in_place=True),
+    Append(4096, "2b", "float32", in_place=True),
+    Append(270, "2b", "bfloat16"),
+    Append(4096, "2b", "bfloat16"),
+    Append(270, "2b", "bfloat16", page_size=16),
+    Append(270, "7b", "bfloat16"),
+    *(Append(n, lm, "bfloat16", capacity=65_536, quick=False) for n in (16_384, 65_536) for lm in LMS),
+    *(Append(n, "7b", "float32", capacity=32_768, quick=False) for n in (1, 4096)),
+)
+ENGINE = tuple(SecondLook("2b-slice", look) for look in ("region:x2,y1,x5,y4", "region:x3,y3,x3,y3", "clip"))

@@ -1,0 +1,196 @@
+"""The benchmark itself: wrong and slow things are noticed, intervals are honest, the README follows the results."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import charts, report, rows, workloads
+from bench.cases import Case, WrongResult, append, control, require_close, roi
+from bench.rooflines import Ceilings, Work, append_work
+from bench.rows import measure, merge, wrong_row
+from bench.timers import Ratio, paired_ratio
+from tests.helpers import numbers
+
+ROOT = Path(__file__).resolve().parents[2]
+CEILINGS = Ceilings("cpu", {1 << 20: 1e9, 1 << 28: 1e8}, {"float32": 1e10})
+
+
+class Pedantic:
+    """What `measure` uses of pytest-benchmark's fixture, without its report."""
+
+    def __init__(self) -> None:
+        self.stats, self.extra_info = self, {}
+        self.data: list[float] = []
+        self.calls = 0
+
+    def pedantic(self, function: Any, setup: Any, rounds: int, iterations: int) -> None:
+        self.stats = type("Stats", (), {"stats": self})
+        for _ in range(rounds):
+            setup()
+            begin = TIME.now
+            function()
+            self.data.append(TIME.now - begin)
+            self.calls += 1
+
+
+class VirtualTime:
+    """A clock that only the made-up calls move, each by its seconds and up to 5 % more."""
+
+    def __init__(self) -> None:
+        self.now, self.noise = 0.0, numbers("virtual time")
+
+    def call(self, seconds: float) -> Any:
+        def pass_time() -> None:
+            self.now += seconds * (1 + 0.05 * self.noise.random())
+
+        return pass_time
+
+
+TIME = VirtualTime()
+
+
+@pytest.fixture(autouse=True)
+def _virtual_time(monkeypatch) -> None:
+    monkeypatch.setattr(rows, "clock", lambda device: lambda: TIME.now)
+
+
+def case(ours: float = 1e-3, check: Any = lambda: None, **others: float) -> Case:
+    calls = {name: [TIME.call(seconds)] for name, seconds in others.items()}
+    return Case("append_visual_kv", "made up", "float32", "cpu", [TIME.call(ours)], calls, check, Work(1 << 20, 0))
+
+
+def result(made: Case) -> dict[str, Any]:
+    row = measure(made, Pedantic())
+    return {"environment": {"cpu": "made up"}, "ceilings": CEILINGS.as_dict(), "rows": [row]}
+
+
+def test_a_planted_slowdown_is_noticed() -> None:
+    before = merge([result(case(1e-3, eager=4e-3))])
+    same, slow = merge([result(case(1e-3, eager=4e-3))]), merge([result(case(2e-3, eager=4e-3))])
+    assert report.compare(before, same)[1] == []
+    assert report.compare(before, slow)[1] == [before["rows"][0]["name"]]
+    assert report.compare(slow, before)[1] == []
+
+
+def test_a_slower_machine_is_no_slowdown() -> None:
+    before, after = merge([result(case(1e-3, eager=4e-3))]), merge([result(case(3e-3, eager=12e-3))])
+    assert report.compare(before, after)[1] == []
+
+
+def test_missing_and_wrong_rows_fail_a_comparison() -> None:
+    before = merge([result(case(eager=2e-3))])
+    wrong = {**before, "rows": [wrong_row(case(), WrongResult("off by one"))]}
+    assert report.compare(before, wrong)[1] == report.compare(before, {**before, "rows": []})[1] != []
+
+
+@pytest.mark.parametrize("build, workload", [
+    (append.build, workloads.Append(5, "2b", "float32", capacity=16)),
+    (control.build, workloads.Control("identity", 1, 3, "2b", "float32")),
+    (roi.build, workloads.Roi(320, 240, 1, "float32", longest_edge=256)),
+])  # fmt: skip
+def test_a_planted_wrong_result_is_never_timed(monkeypatch, build, workload) -> None:
+    module = {append.build: append, control.build: control, roi.build: roi}[build]
+    name = {append: "append_visual_kv", control: "control_cross_attention", roi: "roi_patch_embed"}[module]
+    good = getattr(module, name)
+    made = build(workload, "cpu")
+    made.check()
+    monkeypatch.setattr(module, name, lambda *arguments: good(*arguments) * 1.01)
+    benchmark = Pedantic()
+    with pytest.raises(WrongResult, match="not timed"):
+        measure(made, benchmark)
+    assert benchmark.calls == 0
+
+
+def test_close_is_never_nan_or_another_shape() -> None:
+    ones = torch.ones(3)
+    require_close("equal", ones, ones, 0.0)
+    for other in (ones * float("nan"), torch.ones(4), ones * 1.1):
+        with pytest.raises(WrongResult):
+            require_close("different", ones, other, 1e-2)
+
+
+def test_intervals_hold_the_median_as_often_as_they_say() -> None:
+    generator, hits = numbers("intervals"), 0
+    for _ in range(400):
+        ours, theirs = (generator.lognormal(0.0, 0.3, 41) for _ in range(2))
+        ratio = paired_ratio((theirs * 2).tolist(), ours.tolist())
+        assert ratio.low <= ratio.ratio <= ratio.high
+        hits += ratio.low <= 2 <= ratio.high
+    assert hits >= 0.93 * 400
+
+
+def test_paired_ratio_wants_pairs() -> None:
+    with pytest.raises(ValueError, match="2 and 3"):
+        paired_ratio([1, 2], [1, 2, 3])
+
+
+def test_noise_is_named() -> None:
+    assert Ratio(2.0, 1.5, 2.6).noisy and not Ratio(2.0, 1.9, 2.1).noisy
+
+
+def test_processes_are_merged() -> None:
+    runs = [result(case(1e-3, eager=seconds)) for seconds in (2e-3, 4e-3, 8e-3)]
+    others = [run["rows"][0]["alternatives"]["eager"] for run in runs]
+    merged = merge(runs)["rows"][0]
+    assert merged["alternatives"]["eager"]["ratio"] == statistics.median(other["ratio"] for other in others)
+    assert merged["alternatives"]["eager"]["low"] == others[0]["low"]
+    assert merged["alternatives"]["eager"]["high"] == others[2]["high"] and merged["alternatives"]["eager"]["noisy"]
+    assert merged["roofline"] == pytest.approx((1 << 20) / 1e9 / (merged["ours_ms"] / 1e3))
+
+
+def test_a_row_that_was_wrong_once_is_wrong() -> None:
+    good = result(case(eager=2e-3))
+    bad = {**good, "rows": [wrong_row(case(), WrongResult("off by one"))]}
+    assert "wrong" in merge([good, bad, good])["rows"][0]
+
+
+def test_floors() -> None:
+    assert CEILINGS.bandwidth(1000) == 1e9 and CEILINGS.bandwidth(1 << 21) == CEILINGS.bandwidth(1 << 30) == 1e8
+    assert CEILINGS.floor(Work(1000, 10**9), "float32") == pytest.approx(0.1)
+    assert CEILINGS.floor(Work(1 << 30, 1), "float32") == pytest.approx((1 << 30) / 1e8)
+    per_token = 2 * (12 + 2 * 2) * 128 * 4 + 128 * 4 + 4 * 8
+    assert append_work(workloads.Append(10, "2b", "float32")).bytes == 10 * per_token
+
+
+def test_everything_is_drawn_and_written(tmp_path: Path) -> None:
+    made = merge([result(case(1e-3, eager=4e-3)), result(case(1e-3, eager=4e-3))])
+    made["environment"] |= {"threads": 2, "torch": "2", "date": "2026-01-01", "transformers": "5", "commit": "c"}
+    made["environment"]["capability"] = "AVX2"
+    made["rows"].append(wrong_row(case(), WrongResult("off by one")))
+    made["rows"][0]["alternatives"]["peer"] = {"absent": "peer is not installed"}
+    for draw in (charts.ratio_bars, charts.roofline):
+        draw(made, tmp_path / "a.svg")
+        first = (tmp_path / "a.svg").read_bytes()
+        assert first.startswith(b"<?xml")
+    for text in (report.markdown(made), report.readme_block({"here": made})):
+        assert "eager" in text and "wrong" in text
+    assert "peer is not installed" in report.markdown(made)
+    report.terminal(made)
+
+
+def test_a_file_that_is_no_result(tmp_path: Path) -> None:
+    for text in ("", "[]", "{}"):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match="x.json"):
+            report.load(tmp_path / "x.json")
+    with pytest.raises(ValueError, match="markers"):
+        report.replace_block("no markers", "block")
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert report.replace_block(readme, report.readme_block(command.committed())) == readme
+
+
+def test_pictures_and_tables_belong_to_the_results() -> None:
+    for machine, loaded in command.committed().items():
+        folder = ROOT / "bench/results" / machine
+        assert (folder / "quick.md").read_text() == report.markdown(loaded)
+        for name in ("ratios", "roofline"):
+            assert (folder / f"quick-{name}.svg").is_file()
