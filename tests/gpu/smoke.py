@@ -1,0 +1,111 @@
+"""Tiny calls of every operator on every backend that runs here, for compute-sanitizer: `python -m tests.gpu.smoke`."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from vpt_kernels import (
+    append_visual_kv,
+    append_visual_kv_,
+    control_cross_attention,
+    control_cross_attention_into,
+    fold_patch_weight,
+    fold_projector,
+    plan_regions,
+    qwen2_vl_policy,
+    roi_patch_embed,
+    roi_patches,
+    rotary_table,
+    sam_policy,
+)
+from vpt_kernels.backends import CAPABILITIES, BackendUnavailable
+
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def roi(backend: str, dtype: torch.dtype) -> None:
+    images = [torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE) for size in ((37, 53, 3), (90, 31, 3))]
+    sizes = [tuple(image.shape[:2]) for image in images]
+    boxes = [(0, 0, 0, 53, 37), (1, 3, 5, 30, 88), (0, 7, 7, 8, 8)]
+    for policy in (qwen2_vl_policy(longest_edge=56), sam_policy()):
+        patch = policy.patch_size
+        conv = torch.randn(19, 3, patch, patch, device=DEVICE, dtype=dtype)
+        plan = plan_regions(sizes, boxes[:1] if policy == sam_policy() else boxes, policy)
+        roi_patches(images, plan, backend=backend)
+        roi_patch_embed(images, plan, fold_patch_weight(conv, (0.5,) * 3, (0.25,) * 3), backend=backend)
+
+
+def control(backend: str, dtype: torch.dtype) -> None:
+    hidden, width = 48, 32
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+    norm, linear = (normal(hidden), normal(hidden)), (normal(hidden, hidden), normal(hidden))
+    feature_norm = (normal(width), normal(width))
+    forms = {
+        "identity": ({}, normal(7, hidden)),
+        "linear": (
+            {"feature_norm": feature_norm, "feature": (normal(hidden, width), normal(hidden))},
+            normal(7, width),
+        ),
+        "conv": (
+            {"feature_norm": feature_norm, "feature": (normal(hidden, width, 4, 4), normal(hidden))},
+            normal(1, width, 8, 4),
+        ),
+    }
+    for form, (extra, features) in forms.items():
+        projector = fold_projector(form, condition_norm=norm, condition=linear, **extra)
+        out, tokens = normal(9, hidden), 2 if form == "conv" else 7
+        rows = torch.tensor([5, -1, 2, 9, 0, 1, 8][:tokens], device=DEVICE)
+        try:
+            control_cross_attention(features, normal(1, hidden), projector, backend=backend)
+            control_cross_attention_into(features, None, projector, out, rows, backend=backend)
+        except BackendUnavailable as error:
+            print(f"  {form}: {error}")
+
+
+def append(backend: str, dtype: torch.dtype) -> None:
+    tokens, table = 5, rotary_table(64, 16, device=DEVICE)
+    positions = torch.randint(0, 64, (3, tokens), device=DEVICE)
+    slots = torch.tensor([3, -1, 12, 0, 7], device=DEVICE)
+    for layout, paged, quantised in itertools.product(("NHD", "HND"), (False, True), (False, True)):
+        shape = ((3, 4, 2, 24) if layout == "NHD" else (3, 2, 4, 24)) if paged else (
+            (12, 2, 24) if layout == "NHD" else (2, 12, 24))  # fmt: skip
+        packed = torch.randn(tokens, 8 * 24 + 3, device=DEVICE, dtype=dtype)[:, 3:].unflatten(1, (8, 24))
+        q, k, v = packed.split([4, 2, 2], dim=1)
+        kind = torch.float8_e4m3fn if quantised else dtype
+        caches = [torch.zeros(shape, device=DEVICE, dtype=dtype).to(kind) for _ in range(2)]
+        scales = {name: torch.ones(2, device=DEVICE) for name in ("k_scale", "v_scale")} if quantised else {}
+        arguments = (q, k, v, table, positions, slots, *caches, (2, 3, 3))
+        try:
+            append_visual_kv(*arguments, layout=layout, backend=backend, **scales)
+            append_visual_kv_(*arguments, layout=layout, backend=backend, **scales)
+        except BackendUnavailable as error:
+            print(f"  {layout}: {error}")
+
+
+def main() -> None:
+    for operator, call in (
+        ("roi_patch_embed", roi),
+        ("control_cross_attention", control),
+        ("append_visual_kv", append),
+    ):
+        for backend in CAPABILITIES[operator]:
+            if backend not in ("cuda", "triton"):
+                continue
+            for dtype in DTYPES:
+                print(operator, backend, dtype, flush=True)
+                try:
+                    call(backend, dtype)
+                except BackendUnavailable as error:
+                    print(f"  {error}")
+    torch.cuda.synchronize()
+
+
+
+if __name__ == "__main__":
+    main()
