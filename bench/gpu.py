@@ -1,9 +1,9 @@
 """What a machine with an NVIDIA GPU can prove: `make gpu`, or `python bench/gpu.py [--out DIR]`.
 
 Offline and with the machine's own Python: builds the extension for this GPU, runs the tests marked `gpu`, measures the
-operators, runs tiny calls of every backend under compute-sanitizer, and the C++ backend's tests on this torch. Each part
-writes its result before the next begins; a part that fails or runs out of time does not stop the others. All of it ends
-within nine minutes.
+operators, runs tiny calls of every backend under compute-sanitizer, and the C++ backend's tests on this torch. Each
+part writes its result before the next begins; a part that fails or runs out of time does not stop the others. All of
+it ends within nine minutes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def build(session: Session) -> Part:
     command = (sys.executable, "setup.py", "build_ext", "--inplace")
     part = session.run("build", *command, limit=240, TORCH_CUDA_ARCH_LIST=target, MAX_JOBS=str(os.cpu_count() or 4))
     probe = (
-        "from vpt_kernels.backends import CAPABILITIES, EXTENSION_PROBLEM, reasons; import torch; d = torch.device('cuda');"
+        "from vpt_kernels.backends import CAPABILITIES, EXTENSION_PROBLEM, reasons; import torch; "
+        "d = torch.device('cuda'); "
         "print(EXTENSION_PROBLEM or '; '.join(f'{o}: ' + ', '.join(b for b, why in reasons(o, d, torch.uint8 if o == "
         "'roi_patches' else torch.float32).items() if why is None) for o in CAPABILITIES))"
     )

@@ -106,6 +106,5 @@ def main() -> None:
     torch.cuda.synchronize()
 
 
-
 if __name__ == "__main__":
     main()
