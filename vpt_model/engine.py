@@ -392,7 +392,6 @@ class Engine:
         grids: Sequence[tuple[int, int]] = (),
         sample: bool = True,
     ) -> Chunk:
-        talk.cache.check(len(tokens))
         positions = self.positions(torch.tensor(tokens), grids, talk.cache.next_position)
         return Chunk(talk, tokens, embeds, positions, sample)
 

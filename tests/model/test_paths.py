@@ -265,6 +265,18 @@ def test_the_action_token_in_the_middle_of_an_answer(encoder):
     replay.check(replace(answer, ids=answer.ids[3:], logits=answer.logits[3:]))
 
 
+def test_sampling_is_seeded(encoder):
+    engine, options = engine_of(encoder), {"looks": [encoder], "max_new_tokens": 12}
+
+    def ids(sampling: Sampling | None) -> list[int]:
+        return engine.ask(IMAGE, QUESTION, sampling=sampling, **options).ids
+
+    assert ids(Sampling(1.0, seed=1)) == ids(Sampling(1.0, seed=1)) != ids(Sampling(1.0, seed=2))
+    assert ids(Sampling(0.95, 10, 0.1, seed=3)) == ids(None) != ids(Sampling(1.0, seed=1))
+    *_, done = engine.stream(IMAGE, QUESTION, sampling=Sampling(1.0, seed=1), **options)
+    assert done.answer.ids == ids(Sampling(1.0, seed=1))
+
+
 def test_no_looks(encoder):
     """`max_looks=0` answers in one round; a look that is chosen then stays text, with the action token forced."""
     ids = tokenizer(encoder).ids
