@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vpt_model.config import ModelConfig, VisionConfig
+from vpt_model.encoders import build_encoder
 
 # The authors' two names of their class, and the plain model it extends.
 PERCEPTION_MODEL_TYPES = ("qwen2_vl_vpt", "vrt_qwen2_vl")
@@ -41,12 +42,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint of `config`.
-
-    Raises ValueError for a kind whose re-encoder is not supported.
-    """
-    if config.kind not in (None, "clip"):
-        raise ValueError(f"not supported yet: re-encoder of kind {config.kind!r}; use a clip variant")
+    """Name and shape of every tensor of a checkpoint of `config`."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
@@ -63,10 +59,23 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["model.norm.weight"] = (hidden,)
     shapes[_HEAD] = (config.vocab_size, hidden)
     shapes |= _vision_shapes(config.vision)
-    if config.kind == "clip":
-        for role in ("feature", "condition"):
-            shapes |= _norm(f"clip_projector.layernorm_{role}", hidden)
-            shapes |= _linear(f"clip_projector.linear_{role}", hidden, hidden)
+    if config.kind is not None:
+        shapes |= _projector_shapes(config)
+    if config.kind in ("detection", "seg"):
+        tensors = build_encoder(config.kind, config).state_dict()
+        shapes |= {f"{config.kind}_model.{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
+    return shapes
+
+
+def _projector_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, prefix = config.hidden_size, f"{config.kind}_projector."
+    channels = {"clip": hidden, "detection": config.dino.hidden_size, "seg": config.sam.output_channels}[config.kind]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for role, width in (("feature", channels), ("condition", hidden)):
+        shapes |= _norm(f"{prefix}layernorm_{role}", width)
+        shapes |= _linear(f"{prefix}linear_{role}", hidden, width)
+    if config.kind == "seg":
+        shapes |= {f"{prefix}conv_feature.weight": (hidden, channels, 4, 4), f"{prefix}conv_feature.bias": (hidden,)}
     return shapes
 
 
@@ -123,6 +132,8 @@ def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
 
 def _weight_std(name: str, shape: tuple[int, ...]) -> float:
     fan_in = math.prod(shape[1:])
+    if name.endswith(("position_embeddings", "pos_embed", "cls_token", "mask_token")):
+        return 0.5
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         return math.sqrt(2.0 / fan_in)
     if name.endswith("linear_condition.weight"):

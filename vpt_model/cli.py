@@ -31,7 +31,7 @@ app = typer.Typer(
     help="A vision-language model that looks twice.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 
-LOOK = 'a forced second look: "region:x2,y1,x5,y4" or "clip"; may be repeated'
+LOOK = 'a forced second look: "region:x2,y1,x5,y4", "clip", "dino" or "sam"; may be repeated'
 Looks = Annotated[list[str] | None, typer.Option("--look", help=LOOK, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
