@@ -14,7 +14,7 @@ from bench.rooflines import Ceilings, Work
 from bench.timers import Ratio, Repeated, clock, host_microseconds, paired_ratio, prepare
 
 SECONDS_PER_ROW = 1.0
-ROUNDS = (9, 101)
+ROUNDS = (5, 101)
 
 Row = dict[str, Any]
 
@@ -51,16 +51,23 @@ def measure(case: Case, benchmark: Any) -> Row:
     others = {name: prepare(calls, case.device) for name, calls in case.alternatives.items() if name not in absent}
     now = clock(case.device)
     series: dict[str, list[float]] = {name: [] for name in others}
+    own: list[float] = []
+
+    def seconds(unit: Repeated) -> float:
+        begin = now()
+        result = unit.call()
+        return result if case.self_timed else now() - begin
 
     def time_others() -> None:
         for name, unit in others.items():
-            begin = now()
-            unit.call()
-            series[name].append((now() - begin) / unit.count)
+            series[name].append(seconds(unit) / unit.count)
 
     rounds = _rounds([ours, *others.values()])
-    benchmark.pedantic(ours.call, setup=time_others, rounds=rounds, iterations=1)
-    own = [seconds / ours.count / case.calls for seconds in benchmark.stats.stats.data]
+    if case.self_timed:
+        benchmark.pedantic(lambda: own.append(ours.call()), setup=time_others, rounds=rounds, iterations=1)
+    else:
+        benchmark.pedantic(ours.call, setup=time_others, rounds=rounds, iterations=1)
+        own = [total / ours.count / case.calls for total in benchmark.stats.stats.data]
     median = statistics.median(own)
     row: Row = {
         **_identity(case),

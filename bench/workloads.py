@@ -132,4 +132,9 @@ APPEND = (
     *(Append(n, lm, "bfloat16", capacity=65_536, quick=False) for n in (16_384, 65_536) for lm in LMS),
     *(Append(n, "7b", "float32", capacity=32_768, quick=False) for n in (1, 4096)),
 )
-ENGINE = tuple(SecondLook("2b-slice", look) for look in ("region:x2,y1,x5,y4", "region:x3,y3,x3,y3", "clip"))
+REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
+"""Crops of 54 to 91 and of 324 tokens."""
+ENGINE = (
+    *(SecondLook("2b-slice", look) for look in (*REGIONS, "clip")),
+    *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
+)

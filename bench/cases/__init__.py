@@ -24,7 +24,8 @@ class Case:
     ours, alternatives: calls that differ in their buffers or geometry only, taken in turn; an alternative that cannot
     run here is the reason instead. check: raises WrongResult unless ours and the alternatives agree. work: what a call
     cannot avoid, or None where nothing simple says it. workspace: bytes one call of ours needs beside its inputs and
-    outputs, or None where it was not measured. calls: of the function in one call of ours.
+    outputs, or None where it was not measured. calls: of the function in one call of ours. self_timed: every call
+    returns the seconds that count, because only a part of it does.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Case:
     work: Work | None
     workspace: int | None = None
     calls: int = 1
+    self_timed: bool = False
     settings: dict[str, object] = field(default_factory=dict)
 
     @property

@@ -125,29 +125,3 @@ def golden_token_ids(name: str = "clip") -> TokenIds:
         action=ids[f"{kind}_action"],
         action_end=ids[f"{kind}_action_end"],
     )
-
-
-def transformers_model(config: ModelConfig, state: dict[str, torch.Tensor], image_pad: int, vision_start: int):
-    """transformers' own Qwen2-VL with the weights of `state` (which must have no projector), float32."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    vision = {key: getattr(config.vision, key) for key in VisionConfig.__dataclass_fields__}
-    skip = ("rope_theta", "mrope_section", "kind", "vision", "dino", "sam", "tie_word_embeddings")
-    text = {key: getattr(config, key) for key in ModelConfig.__dataclass_fields__ if key not in skip}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta, "mrope_section": list(config.mrope_section)}
-    model = Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(
-            text_config=text | {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": None},
-            vision_config=vision | {"mlp_ratio": int(config.vision.mlp_ratio)},
-            tie_word_embeddings=config.tie_word_embeddings,
-            image_token_id=image_pad,
-            vision_start_token_id=vision_start,
-        )
-    )
-    names = {"model.": "model.language_model.", "visual.": "model.visual."}
-    renamed = {}
-    for name, tensor in state.items():
-        prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
-        renamed[names.get(prefix, "") + name.removeprefix(prefix)] = tensor
-    model.load_state_dict(renamed, strict=True)
-    return model.eval()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import vpt_model.language
-from tests.model.inputs import tiny_config, tiny_model, tiny_state, transformers_model
+from bench.transformers_model import transformers_model
+from tests.model.inputs import tiny_config, tiny_model, tiny_state
 from vpt_model.checkpoint import random_state
 from vpt_model.language import LanguageModel
 from vpt_model.linear import linear

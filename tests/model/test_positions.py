@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.model.inputs import golden, tiny_config, tiny_state, transformers_model
+from bench.transformers_model import transformers_model
+from tests.model.inputs import golden, tiny_config, tiny_state
 from vpt_model.positions import mrope_positions, vision_positions
 
 PAD, START, END, TEXT = 300, 301, 302, 7

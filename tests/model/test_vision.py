@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state, transformers_model
+from bench.transformers_model import transformers_model
+from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
 from vpt_kernels import qwen2_vl_policy
 from vpt_model.checkpoint import random_state
 from vpt_model.model import Model

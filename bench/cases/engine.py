@@ -1,0 +1,214 @@
+"""The second look, from the trigger token to the first answer token: three ways.
+
+This engine appends it; the published procedure begins again; transformers continues its own cache with explicit
+positions, the fastest thing it can do, and for the clip look even reuses the features of the first. All have the same
+random weights, photo and forced tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import Case, WrongResult, absent
+from bench.transformers_model import transformers_model
+from bench.workloads import SecondLook
+from vpt_model.checkpoint import random_state
+from vpt_model.config import ENCODERS, PRESETS
+from vpt_model.conversation import Chunk
+from vpt_model.demo import QUESTION, default_image
+from vpt_model.engine import Engine
+from vpt_model.events import Look, Token
+from vpt_model.model import Model
+from vpt_model.reference import PublishedProcedure
+from vpt_model.tokens import Tokenizer
+
+LONGEST_EDGE = 512
+TOLERANCE = 1e-3
+"""On logits of standard deviation 1; rounding moves them by 2e-5, a wrong step by 0.03 or more."""
+
+
+class Recorder(Engine):
+    """Remembers what it feeds to the language model."""
+
+    fed: list[Chunk]
+
+    def _feed(self, chunks: Sequence[Chunk]) -> None:
+        super()._feed(chunks)
+        self.fed += chunks
+
+
+@dataclass
+class Procedures:
+    """The engine and the published procedure over the same random weights."""
+
+    engine: Recorder
+    published: PublishedProcedure
+    state: dict[str, Tensor]
+
+
+@lru_cache(maxsize=1)  # several looks of one model follow one another
+def procedures(preset: str, kind: str) -> Procedures:
+    config = replace(PRESETS[preset], kind=kind)
+    tokenizer, state = Tokenizer.byte_level(config.vocab_size, kind), random_state(config)
+    engine = Recorder(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE)
+    return Procedures(engine, PublishedProcedure(config, state, tokenizer.ids, tokenizer), state)
+
+
+class Problem:
+    """One forced look."""
+
+    def __init__(self, workload: SecondLook) -> None:
+        kind = ENCODERS.get(workload.look, ENCODERS["clip"])
+        made = procedures(workload.preset, kind)
+        self.engine, self.published, self.state = made.engine, made.published, made.state
+        self.look, self.photo = workload.look, default_image()
+        self.before = 0  # chunks fed before the trigger token
+
+    def ours(self) -> float:
+        """Seconds from the trigger token to the first answer token."""
+        return self._ours()[0]
+
+    def _ours(self) -> tuple[float, Tensor]:
+        triggers, begin, looked = {self.engine.ids.region_end, self.engine.ids.action_start}, 0.0, False
+        self.engine.fed = []
+        stream = self.engine.stream(self.photo, QUESTION, looks=[self.look], max_new_tokens=1, keep_logits=True)
+        for event in stream:
+            if isinstance(event, Token) and looked:
+                seconds = time.perf_counter() - begin
+                break
+            if isinstance(event, Token) and event.id in triggers:
+                begin = time.perf_counter()
+                self.before = len(self.engine.fed)
+            looked |= isinstance(event, Look)
+        *_, done = stream
+        return seconds, done.answer.logits[0]
+
+    def publish(self) -> float:
+        return self._publish()[0]
+
+    def _publish(self) -> tuple[float, Tensor]:
+        answer = self.published.ask(self.photo, QUESTION, looks=[self.look], max_new_tokens=1, keep_logits=True)
+        return answer.second_look_ms / 1e3, answer.logits[0]
+
+
+class Continued:
+    """transformers with the cache of the first look; every call takes the second look and forgets it again."""
+
+    def __init__(self, problem: Problem) -> None:
+        from PIL import Image
+        from transformers import DynamicCache
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        engine, self.nearest = problem.engine, Image.Resampling.NEAREST
+        problem.ours()
+        first, self.second = engine.fed[: problem.before], engine.fed[problem.before :]
+        config, self.ids = engine.model.config, engine.ids
+        self.problem, self.state = problem, problem.state
+        self.model = transformers_model(config, problem.state, self.ids.image_pad, self.ids.vision_start)
+        self.processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12_845_056)
+        self.cache = DynamicCache(config=self.model.config.get_text_config())
+        self.boxes = next(
+            event.boxes
+            for event in engine.stream(problem.photo, QUESTION, looks=[problem.look], max_new_tokens=1)
+            if isinstance(event, Look)
+        )
+        width, height = problem.photo.size
+        self.features = self._see([(0, 0, width, height)])
+        for chunk in first:
+            self._forward(chunk, self._embed(chunk.tokens, self.features))
+        self.length = self.cache.get_seq_length()
+
+    def __call__(self) -> float:
+        begin = time.perf_counter()
+        self.look()
+        seconds = time.perf_counter() - begin
+        self.cache.crop(self.length)
+        return seconds
+
+    def look(self) -> Tensor:
+        """Logits of the first answer token."""
+        if self.boxes:
+            (chunk,) = self.second
+            hidden = self._forward(chunk, self._embed(chunk.tokens, self._see(self.boxes)))
+        else:
+            trigger, chunk = self.second
+            control = self._forward(trigger, self._embed(trigger.tokens))
+            embeds = self._embed(chunk.tokens)
+            embeds[0] = control
+            rows = torch.tensor(chunk.tokens) == self.ids.kind_pad
+            embeds[rows] = self._project(control)
+            hidden = self._forward(chunk, embeds)
+        logits = self.model.lm_head(hidden)[0]
+        int(logits.argmax())
+        return logits
+
+    def _see(self, boxes: Sequence[tuple[int, int, int, int]]) -> Tensor:
+        crops = []
+        for box in boxes:
+            crop = self.problem.photo.crop(box)
+            if max(crop.size) > LONGEST_EDGE:
+                scale = LONGEST_EDGE / max(crop.size)
+                crop = crop.resize([int(side * scale) for side in crop.size], self.nearest)
+            crops.append(crop)
+        inputs = self.processor(images=crops, return_tensors="pt")
+        return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+
+    def _project(self, control: Tensor) -> Tensor:
+        def layer(name: str) -> tuple[Tensor, Tensor]:
+            return self.state[f"clip_projector.{name}.weight"], self.state[f"clip_projector.{name}.bias"]
+
+        normal = F.layer_norm(control, control.shape[-1:], *layer("layernorm_condition"), 1e-5)
+        k = F.linear(normal, *layer("linear_condition"))
+        return self.features + (self.features @ k.T) * k
+
+    def _embed(self, tokens: Sequence[int], features: Tensor | None = None) -> Tensor:
+        ids = torch.tensor(tokens)
+        embeds = self.model.model.language_model.embed_tokens(ids)
+        if features is not None and (ids == self.ids.image_pad).any():
+            embeds[ids == self.ids.image_pad] = features
+        return embeds
+
+    def _forward(self, chunk: Chunk, embeds: Tensor) -> Tensor:
+        output = self.model.model.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=chunk.positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[0, -1:]
+
+
+def build(workload: SecondLook, device: str) -> Case:
+    problem = Problem(workload)
+    alternatives: dict[str, list[Callable[[], float]] | str] = {}
+    name = "transformers, cache continued with explicit positions"
+    missing = absent("transformers")
+    if workload.look in ("dino", "sam"):
+        missing = "has no such re-encoder"
+    continued = None if missing else Continued(problem)
+    alternatives[name] = missing or [continued]
+    alternatives["published procedure"] = [problem.publish]
+
+    def check() -> None:
+        _, ours = problem._ours()
+        others = {"published procedure": problem._publish()[1]}
+        if continued:
+            others[name] = continued.look()
+            continued.cache.crop(continued.length)
+        for other, logits in others.items():
+            difference = (ours - logits).abs().max().item()
+            if not difference <= TOLERANCE or int(ours.argmax()) != int(logits.argmax()):
+                raise WrongResult(
+                    f"{other}: logits of the first answer token differ by {difference:.1e}, limit {TOLERANCE:.0e}; "
+                    "a wrong row is not timed"
+                )
+
+    shape = f"{workload.look}, {workload.preset}"
+    return Case("second look", shape, "float32", device, [problem.ours], alternatives, check, None, self_timed=True)

@@ -1,0 +1,18 @@
+"""The second look end to end, on the CPU: from the trigger token to the first answer token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from bench import workloads
+from bench.cases import Case, engine
+
+pytestmark = pytest.mark.benchmark(timer=time.perf_counter, disable_gc=True)
+
+
+@pytest.mark.parametrize("workload", workloads.ENGINE, ids=lambda w: f"{w.look}, {w.preset}")
+def test_engine(workload: workloads.SecondLook, record: Callable[[Case], None]) -> None:
+    record(engine.build(workload, "cpu"))
