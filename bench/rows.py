@@ -14,7 +14,8 @@ from bench.rooflines import Ceilings, Work
 from bench.timers import Ratio, Repeated, clock, host_microseconds, paired_ratio, prepare
 
 SECONDS_PER_ROW = 1.0
-ROUNDS = (5, 101)
+ROUNDS = (9, 101)
+SELF_TIMED_ROUNDS = 3
 
 Row = dict[str, Any]
 
@@ -47,8 +48,12 @@ def measure(case: Case, benchmark: Any) -> Row:
     """
     case.check()
     absent = {name: calls for name, calls in case.alternatives.items() if isinstance(calls, str)}
-    ours = prepare(case.ours, case.device)
-    others = {name: prepare(calls, case.device) for name, calls in case.alternatives.items() if name not in absent}
+    # The check was the warm-up of calls that take seconds.
+    warm_up = not case.self_timed
+    ours = prepare(case.ours, case.device, warm_up)
+    others = {
+        name: prepare(calls, case.device, warm_up) for name, calls in case.alternatives.items() if name not in absent
+    }
     now = clock(case.device)
     series: dict[str, list[float]] = {name: [] for name in others}
     own: list[float] = []
@@ -62,7 +67,7 @@ def measure(case: Case, benchmark: Any) -> Row:
         for name, unit in others.items():
             series[name].append(seconds(unit) / unit.count)
 
-    rounds = _rounds([ours, *others.values()])
+    rounds = SELF_TIMED_ROUNDS if case.self_timed else _rounds([ours, *others.values()])
     if case.self_timed:
         benchmark.pedantic(lambda: own.append(ours.call()), setup=time_others, rounds=rounds, iterations=1)
     else:

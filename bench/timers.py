@@ -51,7 +51,7 @@ class Repeated:
     graph: bool
 
 
-def prepare(variants: Sequence[Call], device: str) -> Repeated:
+def prepare(variants: Sequence[Call], device: str, warm_up: bool = True) -> Repeated:
     """One timed unit from calls that differ in their buffers only.
 
     CPU: one call, the variants in turn. CUDA: a graph of `GRAPH_CALLS` calls over the rotating buffers, so that inputs
@@ -64,7 +64,7 @@ def prepare(variants: Sequence[Call], device: str) -> Repeated:
         position = (position + 1) % len(variants)
         return variants[position]()
 
-    for _ in range(max(2, len(variants) if device == "cuda" else 0)):
+    for _ in range(max(2, len(variants) if device == "cuda" else 0) if warm_up else 0):
         turn()
     if device != "cuda":
         return Repeated(turn, 1, False)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +62,20 @@ def procedures(preset: str, kind: str) -> Procedures:
     return Procedures(engine, PublishedProcedure(config, state, tokenizer.ids, tokenizer), state)
 
 
+@lru_cache(maxsize=1)
+def transformers_twin(preset: str, kind: str) -> Any:
+    """transformers' Qwen2-VL over the same weights."""
+    made = procedures(preset, kind)
+    ids = made.engine.ids
+    return transformers_model(made.engine.model.config, made.state, ids.image_pad, ids.vision_start)
+
+
 class Problem:
     """One forced look."""
 
     def __init__(self, workload: SecondLook) -> None:
-        kind = ENCODERS.get(workload.look, ENCODERS["clip"])
-        made = procedures(workload.preset, kind)
+        self.names = workload.preset, ENCODERS.get(workload.look, ENCODERS["clip"])
+        made = procedures(*self.names)
         self.engine, self.published, self.state = made.engine, made.published, made.state
         self.look, self.photo = workload.look, default_image()
         self.before = 0  # chunks fed before the trigger token
@@ -109,9 +118,8 @@ class Continued:
         engine, self.nearest = problem.engine, Image.Resampling.NEAREST
         problem.ours()
         first, self.second = engine.fed[: problem.before], engine.fed[problem.before :]
-        config, self.ids = engine.model.config, engine.ids
-        self.problem, self.state = problem, problem.state
-        self.model = transformers_model(config, problem.state, self.ids.image_pad, self.ids.vision_start)
+        self.problem, self.state, self.ids = problem, problem.state, engine.ids
+        self.model = transformers_twin(*problem.names)
         self.processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12_845_056)
         self.cache = DynamicCache(config=self.model.config.get_text_config())
         self.boxes = next(
@@ -129,22 +137,24 @@ class Continued:
         begin = time.perf_counter()
         self.look()
         seconds = time.perf_counter() - begin
-        self.cache.crop(self.length)
+        self.forget()
         return seconds
+
+    def forget(self) -> None:
+        self.cache.crop(self.length - self.cache.get_seq_length())
 
     def look(self) -> Tensor:
         """Logits of the first answer token."""
+        *earlier, chunk = self.second
+        for one in earlier:
+            state = self._forward(one, self._embed(one.tokens))
         if self.boxes:
-            (chunk,) = self.second
-            hidden = self._forward(chunk, self._embed(chunk.tokens, self._see(self.boxes)))
+            embeds = self._embed(chunk.tokens, self._see(self.boxes))
         else:
-            trigger, chunk = self.second
-            control = self._forward(trigger, self._embed(trigger.tokens))
             embeds = self._embed(chunk.tokens)
-            embeds[0] = control
-            rows = torch.tensor(chunk.tokens) == self.ids.kind_pad
-            embeds[rows] = self._project(control)
-            hidden = self._forward(chunk, embeds)
+            embeds[0] = state
+            embeds[torch.tensor(chunk.tokens) == self.ids.kind_pad] = self._project(state)
+        hidden = self._forward(chunk, embeds)
         logits = self.model.lm_head(hidden)[0]
         int(logits.argmax())
         return logits
@@ -201,7 +211,7 @@ def build(workload: SecondLook, device: str) -> Case:
         others = {"published procedure": problem._publish()[1]}
         if continued:
             others[name] = continued.look()
-            continued.cache.crop(continued.length)
+            continued.forget()
         for other, logits in others.items():
             difference = (ours - logits).abs().max().item()
             if not difference <= TOLERANCE or int(ours.argmax()) != int(logits.argmax()):
