@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from vpt_model.config import ModelConfig, VisionConfig
+from vpt_model.config import DinoConfig, ModelConfig, SamConfig, VisionConfig
 
 # The authors' two names of their class, and the plain model it extends.
 PERCEPTION_MODEL_TYPES = ("qwen2_vl_vpt", "vrt_qwen2_vl")
@@ -37,16 +37,13 @@ _SIZES = (
 )
 _CONSTANTS = ("rope_theta", "rms_norm_eps")
 _RENAMES = {"depth_projector.": "clip_projector."}
+_GAINS = ("lambda1",)
+_TABLES = ("cls_token", "mask_token", "pos_embed", "position_embeddings")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint of `config`.
-
-    Raises ValueError for a kind whose re-encoder is not supported.
-    """
-    if config.kind not in (None, "clip"):
-        raise ValueError(f"not supported yet: re-encoder of kind {config.kind!r}; use a clip variant")
+    """Name and shape of every tensor of a checkpoint of `config`."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
@@ -63,10 +60,17 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["model.norm.weight"] = (hidden,)
     shapes[_HEAD] = (config.vocab_size, hidden)
     shapes |= _vision_shapes(config.vision)
-    if config.kind == "clip":
-        for role in ("feature", "condition"):
-            shapes |= _norm(f"clip_projector.layernorm_{role}", hidden)
-            shapes |= _linear(f"clip_projector.linear_{role}", hidden, hidden)
+    if config.kind is not None:
+        width = {"clip": hidden, "detection": config.dino.hidden_size, "seg": config.sam.output_channels}[config.kind]
+        shapes |= _norm(f"{config.kind}_projector.layernorm_feature", width)
+        shapes |= _linear(f"{config.kind}_projector.linear_feature", hidden, width)
+        shapes |= _norm(f"{config.kind}_projector.layernorm_condition", hidden)
+        shapes |= _linear(f"{config.kind}_projector.linear_condition", hidden, hidden)
+    if config.kind == "detection":
+        shapes |= _dino_shapes(config.dino)
+    if config.kind == "seg":
+        shapes |= _affine("seg_projector.conv_feature", hidden, config.sam.output_channels, 4, 4)
+        shapes |= _sam_shapes(config.sam)
     return shapes
 
 
@@ -89,8 +93,57 @@ def _vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _dino_shapes(config: DinoConfig) -> dict[str, tuple[int, ...]]:
+    """The published names, which are those of transformers' Dinov2Model behind a prefix."""
+    width, patch, mlp = config.hidden_size, config.patch_size, config.hidden_size * config.mlp_ratio
+    embeddings = "detection_model.embeddings."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{embeddings}cls_token": (1, 1, width),
+        f"{embeddings}mask_token": (1, width),
+        f"{embeddings}position_embeddings": (1, 1 + (config.image_size // patch) ** 2, width),
+    }
+    shapes |= _affine(f"{embeddings}patch_embeddings.projection", width, 3, patch, patch)
+    for index in range(config.num_hidden_layers):
+        layer = f"detection_model.encoder.layer.{index}."
+        shapes |= _norm(f"{layer}norm1", width)
+        for name in ("attention.query", "attention.key", "attention.value", "output.dense"):
+            shapes |= _linear(f"{layer}attention.{name}", width, width)
+        shapes[f"{layer}layer_scale1.lambda1"] = (width,)
+        shapes |= _norm(f"{layer}norm2", width)
+        shapes |= _linear(f"{layer}mlp.fc1", mlp, width)
+        shapes |= _linear(f"{layer}mlp.fc2", width, mlp)
+        shapes[f"{layer}layer_scale2.lambda1"] = (width,)
+    return shapes | _norm("detection_model.layernorm", width)
+
+
+def _sam_shapes(config: SamConfig) -> dict[str, tuple[int, ...]]:
+    """The published names, which are those of transformers' SamVisionEncoder behind a prefix."""
+    width, patch, channels = config.hidden_size, config.patch_size, config.output_channels
+    side, head_dim = config.image_size // patch, width // config.num_attention_heads
+    shapes: dict[str, tuple[int, ...]] = {"seg_model.pos_embed": (1, side, side, width)}
+    shapes |= _affine("seg_model.patch_embed.projection", width, 3, patch, patch)
+    for index in range(config.num_hidden_layers):
+        layer = f"seg_model.layers.{index}."
+        window = side if index in config.global_attn_indexes else config.window_size
+        shapes |= _norm(f"{layer}layer_norm1", width)
+        shapes[f"{layer}attn.rel_pos_h"] = shapes[f"{layer}attn.rel_pos_w"] = (2 * window - 1, head_dim)
+        shapes |= _linear(f"{layer}attn.qkv", 3 * width, width)
+        shapes |= _linear(f"{layer}attn.proj", width, width)
+        shapes |= _norm(f"{layer}layer_norm2", width)
+        shapes |= _linear(f"{layer}mlp.lin1", config.mlp_dim, width)
+        shapes |= _linear(f"{layer}mlp.lin2", width, config.mlp_dim)
+    shapes["seg_model.neck.conv1.weight"] = (channels, width, 1, 1)
+    shapes |= _norm("seg_model.neck.layer_norm1", channels)
+    shapes["seg_model.neck.conv2.weight"] = (channels, channels, 3, 3)
+    return shapes | _norm("seg_model.neck.layer_norm2", channels)
+
+
+def _affine(name: str, rows: int, *weight: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, *weight), f"{name}.bias": (rows,)}
+
+
 def _linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    return _affine(name, rows, columns)
 
 
 def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -110,8 +163,7 @@ def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
             state[name] = state[_EMBEDDING]
             continue
         tensor = torch.empty(shape).normal_(generator=generator)
-        is_norm = "norm" in name or "ln_q" in name
-        if is_norm and name.endswith("weight"):
+        if name.endswith(_GAINS) or (name.endswith("weight") and ("norm" in name or "ln_q" in name)):
             tensor.mul_(0.1).add_(1.0)
         elif name.endswith("bias"):
             tensor.mul_(0.1)
@@ -122,6 +174,8 @@ def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
 
 
 def _weight_std(name: str, shape: tuple[int, ...]) -> float:
+    if name.endswith(_TABLES):
+        return 0.5
     fan_in = math.prod(shape[1:])
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         return math.sqrt(2.0 / fan_in)

@@ -27,11 +27,43 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class DinoConfig:
+    """DINOv2, the re-encoder of kind "detection"; fields as in transformers' Dinov2Config. Defaults: dinov2-large."""
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    mlp_ratio: int = 4
+    image_size: int = 518
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class SamConfig:
+    """SAM's image encoder, the re-encoder of kind "seg"; fields as in transformers' SamVisionConfig.
+
+    Defaults: sam-vit-large.
+    """
+
+    hidden_size: int = 1024
+    output_channels: int = 256
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    mlp_dim: int = 4096
+    image_size: int = 1024
+    patch_size: int = 16
+    window_size: int = 14
+    global_attn_indexes: tuple[int, ...] = (5, 11, 17, 23)
+    layer_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One VPT model: a Qwen2-VL language model, its vision tower and the re-encoder `kind`.
 
-    `kind` is the released variant's re-encoder: "clip" (the model's own tower), "detection" (DINOv2),
-    "seg" (SAM), or None for a plain Qwen2-VL without perception tokens.
+    `kind` is the released variant's re-encoder: "clip" (the model's own tower), "detection" (DINOv2, shaped by
+    `dino`), "seg" (SAM, shaped by `sam`), or None for a plain Qwen2-VL without perception tokens.
     """
 
     hidden_size: int = 1536
@@ -47,6 +79,8 @@ class ModelConfig:
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     kind: str | None = "clip"
     vision: VisionConfig = field(default_factory=VisionConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    sam: SamConfig = field(default_factory=SamConfig)
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -94,9 +128,19 @@ PRESETS: dict[str, ModelConfig] = {
         tie_word_embeddings=False,
         mrope_section=(4, 6, 6),
         vision=VisionConfig(depth=2, embed_dim=64, num_heads=4, mlp_ratio=2, hidden_size=128),
+        dino=DinoConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+        sam=SamConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_dim=128, global_attn_indexes=(1,)
+        ),
     ),
     # True widths and vocabulary of the 2B, two layers each: work is measured, not Python overhead.
-    "2b-slice": replace(_2B, num_hidden_layers=2, vision=replace(_2B.vision, depth=2)),
+    "2b-slice": replace(
+        _2B,
+        num_hidden_layers=2,
+        vision=replace(_2B.vision, depth=2),
+        dino=replace(_2B.dino, num_hidden_layers=2),
+        sam=replace(_2B.sam, num_hidden_layers=2, global_attn_indexes=(1,)),
+    ),
     "2b": _2B,
     "7b": _7B,
 }
