@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-KINDS = ("clip", "detection", "seg")
+ENCODERS = {"clip": "clip", "dino": "detection", "sam": "seg"}
+"""Names of the re-encoders, and the `kind` by which checkpoints, configurations and tokens call them."""
+KINDS = tuple(ENCODERS.values())
 
 # The authors' two names of their class, and the plain model it extends.
 PERCEPTION_MODEL_TYPES = ("qwen2_vl_vpt", "vrt_qwen2_vl")
 PLAIN_MODEL_TYPE = "qwen2_vl"
 
-_KIND_OF_ENCODER = {"clip": "clip", "dino": "detection", "sam": "seg"}
 _SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -48,7 +49,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DinoConfig:
-    """DINOv2, the re-encoder of kind "detection"; fields as in transformers' Dinov2Config. Defaults: dinov2-large."""
+    """The DINOv2 re-encoder; the defaults are dinov2-large, which the published variant uses."""
 
     hidden_size: int = 1024
     num_hidden_layers: int = 24
@@ -56,15 +57,11 @@ class DinoConfig:
     mlp_ratio: int = 4
     image_size: int = 518
     patch_size: int = 14
-    layer_norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True)
 class SamConfig:
-    """SAM's image encoder, the re-encoder of kind "seg"; fields as in transformers' SamVisionConfig.
-
-    Defaults: sam-vit-large.
-    """
+    """The SAM image encoder as a re-encoder; the defaults are sam-vit-large, which the published variant uses."""
 
     hidden_size: int = 1024
     output_channels: int = 256
@@ -75,15 +72,14 @@ class SamConfig:
     patch_size: int = 16
     window_size: int = 14
     global_attn_indexes: tuple[int, ...] = (5, 11, 17, 23)
-    layer_norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One VPT model: a Qwen2-VL language model, its vision tower and the re-encoder `kind`.
 
-    `kind` is the released variant's re-encoder: "clip" (the model's own tower), "detection" (DINOv2, shaped by
-    `dino`), "seg" (SAM, shaped by `sam`), or None for a plain Qwen2-VL without perception tokens.
+    `kind` is the released variant's re-encoder: "clip" (the model's own tower), "detection" (DINOv2, shaped by `dino`),
+    "seg" (SAM, shaped by `sam`), or None for a plain Qwen2-VL without perception tokens.
     """
 
     hidden_size: int = 1536
@@ -150,7 +146,13 @@ PRESETS: dict[str, ModelConfig] = {
         vision=VisionConfig(depth=2, embed_dim=64, num_heads=4, mlp_ratio=2, hidden_size=128),
         dino=DinoConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
         sam=SamConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_dim=128, global_attn_indexes=(1,)
+            hidden_size=32,
+            output_channels=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            mlp_dim=128,
+            image_size=256,
+            global_attn_indexes=(1,),
         ),
     ),
     # True widths and vocabulary of the 2B, two layers each: work is measured, not Python overhead.
@@ -158,8 +160,8 @@ PRESETS: dict[str, ModelConfig] = {
         _2B,
         num_hidden_layers=2,
         vision=replace(_2B.vision, depth=2),
-        dino=replace(_2B.dino, num_hidden_layers=2),
-        sam=replace(_2B.sam, num_hidden_layers=2, global_attn_indexes=(1,)),
+        dino=DinoConfig(num_hidden_layers=2),
+        sam=SamConfig(num_hidden_layers=2, global_attn_indexes=(1,)),
     ),
     "2b": _2B,
     "7b": _7B,
@@ -241,13 +243,11 @@ def _kind(content: Mapping[str, Any], names: Iterable[str]) -> str:
     declared = content.get("vision_encoder_ls")
     if declared:
         encoders = [declared] if isinstance(declared, str) else list(declared)
-        if len(encoders) != 1 or encoders[0] not in _KIND_OF_ENCODER:
-            raise ValueError(
-                f"config.json has vision_encoder_ls {declared!r}; it must name one of {list(_KIND_OF_ENCODER)}"
-            )
-        return _KIND_OF_ENCODER[encoders[0]]
+        if len(encoders) != 1 or encoders[0] not in ENCODERS:
+            raise ValueError(f"config.json has vision_encoder_ls {declared!r}; it must name one of {list(ENCODERS)}")
+        return ENCODERS[encoders[0]]
     prefixes = {name.split("_projector.")[0] for name in names if "_projector." in name}
-    kinds = prefixes & set(_KIND_OF_ENCODER.values())
+    kinds = prefixes & set(KINDS)
     if len(kinds) != 1:
         raise ValueError(
             f"cannot tell the re-encoder: config.json has no vision_encoder_ls and the tensors have the projectors "

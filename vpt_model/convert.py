@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from vpt_model.checkpoint import Checkpoint, Progress, expected_shapes, fused_groups
+from vpt_model.config import ENCODERS
 from vpt_model.weights import Stored, write_safetensors
 
 SHARD_BYTES = 4_000_000_000
@@ -25,7 +26,6 @@ _COMPANIONS = (
     "tokenizer_config.json",
     "vocab.json",
 )
-_ENCODERS = {"clip": "clip", "detection": "dino", "seg": "sam"}
 
 
 def convert(
@@ -85,11 +85,10 @@ def convert(
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, partial / name)
         # Without this file nothing loads, so it is the last one.
-        kind = checkpoint.config.kind
         content = {**checkpoint.fields, "torch_dtype": str(dtype).removeprefix("torch.")}
-        _write_json(
-            partial / "config.json", content if kind is None else content | {"vision_encoder_ls": [_ENCODERS[kind]]}
-        )
+        if checkpoint.config.kind is not None:
+            content["vision_encoder_ls"] = [name for name, kind in ENCODERS.items() if kind == checkpoint.config.kind]
+        _write_json(partial / "config.json", content)
         for path in (*partial.iterdir(), partial):
             _flush(path)
         Checkpoint.open(partial)

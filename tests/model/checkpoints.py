@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 
 from tests.model.inputs import tiny_config
 from vpt_model.checkpoint import random_state
-from vpt_model.config import ModelConfig
+from vpt_model.config import ENCODERS, ModelConfig
 from vpt_model.tokens import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ENCODERS = {"clip": "clip", "detection": "dino", "seg": "sam"}
 
 # The released 2B model's file, token ids and training-only fields included.
 PUBLISHED_2B = {
@@ -127,7 +126,7 @@ def write_variant(folder: Path, name: str, seed: int = 0) -> tuple[ModelConfig, 
     content = fields(
         config,
         model_type=variant.model_type,
-        vision_encoder_ls=[ENCODERS[kind]],
+        vision_encoder_ls=[name for name, called in ENCODERS.items() if called == kind],
         torch_dtype="bfloat16",
         para_mask_id=0 if variant.aligned else 1,
         para_mask_ratio=0.0 if variant.aligned else 0.5,

@@ -16,6 +16,7 @@ from vpt_model.checkpoint import check_state, expected_shapes, load_checkpoint, 
 from vpt_model.config import PRESETS, parse_config
 from vpt_model.model import Model
 
+
 def equal(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
