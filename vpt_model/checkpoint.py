@@ -202,14 +202,15 @@ Progress = Callable[[int, int], None]
 class Checkpoint:
     """A folder that holds every tensor of `config` in one dtype, and nothing else; the weights are still in its files.
 
-    tensors: the stored tensors under the names of `expected_shapes`. fields: the `config.json`. notices: what a user
-    should know about them.
+    tensors: the stored tensors under the names of `expected_shapes`. fields: the `config.json`. head: how its output
+    head relates to the embedding. notices: what a user should know.
     """
 
     folder: Path
     config: ModelConfig
     tensors: dict[str, Stored]
     fields: Mapping[str, Any]
+    head: str
     notices: list[str]
 
     @classmethod
@@ -233,10 +234,9 @@ class Checkpoint:
         ignored = sorted(name for name in fields if name.startswith("para_mask_") and fields[name])
         if ignored:
             notices.append(f"{', '.join(ignored)} in config.json ignored: these masks belong to training")
-        if config.tie_word_embeddings:
-            _tie(tensors, notices)
+        head = _tie(tensors, notices) if config.tie_word_embeddings else "untied"
         check_state(config, tensors)
-        return cls(folder, config, tensors, fields, notices)
+        return cls(folder, config, tensors, fields, head, notices)
 
     def load(self, dtype: torch.dtype | None = None, progress: Progress = lambda done, total: None) -> dict[str, Any]:
         """The state dict, in the stored dtype unless `dtype` is given.
@@ -318,14 +318,17 @@ def _split_fused(config: ModelConfig, tensors: dict[str, Stored]) -> None:
                 begin += count
 
 
-def _tie(tensors: dict[str, Stored], notices: list[str]) -> None:
+def _tie(tensors: dict[str, Stored], notices: list[str]) -> str:
     embedding, head = tensors.get(_EMBEDDING), tensors.get(_HEAD)
     if head is None and embedding is not None:
         tensors[_HEAD] = embedding
-    elif embedding is not None and (embedding.shape, embedding.dtype) == (head.shape, head.dtype):
-        if not all(torch.equal(*pieces) for pieces in zip(embedding.chunks(), head.chunks(), strict=True)):
-            notices.append(
-                f"the configuration ties {_HEAD} to {_EMBEDDING} but the stored tensors differ; "
-                f"{_HEAD} is used for both"
-            )
-        tensors[_EMBEDDING] = head
+        return "tied, stored once"
+    if embedding is None or (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
+        return "tied, but one of the two does not fit"
+    same = all(torch.equal(*pieces) for pieces in zip(embedding.chunks(), head.chunks(), strict=True))
+    if not same:
+        notices.append(
+            f"the configuration ties {_HEAD} to {_EMBEDDING} but the stored tensors differ; {_HEAD} is used for both"
+        )
+    tensors[_EMBEDDING] = head
+    return f"tied, stored twice, {'equal' if same else 'not equal'}"
