@@ -5,6 +5,7 @@ from vpt_model.engine import Engine
 from vpt_model.events import Answer, Done, Look, Reencode, Region, Stage, Token
 from vpt_model.model import Model
 from vpt_model.prompt import REENCODE_TRIGGER, REGION_TRIGGER, PromptFormat
+from vpt_model.sampling import Sampling
 from vpt_model.tokens import TokenIds, Tokenizer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PromptFormat",
     "Reencode",
     "Region",
+    "Sampling",
     "Stage",
     "Token",
     "TokenIds",

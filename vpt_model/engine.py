@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,42 +24,18 @@ from torch import Tensor
 from vpt_kernels import qwen2_vl_policy
 from vpt_model import perception
 from vpt_model.cache import KVCache
+from vpt_model.config import ENCODERS
+from vpt_model.conversation import Chunk, Conversation, Turn
 from vpt_model.events import Answer, Box, Clock, Done, Event, Look, Reencode, Region, Token
 from vpt_model.images import decode_image
 from vpt_model.model import Model
 from vpt_model.positions import mrope_positions
 from vpt_model.prompt import ANSWER_PREFIX, PromptFormat, action_round, first_round, region_round
+from vpt_model.sampling import Sampler, Sampling
 from vpt_model.tokens import Tokenizer, crop_box, parse_look, parse_region_ids
 
-
-@dataclass
-class Turn:
-    """What the model generated in one round. `end`: "stop", "length", "capacity", or "action" (a look follows)."""
-
-    ids: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    end: str = ""
-
-
-@dataclass
-class Conversation:
-    """One request and how far it has come."""
-
-    cache: KVCache
-    clock: Clock
-    image: Tensor | None = None  # uint8 [height, width, 3]
-    forced: deque[list[int]] = field(default_factory=deque)  # answers of the next rounds
-    max_new_tokens: int = 64
-    keep_logits: bool = False
-    features: Tensor | None = None  # [N, H], the first look
-    grids: tuple[tuple[int, int], ...] = ()
-    header: tuple[int, int] = (0, 0)  # length and next position of the cache behind the current assistant header
-    last: int | None = None  # the token fed last, its hidden state [1, H] and what follows it, float32 [vocab]
-    hidden: Tensor | None = None
-    logits: Tensor | None = None
-    turns: list[Turn] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+Row = Generator[Event | Chunk, None, None]
+"""One conversation as a coroutine: it yields its events and, where it needs the language model, a chunk to feed."""
 
 
 class Engine:
@@ -70,10 +46,11 @@ class Engine:
     reduced before the vision tower sees it. prompt: the texts around the question (default: `PromptFormat()`).
     keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text.
 
-    Greedy decoding, the lowest id on ties. Where the published code is silent or undefined: `<|endoftext|>` also ends
-    generation; a region without a column or a row ends the conversation with the answer that holds it and a notice;
-    an answer that mixes regions and an action counts as the action, because the first action start ends the round.
-    As published, the token after an action start that leads to no look is the action token, unless it ends the turn.
+    Greedy decoding unless a request brings its `Sampling`. Where the published code is silent or undefined:
+    `<|endoftext|>` also ends generation; a region without a column or a row ends the conversation with the answer that
+    holds it and a notice; an answer that mixes regions and an action counts as the action, because the first action
+    start ends the round. As published, the token after an action start that leads to no look is the action token,
+    unless it ends the turn.
     """
 
     def __init__(
@@ -91,13 +68,12 @@ class Engine:
             raise ValueError(
                 f"the tokenizer is of kind {tokenizer.ids.kind!r}, the model of {model.config.kind!r}: they must agree"
             )
-        if model.config.kind not in ("clip", None):
-            raise ValueError(f"re-encoding by {model.config.kind!r} is not available: use a model of kind 'clip'")
         if max_looks < 0:
             raise ValueError(f"max_looks is {max_looks}; it must be 0 or more")
         self.model = model
         self.tokenizer = tokenizer
         self.ids = tokenizer.ids
+        self.reencoder = next((name for name, kind in ENCODERS.items() if kind == self.ids.kind), None)
         self.max_looks = max_looks
         self.capacity = capacity
         self.prompt = prompt or PromptFormat()
@@ -113,11 +89,44 @@ class Engine:
         looks: Sequence[str] | None = None,
         max_new_tokens: int = 64,
         keep_logits: bool = False,
+        sampling: Sampling | None = None,
     ) -> Answer:
         """The answer to `question`; arguments and errors as in `stream`."""
-        options = {"looks": looks, "max_new_tokens": max_new_tokens, "keep_logits": keep_logits}
-        *_, done = self.stream(image, question, **options)
+        row = self._admit(image, question, looks, max_new_tokens, keep_logits, sampling)
+        *_, done = self._events(row)
         return done.answer
+
+    def ask_batch(
+        self,
+        images: Sequence[Any],
+        questions: Sequence[str],
+        *,
+        looks: Sequence[Sequence[str] | None] | None = None,
+        max_new_tokens: int = 64,
+        keep_logits: bool = False,
+        sampling: Sampling | None = None,
+    ) -> list[Answer]:
+        """The answers to several questions, each about its own image (or None), in one ragged batch.
+
+        Row i is `ask(images[i], questions[i], looks=looks[i], ...)`, with a cache and a sampler of its own: rows may
+        take different paths and have different lengths. Whatever the unfinished rows have to append (a prompt, a second
+        look, one token) passes the language model in one call, one row behind the other without padding, and each
+        attends to its own cache. So every row's ids are those of its single run, and its logits up to rounding. Images
+        are encoded row by row. The times of a row's stages include waiting for the other rows.
+
+        Raises ValueError or TypeError as `stream` does for any row, and if the lengths of the lists differ; an error
+        ends the whole batch.
+        """
+        looks = [None] * len(questions) if looks is None else looks
+        if not len(images) == len(questions) == len(looks):
+            raise ValueError(
+                f"{len(images)} images, {len(questions)} questions and {len(looks)} lists of looks were given: "
+                "give one of each for every row (None for no image, None for no forced looks)"
+            )
+        requests = zip(images, questions, looks, strict=True)
+        rows = [self._admit(*request, max_new_tokens, keep_logits, sampling) for request in requests]
+        answers = {number: event.answer for number, event in self._together(rows) if isinstance(event, Done)}
+        return [answers[number] for number in range(len(rows))]
 
     def stream(
         self,
@@ -127,14 +136,41 @@ class Engine:
         looks: Sequence[str] | None = None,
         max_new_tokens: int = 64,
         keep_logits: bool = False,
+        sampling: Sampling | None = None,
     ) -> Iterator[Event]:
         """Events as they happen, `Done` last. Closing the iterator early gives its cache back.
 
         image: what `decode_image` takes, or None for a question without image. looks: forced looks, one per round, that
         replace what the model would generate there (`parse_look`). max_new_tokens: per round; forced tokens are free.
-        keep_logits: keep the logits of the final answer. Raises ValueError or TypeError on bad input; a prompt that
-        does not fit into the cache raises ValueError at the first event, before anything is written.
+        keep_logits: keep the logits of the final answer. sampling: how tokens are chosen; greedy if None. Raises
+        ValueError or TypeError on bad input; a prompt that does not fit into the cache raises ValueError at the first
+        event, before anything is written.
         """
+        return self._events(self._admit(image, question, looks, max_new_tokens, keep_logits, sampling))
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one conversation."""
+        return self.model.language.new_cache(self.capacity)
+
+    def positions(self, tokens: Tensor, grids: Sequence[tuple[int, int]], start: int) -> Tensor:
+        """M-RoPE positions int64 [3, T] of a chunk that begins at position `start`."""
+        merge = self.model.config.vision.spatial_merge_size
+        return mrope_positions(tokens, grids, start, self.ids.image_pad, merge)[0]
+
+    def control_state(self, hidden: Tensor) -> Tensor:
+        """h* [1, H] from the final hidden state at the action start: the same, as embedding and as condition."""
+        return hidden
+
+    def _admit(
+        self,
+        image: Any,
+        question: str,
+        looks: Sequence[str] | None,
+        max_new_tokens: int,
+        keep_logits: bool,
+        sampling: Sampling | None,
+    ) -> Row:
+        """Check a request; the conversation takes a cache when it is first advanced."""
         if not isinstance(question, str):
             raise TypeError(f"question is a {type(question).__name__}; it must be a string")
         if max_new_tokens < 1:
@@ -154,25 +190,49 @@ class Engine:
         pixels = None if image is None else decode_image(image).to(self.model.device)
         for answer in forced:
             self._boxes(pixels, answer)
-        return self._run(user, image=pixels, forced=forced, max_new_tokens=max_new_tokens, keep_logits=keep_logits)
+        options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "choose": Sampler(sampling)}
+        return self._run(user, image=pixels, forced=forced, **options)
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for one conversation."""
-        return self.model.language.new_cache(self.capacity)
-
-    def positions(self, tokens: Tensor, grids: Sequence[tuple[int, int]], start: int) -> Tensor:
-        """M-RoPE positions int64 [3, T] of a chunk that begins at position `start`."""
-        merge = self.model.config.vision.spatial_merge_size
-        return mrope_positions(tokens, grids, start, self.ids.image_pad, merge)[0]
-
-    def control_state(self, hidden: Tensor) -> Tensor:
-        """h* [1, H] from the final hidden state at the action start: the same, as embedding and as condition."""
-        return hidden
+    def _events(self, row: Row) -> Generator[Event, None, None]:
+        with closing(self._together([row])) as events:
+            for _, event in events:
+                yield event
 
     @torch.inference_mode()
-    def _run(self, user: list[int], **request: Any) -> Generator[Event, None, None]:
+    def _together(self, rows: Sequence[Row]) -> Generator[tuple[int, Event], None, None]:
+        """Every event with the number of its row. Each row runs until it needs the language model; then all are fed."""
+        with ExitStack() as stack:
+            for row in rows:
+                stack.callback(row.close)
+            running = dict(enumerate(rows))
+            while running:
+                chunks = []
+                for number, row in list(running.items()):
+                    for step in row:
+                        if isinstance(step, Chunk):
+                            chunks.append(step)
+                            break
+                        yield number, step
+                    else:
+                        del running[number]
+                if chunks:
+                    self._feed(chunks)
+
+    def _feed(self, chunks: Sequence[Chunk]) -> None:
+        """Every token passes the language model here, once: the chunks of all conversations in one ragged call."""
+        lengths = [len(chunk.tokens) for chunk in chunks]
+        embeds, positions = torch.cat([c.embeds for c in chunks]), torch.cat([c.positions for c in chunks], dim=1)
+        hidden = self.model.language.forward(embeds, positions, [chunk.talk.cache for chunk in chunks], lengths)
+        ends = list(accumulate(lengths))
+        sampled = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
+        logits = iter(self.model.language.logits(hidden[sampled]) if sampled else ())
+        for chunk, end in zip(chunks, ends, strict=True):
+            chunk.talk.last, chunk.talk.hidden = chunk.tokens[-1], hidden[end - 1 : end]
+            chunk.talk.logits = next(logits) if chunk.sample else None
+
+    def _run(self, user: list[int], **request: Any) -> Row:
         with self._conversation(**request) as talk:
-            self._prefill(talk, user)
+            yield from self._prefill(talk, user)
             turn = yield from self._decode(talk)
             while (yield from self._look_again(talk, turn)):
                 turn = yield from self._decode(talk)
@@ -188,7 +248,7 @@ class Engine:
             cache.truncate(0, 0)
             self._idle.append(cache)
 
-    def _prefill(self, talk: Conversation, user: list[int]) -> None:
+    def _prefill(self, talk: Conversation, user: list[int]) -> Row:
         if talk.image is not None:
             height, width, _ = talk.image.shape
             features, talk.grids = self._look(talk, [(0, 0, width, height)])
@@ -196,16 +256,16 @@ class Engine:
         count = None if talk.image is None else len(talk.features)
         tokens = first_round(self.ids, self.tokenizer.encode(self.prompt.system), user, count)
         with talk.clock("prefill", tokens=len(tokens), lm_calls=1):
-            self._feed(talk, tokens, self._embed(tokens, talk.features), talk.grids)
+            yield self._chunk(talk, tokens, self._embed(tokens, talk.features), talk.grids)
         talk.header = talk.cache.length, talk.cache.next_position
 
-    def _decode(self, talk: Conversation) -> Generator[Token, None, Turn]:
+    def _decode(self, talk: Conversation) -> Generator[Token | Chunk, None, Turn]:
         """Generate until the turn ends; the token that ends it is not fed."""
         turn, unprinted = Turn(), []
         talk.turns.append(turn)
         forced = deque(talk.forced.popleft() if talk.forced else ())
         while not turn.end:
-            token = forced.popleft() if forced else int(talk.logits.argmax())
+            token = forced.popleft() if forced else talk.choose(talk.logits)
             if token in self.ids.stop:
                 turn.end = "stop"
             elif token == self.ids.action_start and self._may_look(talk):
@@ -228,17 +288,17 @@ class Engine:
                 with talk.clock("decode", tokens=1, lm_calls=1):
                     # The action token's own embedding is never used: its input is the state of the token before it.
                     embeds = talk.hidden if token == self.ids.action else self._embed([token])
-                    self._feed(talk, [token], embeds)
+                    yield self._chunk(talk, [token], embeds)
         return turn
 
-    def _look_again(self, talk: Conversation, turn: Turn) -> Generator[Event, None, bool]:
+    def _look_again(self, talk: Conversation, turn: Turn) -> Generator[Event | Chunk, None, bool]:
         """Take the look that the turn asks for, if any; whether another turn follows."""
         if turn.end == "action":
-            yield Reencode(self.ids.kind)
-            look = self._reencode(talk, turn)
+            yield Reencode(self.reencoder)
+            look = yield from self._reencode(talk, turn)
         elif boxes := self._named_boxes(talk, turn):
             yield Region(boxes)
-            look = self._crop(talk, turn, boxes)
+            look = yield from self._crop(talk, turn, boxes)
         else:
             return False
         if look is None:
@@ -248,24 +308,29 @@ class Engine:
         yield look
         return True
 
-    def _reencode(self, talk: Conversation, turn: Turn) -> Look | None:
-        tokens = action_round(self.ids, len(talk.features))
+    def _reencode(self, talk: Conversation, turn: Turn) -> Generator[Chunk, None, Look | None]:
+        encoder = self.model.encoder
+        count = len(talk.features) if encoder is None else encoder.tokens
+        tokens = action_round(self.ids, count)
         # The second round starts from the bare action span: text that led to it is forgotten.
         talk.cache.truncate(*talk.header)
         if not self._fits(talk, turn, 1 + len(tokens)):
             return None
-        with talk.clock("perceive", tokens=1, lm_calls=1, features=len(talk.features)):
+        features = perception.reencode(self.model, talk.image, talk.features, talk.clock)
+        with talk.clock("perceive", tokens=1, lm_calls=1, features=count):
             trigger = [self.ids.action_start]
-            self._feed(talk, trigger, self._embed(trigger), sample=False)
+            yield self._chunk(talk, trigger, self._embed(trigger), sample=False)
             control = self.control_state(talk.hidden)
             embeds = self._embed(tokens)
             embeds[0] = control[0]
-            perception.reencode_into(self.model, talk.features, control, embeds, tokens.index(self.ids.kind_pad))
+            first = tokens.index(self.ids.kind_pad)
+            perception.reencode_into(self.model, features, control, embeds, first, count)
         with talk.clock("append", tokens=len(tokens), lm_calls=1):
-            self._feed(talk, tokens, embeds)
-        return Look(self.ids.kind, (), talk.grids, len(talk.features), 1 + len(tokens))
+            yield self._chunk(talk, tokens, embeds)
+        grids = talk.grids if encoder is None else (encoder.grid,)
+        return Look(self.reencoder, (), grids, count, 1 + len(tokens))
 
-    def _crop(self, talk: Conversation, turn: Turn, boxes: tuple[Box, ...]) -> Look | None:
+    def _crop(self, talk: Conversation, turn: Turn, boxes: tuple[Box, ...]) -> Generator[Chunk, None, Look | None]:
         features, grids = self._look(talk, boxes)
         answer = turn.ids[:-1] if turn.end == "stop" else turn.ids
         again = self.tokenizer.encode(self.tokenizer.decode(answer))
@@ -279,7 +344,7 @@ class Engine:
         if not self._fits(talk, turn, len(tokens)):
             return None
         with talk.clock("append", tokens=len(tokens), lm_calls=1):
-            self._feed(talk, tokens, self._embed(tokens, torch.cat(features)), grids)
+            yield self._chunk(talk, tokens, self._embed(tokens, torch.cat(features)), grids)
         return Look("region", boxes, grids, sum(counts), len(tokens))
 
     def _named_boxes(self, talk: Conversation, turn: Turn) -> tuple[Box, ...]:
@@ -319,19 +384,17 @@ class Engine:
             embeds[(ids == self.ids.image_pad).nonzero().flatten().to(embeds.device)] = features
         return embeds
 
-    def _feed(
+    def _chunk(
         self,
         talk: Conversation,
         tokens: Sequence[int],
         embeds: Tensor,
         grids: Sequence[tuple[int, int]] = (),
         sample: bool = True,
-    ) -> None:
-        """Append tokens to the conversation; with `sample`, also compute the logits of what follows."""
+    ) -> Chunk:
+        talk.cache.check(len(tokens))
         positions = self.positions(torch.tensor(tokens), grids, talk.cache.next_position)
-        hidden = self.model.language.forward(embeds, positions, [talk.cache], [len(tokens)])
-        talk.last, talk.hidden = tokens[-1], hidden[-1:]
-        talk.logits = self.model.language.logits(talk.hidden)[0] if sample else None
+        return Chunk(talk, tokens, embeds, positions, sample)
 
     def _answer(self, talk: Conversation) -> Answer:
         first, last = talk.turns[0], talk.turns[-1]

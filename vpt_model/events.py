@@ -31,7 +31,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Reencode:
-    """The model asked for the image to be encoded again; `kind` is the re-encoder."""
+    """The model asked for the image to be encoded again; `kind` is the re-encoder: "clip", "dino" or "sam"."""
 
     kind: str
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vpt_model.demo import STAGES, Comparison, Report, Run
 from vpt_model.events import Box
-from vpt_model.reference import first_resize, smart_resize
+from vpt_model.reference_encoders import first_resize, smart_resize
 from vpt_model.tokens import GRID, RegionSpan
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey for what both procedures must do.

@@ -1,4 +1,4 @@
-"""One VPT model: vision tower, language model and the projector of its re-encoder."""
+"""One VPT model: vision tower, language model, the re-encoder and its projector."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ import torch
 from vpt_kernels import ControlProjector, fold_projector
 from vpt_model.checkpoint import check_state
 from vpt_model.config import ModelConfig
+from vpt_model.encoders import DinoEncoder, SamEncoder, build_encoder
 from vpt_model.language import LanguageModel
 from vpt_model.vision import VisionTower
+
+# The projector's form and the layer that makes its features. "clip" re-encodes by the vision tower itself, whose
+# features pass unchanged: only the condition has weights that are used.
+_PROJECTORS = {"clip": ("identity", None), "detection": ("linear", "linear_feature"), "seg": ("conv", "conv_feature")}
 
 
 @dataclass(frozen=True)
 class Model:
-    """The parts an engine needs; `projector` is None for a plain Qwen2-VL."""
+    """The parts an engine needs.
+
+    encoder: None for kind "clip" (the vision tower is the re-encoder) and for a plain Qwen2-VL, whose `projector` is
+    None too.
+    """
 
     config: ModelConfig
     language: LanguageModel
     vision: VisionTower
     projector: ControlProjector | None
+    encoder: DinoEncoder | SamEncoder | None = None
 
     @classmethod
     def from_state(cls, config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Model:
@@ -32,21 +42,13 @@ class Model:
         """
         check_state(config, state)
         state = {name: tensor.detach() for name, tensor in state.items()}
-        projector = None
-        if config.kind == "clip":
-            # The re-encoder is the vision tower itself: its features pass unchanged, only the condition has weights.
-            projector = fold_projector(
-                "identity",
-                condition_norm=(
-                    state["clip_projector.layernorm_condition.weight"],
-                    state["clip_projector.layernorm_condition.bias"],
-                ),
-                condition=(
-                    state["clip_projector.linear_condition.weight"],
-                    state["clip_projector.linear_condition.bias"],
-                ),
-            )
-        return cls(config, LanguageModel(config, state), VisionTower(config, state), projector)
+        projector = encoder = None
+        if config.kind is not None:
+            projector = _projector(config.kind, state)
+        if config.kind in ("detection", "seg"):
+            encoder, prefix = build_encoder(config.kind, config), f"{config.kind}_model."
+            encoder.load({k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(prefix)})
+        return cls(config, LanguageModel(config, state), VisionTower(config, state), projector, encoder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,3 +57,14 @@ class Model:
     @property
     def device(self) -> torch.device:
         return self.language.device
+
+
+def _projector(kind: str, state: Mapping[str, torch.Tensor]) -> ControlProjector:
+    def layer(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return state[f"{kind}_projector.{name}.weight"], state[f"{kind}_projector.{name}.bias"]
+
+    form, feature = _PROJECTORS[kind]
+    weights = {"condition_norm": layer("layernorm_condition"), "condition": layer("linear_condition")}
+    if feature is not None:
+        weights |= {"feature_norm": layer("layernorm_feature"), "feature": layer(feature)}
+    return fold_projector(form, **weights)

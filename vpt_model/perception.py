@@ -28,11 +28,27 @@ def look(
     return list(features.split(tokens)), tuple(grids)
 
 
-def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tensor, row: int) -> None:
-    """Write the re-encoded image, conditioned by the control state, to `embeds[row : row + N]`.
+def reencode(model: Model, image: Tensor, features: Tensor, clock: Clock) -> Tensor:
+    """The image as the projector reads it: [N, H] ("clip"), [1, N, D] (DINOv2) or [1, C, h, w] (SAM).
 
-    features: [N, H], the first look: the "clip" re-encoder is the vision tower itself on the same image, so what it
-    would compute is already there. control: [1, H]. embeds: [L, H].
+    image: uint8 [height, width, 3] on the model's device. features: [N, H], its first look; the "clip" re-encoder is
+    the vision tower itself on the same image, so what it would compute is already there. Stages of the others:
+    "crop+embed", "ViT".
     """
-    rows = torch.arange(row, row + len(features), device=embeds.device)
+    if model.encoder is None:
+        return features
+    height, width, _ = image.shape
+    with clock("crop+embed", images=1):
+        patches = model.encoder.embed_regions([image], [(0, 0, 0, width, height)])
+    with clock("ViT", images=1, vit_patches=len(patches), vit_calls=1):
+        return model.encoder(patches)
+
+
+def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tensor, row: int, count: int) -> None:
+    """Write the re-encoded image, conditioned by the control state, to `embeds[row : row + count]`.
+
+    features: from `reencode`. control: [1, H]. embeds: [L, H]. Raises ValueError if the features do not make `count`
+    tokens.
+    """
+    rows = torch.arange(row, row + count, device=embeds.device)
     control_cross_attention_into(features, control, model.projector, embeds, rows)

@@ -9,7 +9,6 @@ through the vision tower again. One token-forward costs what it costs in transfo
 from __future__ import annotations
 
 import copy
-import math
 import re
 import time
 from collections import Counter
@@ -17,71 +16,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from vpt_model.config import ModelConfig, VisionConfig
+from vpt_model.config import ModelConfig
 from vpt_model.prompt import PromptFormat
+from vpt_model.reference_encoders import (
+    Grid,
+    VisionTower,
+    Weights,
+    first_resize,
+    frequencies,
+    process_images,
+    project,
+    reencoder,
+    rotate,
+)
 from vpt_model.tokens import TokenIds, Tokenizer, parse_look
 
 Cache = list[tuple[Tensor, Tensor]]
-Grid = tuple[int, int]
 Box = tuple[int, int, int, int]
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MIN_PIXELS, MAX_PIXELS = 3136, 12845056
 SPAN = re.compile(r"<\|region_token_start\|>(?:<\|[xy]_[0-7]\|>)+<\|region_token_end\|>")
-
-
-def first_resize(image: Image.Image, longest_edge: int) -> Image.Image:
-    """The authors' step before the processor: NEAREST to `longest_edge`, RGB, at least 28 px, aspect at most 200."""
-    if max(image.size) > longest_edge:
-        factor = longest_edge / max(image.size)
-        image = image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.NEAREST)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    if min(image.size) < 28:
-        image = image.resize((max(image.width, 28), max(image.height, 28)), Image.Resampling.NEAREST)
-    if image.width / image.height > 200:
-        image = image.resize((image.height * 180, image.height), Image.Resampling.NEAREST)
-    if image.height / image.width > 200:
-        image = image.resize((image.width, image.width * 180), Image.Resampling.NEAREST)
-    return image
-
-
-def smart_resize(height: int, width: int, factor: int) -> tuple[int, int]:
-    """transformers' Qwen2-VL rule: sides rounded to multiples of `factor`, the area kept within the pixel limits."""
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > MAX_PIXELS:
-        beta = math.sqrt(height * width / MAX_PIXELS)
-        h, w = math.floor(height / beta / factor) * factor, math.floor(width / beta / factor) * factor
-    elif h * w < MIN_PIXELS:
-        beta = math.sqrt(MIN_PIXELS / (height * width))
-        h, w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
-    return h, w
-
-
-def process_images(images: Sequence[Image.Image], vision: VisionConfig) -> tuple[Tensor, list[Grid]]:
-    """transformers' Qwen2-VL image processor → float32 pixel values [Σ patches, 3·T·p·p] and one (h, w) per image."""
-    p, m, t = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    rows, grids = [], []
-    for image in images:
-        height, width = smart_resize(image.height, image.width, p * m)
-        # Two calls pin the pass order of Pillow ≤ 12.0 (horizontal first), which newer versions choose by shape.
-        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
-        pixels = (pixels - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
-        frames = np.tile(pixels.transpose(2, 0, 1)[None], (t, 1, 1, 1))
-        h, w = height // p, width // p
-        patches = frames.reshape(t, 3, h // m, m, p, w // m, m, p).transpose(2, 5, 3, 6, 1, 0, 4, 7)
-        rows.append(torch.from_numpy(patches.reshape(h * w, 3 * t * p * p)))
-        grids.append((h, w))
-    return torch.cat(rows), grids
 
 
 def region_box(span: str, size: tuple[int, int]) -> Box | None:
@@ -109,67 +67,6 @@ def rope_index(ids: Sequence[int], grids: Sequence[Grid], image_pad: int, merge:
     chunks.append(torch.arange(position, position + len(ids) - start).expand(3, -1))
     positions = torch.cat(chunks, dim=1)
     return positions, int(positions.max()) + 1 - len(ids)
-
-
-def frequencies(theta: float, dim: int) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
-
-
-class Weights:
-    """The tensors of a state dict below one prefix, and transformers' layers on them."""
-
-    def __init__(self, state: Mapping[str, Tensor], prefix: str) -> None:
-        self.tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.tensors[name + ".weight"], self.tensors.get(name + ".bias"))
-
-    def layer_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.tensors[name + ".weight"], self.tensors[name + ".bias"], eps)
-
-    def rms_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-        return self.tensors[name + ".weight"] * y.to(x.dtype)
-
-
-class VisionTower:
-    """Qwen2-VL's `visual`: patch embeddings [N, E] of whole images and their grids → merged tokens [N/4, H]."""
-
-    def __init__(self, config: VisionConfig, weights: Weights) -> None:
-        self.config, self.weights = config, weights
-
-    def embed(self, pixel_values: Tensor) -> Tensor:
-        # The Conv3d's stride is its kernel: the same product as one GEMM, which is how a CPU does it fastest.
-        weight = self.weights.tensors["patch_embed.proj.weight"]
-        return F.linear(pixel_values.to(weight), weight.flatten(1))
-
-    def __call__(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
-        w, lengths = self.weights, [h * w for h, w in grids]
-        cos, sin = torch.cat([self.rotary(*grid) for grid in grids], dim=1).to(x.device)[:, :, None]
-        for block in (f"blocks.{layer}." for layer in range(self.config.depth)):
-            y = w.layer_norm(x, block + "norm1", 1e-6)
-            q, k, v = w.linear(y, block + "attn.qkv").view(len(x), 3, self.config.num_heads, -1).unbind(1)
-            q, k = (rotate(y.float(), cos, sin).to(x.dtype) for y in (q, k))
-            images = zip(*(y.transpose(0, 1)[None].split(lengths, dim=2) for y in (q, k, v)), strict=True)
-            y = torch.cat([F.scaled_dot_product_attention(*image) for image in images], dim=2)
-            x = x + w.linear(y[0].transpose(0, 1).reshape(x.shape), block + "attn.proj")
-            y = w.linear(w.layer_norm(x, block + "norm2", 1e-6), block + "mlp.fc1")
-            x = x + w.linear(y * torch.sigmoid(1.702 * y), block + "mlp.fc2")
-        x = w.layer_norm(x, "merger.ln_q", 1e-6).view(-1, self.config.spatial_merge_size**2 * self.config.embed_dim)
-        return w.linear(F.gelu(w.linear(x, "merger.mlp.0")), "merger.mlp.2")
-
-    def rotary(self, h: int, w: int) -> Tensor:
-        m = self.config.spatial_merge_size
-        cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-        cells = cells.view(2, h // m, m, w // m, m).permute(1, 3, 2, 4, 0).reshape(h * w, 2)
-        angles = (cells[..., None] * frequencies(10000.0, self.config.head_dim // 2)).flatten(1).repeat(1, 2)
-        return torch.stack((angles.cos(), angles.sin()))
 
 
 class Decoder:
@@ -213,14 +110,6 @@ class Decoder:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def project(weights: Weights, features: list[Tensor], control: Tensor) -> Tensor:
-    """The authors' MinimalCLIPProjector: f + (f·k)k, one control state for each image, the images padded to a batch."""
-    k = weights.linear(weights.layer_norm(control, "layernorm_condition", 1e-5), "linear_condition")
-    f = nn.utils.rnn.pad_sequence(features, batch_first=True)
-    out = f + torch.einsum("bso,bo->bs", f, k)[..., None] * k[:, None]
-    return torch.cat([row[: len(feature)] for row, feature in zip(out, features, strict=True)])
-
-
 @dataclass
 class Stage:
     """One named stretch of work: wall milliseconds and the counts of what was done in it."""
@@ -260,7 +149,7 @@ class PublishedProcedure:
 
     config, state: shapes and tensors under their checkpoint names, used in place. ids: token ids of the variant.
     tokenizer, layout: needed by `ask` only. Counted work: images, lm_calls, token_forwards, cache_copies,
-    vit_calls, vit_patches. Raises ValueError for a re-encoder other than "clip".
+    vit_calls, vit_patches.
     """
 
     def __init__(
@@ -273,8 +162,6 @@ class PublishedProcedure:
         longest_edge: int = 512,
         layout: PromptFormat | None = None,
     ) -> None:
-        if config.kind not in ("clip", None):
-            raise ValueError(f"kind is {config.kind!r}; the published procedure is written out for 'clip' or None")
         self.config, self.ids, self.tokenizer = config, ids, tokenizer
         self.longest_edge, self.layout = longest_edge, layout or PromptFormat()
         self.merge = config.vision.spatial_merge_size
@@ -282,7 +169,8 @@ class PublishedProcedure:
         self.decoder = Decoder(config, Weights(state, "model."))
         self.embedding = state["model.embed_tokens.weight"]
         self.lm_head = state.get("lm_head.weight", self.embedding)
-        self.projector = Weights(state, "clip_projector.")
+        self.projector = Weights(state, f"{config.kind}_projector.")
+        self.reencoder = reencoder(config, state)
         self.timings: list[Stage] = []
 
     @torch.inference_mode()
@@ -293,32 +181,33 @@ class PublishedProcedure:
         cache: Cache,
         pixel_values: Tensor | None = None,
         grids: Sequence[Grid] = (),
-        clip_pixel_values: Tensor | None = None,
-        clip_grids: Sequence[Grid] = (),
+        again: Tensor | None = None,
+        again_grids: Sequence[Grid] = (),
         stages: tuple[str, str] = ("prefill", "prefill"),
     ) -> tuple[Tensor, Tensor, Cache]:
         """One published forward call: two passes of the language model, each over its own deep copy of `cache`.
 
-        ids: T new ids. positions: [3, T]. Images as pixel values [N, 1176] and grids in patches; `stages` names the two
-        passes in `timings`. Returns hidden states [T, H], control states [actions, H] and the second pass's cache.
-        Raises ValueError if the number of images to re-encode is not that of the action tokens.
+        ids: T new ids. positions: [3, T]. Images as pixel values [N, 1176] and grids in patches; `again`: those of the
+        images to re-encode, for DINOv2 and SAM [n, 3, h, w]. `stages` names the two passes in `timings`. Returns hidden
+        states [T, H], control states [actions, H] and the second pass's cache. Raises ValueError if the number of
+        images to re-encode is not that of the action tokens.
         """
         tokens = torch.tensor(ids, device=self.embedding.device)
         action = (tokens == self.ids.action).nonzero()[:, 0] if self.ids.action is not None else tokens[:0]
         embeds = F.embedding(tokens, self.embedding)
         if grids:
             embeds[tokens == self.ids.image_pad] = self._look(pixel_values, grids)
-        if clip_grids:
-            if len(clip_grids) != len(action):
-                raise ValueError(f"{len(clip_grids)} images for {len(action)} action tokens: give one for each")
-            embeds[tokens == self.ids.kind_pad] = features = self._look(clip_pixel_values, clip_grids)
+        if again is not None:
+            features = self._encode_again(again, again_grids)
+            if len(features) != len(action):
+                raise ValueError(f"{len(features)} images for {len(action)} action tokens: give one for each")
+            embeds[tokens == self.ids.kind_pad] = project(self.config.kind, self.projector, features, None)
 
         with self._stage(stages[0]):
             hidden, _ = self._pass(embeds, positions, cache)
             control = hidden[action - 1]
-            if clip_grids:
-                per_image = features.split([h * w // self.merge**2 for h, w in clip_grids])
-                embeds[tokens == self.ids.kind_pad] = project(self.projector, per_image, control)
+            if again is not None:
+                embeds[tokens == self.ids.kind_pad] = project(self.config.kind, self.projector, features, control)
             embeds[action] = control
         with self._stage(stages[1]):
             hidden, cache = self._pass(embeds, positions, cache)
@@ -330,8 +219,8 @@ class PublishedProcedure:
         ids: Sequence[int],
         pixel_values: Tensor | None = None,
         grids: Sequence[Grid] = (),
-        clip_pixel_values: Tensor | None = None,
-        clip_grids: Sequence[Grid] = (),
+        again: Tensor | None = None,
+        again_grids: Sequence[Grid] = (),
         *,
         max_new_tokens: int = 64,
         forced: Sequence[int] = (),
@@ -344,7 +233,7 @@ class PublishedProcedure:
         """
         out, running = Generation(), list(ids)
         positions, delta = rope_index(running, grids, self.ids.image_pad, self.merge)
-        images = (pixel_values, grids, clip_pixel_values, clip_grids)
+        images = (pixel_values, grids, again, again_grids)
         cache, fresh = self.decoder.empty_cache(), running
         for step in range(max_new_tokens):
             if step:
@@ -394,8 +283,9 @@ class PublishedProcedure:
         boxes = [region_box(span, image.size) for span in SPAN.findall(text)]
 
         if acts and not boxes:
-            images, reencoded, shown, stages = [image], [image], "<clip_image>", ("perceive", "append")
-            text, trigger = "<|clip_action_start|><|clip_action|><|clip_action_end|>", self.ids.action_start
+            kind = self.config.kind
+            images, reencoded, shown, stages = [image], [image], f"<{kind}_image>", ("perceive", "append")
+            text, trigger = f"<|{kind}_action_start|><|{kind}_action|><|{kind}_action_end|>", self.ids.action_start
         elif boxes and not acts and None not in boxes:
             images, reencoded, stages = [image, *map(image.crop, boxes)], [], ("append", "append")
             numbered = "".join(f"Region {index}: <image>\n" for index in range(len(boxes)))
@@ -412,15 +302,20 @@ class PublishedProcedure:
 
     def _round(self, prompt: str, images: list, reencoded: list, **options) -> Generation:
         inputs: list = []
-        for kind, pictures in (("image", images), ("clip_image", reencoded)):
-            pixel_values, grids = None, []
+        for kind, pictures in (("image", images), (f"{self.config.kind}_image", reencoded)):
+            pixel_values, grids, counts = None, [], []
             if pictures:
                 with self._stage("crop+embed") as work:
                     work["images"] += len(pictures)
-                    resized = [first_resize(picture, self.longest_edge) for picture in pictures]
-                    pixel_values, grids = process_images(resized, self.config.vision)
-            for h, w in grids:
-                pads = f"<|{kind}_pad|>" * (h * w // self.merge**2)
+                    if kind == "image" or self.reencoder is None:
+                        resized = [first_resize(picture, self.longest_edge) for picture in pictures]
+                        pixel_values, grids = process_images(resized, self.config.vision)
+                        counts = [h * w // self.merge**2 for h, w in grids]
+                    else:
+                        pixel_values = self.reencoder.pixel_values(pictures)
+                        counts = [self.reencoder.tokens] * len(pictures)
+            for count in counts:
+                pads = f"<|{kind}_pad|>" * count
                 prompt = prompt.replace(f"<{kind}>", f"<|vision_start|>{pads}<|vision_end|>", 1)
             inputs += [pixel_values, grids]
         return self.generate(self.tokenizer.encode(prompt), *inputs, **options)
@@ -437,6 +332,14 @@ class PublishedProcedure:
         with self._stage("ViT") as work:
             work.update(vit_calls=1, vit_patches=len(patches))
             return self.visual(patches, grids)
+
+    def _encode_again(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Sequence[Tensor]:
+        if self.reencoder is None:
+            return self._look(pixel_values, grids).split([h * w // self.merge**2 for h, w in grids])
+        with self._stage("ViT") as work:
+            patches = pixel_values.shape[-1] * pixel_values.shape[-2] // self.reencoder.patch_size**2
+            work.update(vit_calls=1, vit_patches=len(pixel_values) * patches)
+            return self.reencoder(pixel_values)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Counter[str]]:

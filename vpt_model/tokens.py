@@ -17,6 +17,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from vpt_model.config import ENCODERS
+
 GRID = 8
 """Cells of the region grid along each side of the image."""
 
@@ -201,14 +203,16 @@ def parse_look(spec: str, ids: TokenIds) -> list[int]:
     """The answer that a forced look stands for, as token ids.
 
     `"region:x2,y1,x5,y4"` is one region span (first and last column and row, 0..7) and the end of the turn, several
-    boxes are joined by `+` (`"region:x2,y1,x5,y4+x0,y0,x3,y3"`); the name of the variant's re-encoder, such as
-    `"clip"`, is its action span's first token, at which the answer is cut short. Raises ValueError for anything else.
+    boxes are joined by `+` (`"region:x2,y1,x5,y4+x0,y0,x3,y3"`); the name of the variant's re-encoder, `"clip"`,
+    `"dino"` or `"sam"`, is its action span's first token, at which the answer is cut short. Raises ValueError for
+    anything else.
     """
-    if spec == ids.kind and spec is not None:
+    if ids.kind is not None and ENCODERS.get(spec) == ids.kind:
         return [ids.action_span[0]]
     name, _, boxes = spec.partition(":")
     if name != "region":
-        raise ValueError(f'look is {spec!r}; it must be "region:x2,y1,x5,y4" or this model\'s re-encoder, {ids.kind!r}')
+        own = next((repr(encoder) for encoder, kind in ENCODERS.items() if kind == ids.kind), "of which it has none")
+        raise ValueError(f'look is {spec!r}; it must be "region:x2,y1,x5,y4" or this model\'s re-encoder, {own}')
     tokens: list[int] = []
     for box in boxes.split("+"):
         if (match := _FORCED_BOX.fullmatch(box.strip())) is None:

@@ -48,7 +48,7 @@ def scripted(engine: Engine, *rounds: list[int], image: torch.Tensor | None = IM
     """The answer when the model generates the tokens of `rounds`, whether they are allowed as forced looks or not."""
     request = {"max_new_tokens": 8, "keep_logits": True} | options
     user = TOKENIZER.encode(engine.prompt.user_text(QUESTION, image is not None))
-    *_, done = engine._run(user, image=image, forced=deque(rounds), **request)
+    *_, done = engine._events(engine._run(user, image=image, forced=deque(rounds), **request))
     return done.answer
 
 
@@ -294,7 +294,7 @@ def test_events_come_in_order(engine):
 
 def test_streamed_text_is_the_answer_text(engine):
     said = TOKENIZER.encode("Café – 漢字 ") + [0xFF, 0xC3]
-    events = list(engine._run([], image=IMAGE, forced=deque([[*said, IDS.im_end]])))
+    events = list(engine._events(engine._run([], image=IMAGE, forced=deque([[*said, IDS.im_end]]))))
     texts = [event.text for event in events[:-1]]
     assert texts[:5] == ["C", "a", "f", "", "é"]
     assert "".join(texts) == events[-1].answer.text == "Café – 漢字 \ufffd\ufffd"
@@ -446,5 +446,3 @@ def test_bad_engines():
         Engine(MODEL, TOKENIZER, max_looks=-1)
     with pytest.raises(ValueError, match="capacity is 0"):
         Engine(MODEL, TOKENIZER, capacity=0)
-    with pytest.raises(ValueError, match="not available"):
-        Engine(replace(MODEL, config=replace(MODEL.config, kind="seg")), Tokenizer.byte_level(320, "seg"))

@@ -92,5 +92,5 @@ def test_round_one_behind_an_action_start():
     engine = RecordedEngine("clip", max_looks=0)
     user = engine.tokenizer.encode(f"\n{QUESTION}")
     request = {"image": IMAGE, "max_new_tokens": 13, "keep_logits": True}
-    *_, done = engine._run(user, forced=deque([[engine.ids.action_start]]), **request)
+    *_, done = engine._events(engine._run(user, forced=deque([[engine.ids.action_start]]), **request))
     matches(done.answer, engine.recorded, "r1_forced", skipped=1)

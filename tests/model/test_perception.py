@@ -53,7 +53,7 @@ def test_re_encoding_adds_the_control_state_where_the_pads_are():
     generator = torch.Generator().manual_seed(1)
     features, control = torch.randn(12, width, generator=generator), torch.randn(1, width, generator=generator)
     embeds = torch.full((20, width), 7.0)
-    perception.reencode_into(MODEL, features, control, embeds, 5)
+    perception.reencode_into(MODEL, features, control, embeds, 5, 12)
     norm = [state[f"clip_projector.layernorm_condition.{part}"] for part in ("weight", "bias")]
     linear = [state[f"clip_projector.linear_condition.{part}"] for part in ("weight", "bias")]
     key = F.linear(F.layer_norm(control, (width,), *norm), *linear)

@@ -25,7 +25,8 @@ from tests.model.inputs import (
     transformers_model,
 )
 from vpt_model import reference
-from vpt_model.reference import PublishedProcedure, first_resize, process_images, region_box, rope_index, smart_resize
+from vpt_model.reference import PublishedProcedure, region_box, rope_index
+from vpt_model.reference_encoders import first_resize, process_images, smart_resize
 from vpt_model.tokens import Tokenizer
 
 TOLERANCE = 1e-4
