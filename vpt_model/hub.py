@@ -18,27 +18,32 @@ def model_folder(model: str) -> Path:
 
     Raises ValueError if there is no such folder and no such model, or if huggingface_hub is missing.
     """
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return Path(model)
     match = _NAME.fullmatch(model)
     if match is None or model.startswith("."):
         raise ValueError(f"there is no folder {model}; give a checkpoint folder or a hub model as owner/name@revision")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as error:
         raise ValueError(
             f"there is no folder {model}, and the hub needs huggingface_hub: pip install huggingface_hub"
         ) from error
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(match["name"], revision=match["revision"], allow_patterns=patterns))
+        options = {"revision": match["revision"], "allow_patterns": patterns}
+        try:
+            return Path(snapshot_download(match["name"], **options))
+        except (HfHubHTTPError, HFValidationError, OSError):
+            # What the cache holds needs no connection; asked for a commit, the call above wants one all the same.
+            return Path(snapshot_download(match["name"], **options, local_files_only=True))
 
     try:
         folder = fetch([*_SMALL_FILES, "*.safetensors"])
         return folder if any(folder.glob("*.safetensors")) else fetch([*_SMALL_FILES, "pytorch_model*.bin"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error.__context__ or error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"there is no folder {model}, and the hub's {match['name']} (revision {match['revision'] or 'main'}) "
             f"cannot be fetched: {reason}; check the name and the connection, or download it and give its folder"
