@@ -25,7 +25,6 @@ def model_folder(model: str) -> Path:
         raise ValueError(f"there is no folder {model}; give a checkpoint folder or a hub model as owner/name@revision")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as error:
         raise ValueError(
             f"there is no folder {model}, and the hub needs huggingface_hub: pip install huggingface_hub"
@@ -35,14 +34,14 @@ def model_folder(model: str) -> Path:
         options = {"revision": match["revision"], "allow_patterns": patterns}
         try:
             return Path(snapshot_download(match["name"], **options))
-        except (HfHubHTTPError, HFValidationError, OSError):
+        except Exception:  # huggingface_hub lets the errors of its HTTP library through
             # What the cache holds needs no connection; asked for a commit, the call above wants one all the same.
             return Path(snapshot_download(match["name"], **options, local_files_only=True))
 
     try:
         folder = fetch([*_SMALL_FILES, "*.safetensors"])
         return folder if any(folder.glob("*.safetensors")) else fetch([*_SMALL_FILES, "pytorch_model*.bin"])
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:
         reason = (str(error.__context__ or error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"there is no folder {model}, and the hub's {match['name']} (revision {match['revision'] or 'main'}) "
