@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from vpt_model.checkpoint import random_state
-from vpt_model.config import PRESETS, ModelConfig, VisionConfig
+from vpt_model.config import ENCODERS, PRESETS, DinoConfig, ModelConfig, SamConfig, VisionConfig
 from vpt_model.model import Model
 from vpt_model.tokens import TokenIds
 
@@ -51,13 +51,23 @@ def golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:
 def golden_config(name: str = "clip") -> ModelConfig:
     """The configuration in the sidecar of `name`."""
     sections = golden(name)[1]["config"]
-    text, vision = sections["llm"], sections["vision"]
+
+    def known(kind: type, section: str) -> dict:
+        values = sections[section].items()
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values if k in kind.__dataclass_fields__}
+
     return ModelConfig(
-        **{key: text[key] for key in ModelConfig.__dataclass_fields__ if key in text},
+        **known(ModelConfig, "llm"),
         mrope_section=tuple(sections["mrope_section"]),
-        kind="clip",
-        vision=VisionConfig(**{key: vision[key] for key in VisionConfig.__dataclass_fields__ if key in vision}),
+        kind=golden_kind(name),
+        vision=VisionConfig(**known(VisionConfig, "vision")),
+        dino=DinoConfig(**known(DinoConfig, "dinov2")),
+        sam=SamConfig(**known(SamConfig, "sam_vision")),
     )
+
+
+def golden_kind(name: str = "clip") -> str:
+    return ENCODERS[golden(name)[1]["config"]["vpt"]["vision_encoder_ls"][0]]
 
 
 def golden_state(name: str = "clip") -> dict[str, torch.Tensor]:
@@ -69,9 +79,30 @@ def golden_model(name: str = "clip") -> Model:
     return Model.from_state(golden_config(name), golden_state(name))
 
 
+def golden_again(name: str, row: int = 0) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Pixel values of the image that the recorded model re-encodes in `row`, and its grid if the tower does it.
+
+    Of "clip" [N, 1176]; of "dino" and "sam" [1, 3, h, w], without a grid.
+    """
+    tensors, _ = golden(name)
+    if name == "clip":
+        pixels = tensors["gen_b2.clip_pixel_values_row1" if row else "fwd.clip_pixel_values"]
+        _, height, width = tensors["gen_b2.clip_images_grid_thw" if row else "fwd.clip_images_grid_thw"][row].tolist()
+        return pixels, [(height, width)]
+    if name == "dino":
+        return tensors["gen_b2.detection_images_row1" if row else "fwd.detection_images"], []
+    tile = tensors["gen_b2.seg_tile_row1_u8" if row else "fwd.seg_tiles_u8"].float()
+    tile = tile.view(3, *tile.shape[-2:])
+    size = golden_config(name).sam.image_size
+    repeats = -(-size // tile.shape[-1])
+    ramp = torch.arange(float(size))
+    tiled = (tile / 64 - 2).repeat(1, repeats, repeats)[:, :size, :size]
+    return (tiled + (ramp[:, None] - ramp) / 1024)[None], []
+
+
 def golden_token_ids(name: str = "clip") -> TokenIds:
-    """Token ids of the golden model; `kind` is clip."""
-    ids = golden(name)[1]["config"]["token_ids"]
+    """Token ids of the golden model of `name`; no token ends generation, as in the recorded runs."""
+    ids, kind = golden(name)[1]["config"]["token_ids"], golden_kind(name)
     return TokenIds(
         im_start=ids["im_start"],
         im_end=ids["im_end"],
@@ -88,11 +119,11 @@ def golden_token_ids(name: str = "clip") -> TokenIds:
         region_end=ids["region_token_end"],
         x=tuple(ids[f"x_{i}"] for i in range(8)),
         y=tuple(ids[f"y_{i}"] for i in range(8)),
-        kind="clip",
-        kind_pad=ids["clip_image_pad"],
-        action_start=ids["clip_action_start"],
-        action=ids["clip_action"],
-        action_end=ids["clip_action_end"],
+        kind=kind,
+        kind_pad=ids[f"{kind}_image_pad"],
+        action_start=ids[f"{kind}_action_start"],
+        action=ids[f"{kind}_action"],
+        action_end=ids[f"{kind}_action_end"],
     )
 
 
@@ -101,7 +132,7 @@ def transformers_model(config: ModelConfig, state: dict[str, torch.Tensor], imag
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     vision = {key: getattr(config.vision, key) for key in VisionConfig.__dataclass_fields__}
-    skip = ("rope_theta", "mrope_section", "kind", "vision", "tie_word_embeddings")
+    skip = ("rope_theta", "mrope_section", "kind", "vision", "dino", "sam", "tie_word_embeddings")
     text = {key: getattr(config, key) for key in ModelConfig.__dataclass_fields__ if key not in skip}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta, "mrope_section": list(config.mrope_section)}
     model = Qwen2VLForConditionalGeneration(

@@ -5,92 +5,205 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
+import pytest
 import torch
 
-from tests.model.inputs import golden, golden_config, golden_state, golden_token_ids, random_image
+from tests.model.inputs import golden, golden_again, golden_config, golden_state, golden_token_ids
+from vpt_model.config import ENCODERS
 from vpt_model.engine import Engine
-from vpt_model.events import Answer
+from vpt_model.events import Answer, Done
 from vpt_model.model import Model
 from vpt_model.prompt import PromptFormat
 from vpt_model.tokens import Tokenizer
 
-IMAGE = random_image(150, 230)
-QUESTION = "Recorded question"
+VARIANTS = ["clip", "dino", "sam"]
+CASES = ["clip", "dino", "sam", "region"]
+
+
+def prompt(name: str, case: str, row: int) -> list[int]:
+    """The recorded prompt without its padding."""
+    tensors, _ = golden(name)
+    ids, mask = tensors[f"{case}.input_ids"][row], tensors.get(f"{case}.attention_mask")
+    return ids.tolist() if mask is None else ids[mask[row].bool()].tolist()
+
+
+def turns(prompt: list[int], im_start: int, im_end: int) -> list[list[int]]:
+    """Contents of the complete turns, without role and newline."""
+    starts = [i + 3 for i, token in enumerate(prompt) if token == im_start]
+    return [prompt[start : prompt.index(im_end, start)] for start in starts if im_end in prompt[start:]]
 
 
 class RecordedTokenizer(Tokenizer):
-    """The golden prompts are arbitrary ids: these texts stand for them."""
+    """The golden prompts are arbitrary ids: questions "0" and "1" stand for those of the rows, other texts likewise."""
 
-    def __init__(self, prompt: list[int]) -> None:
-        super().__init__(Tokenizer.byte_level(320, "clip")._backend, "clip")
-        self.ids = replace(golden_token_ids(), stop=frozenset({257}))
-        self._texts = {"Region 0: ": [40, 41, 42], "\nRegion 1: ": [10, 41, 42, 42]}
-        self._texts |= {PromptFormat().system: prompt[3:9], f"\n{QUESTION}": prompt[40:54]}
+    def __init__(self, name: str, prompts: list[list[int]]) -> None:
+        ids = golden_token_ids(name)
+        super().__init__(Tokenizer.byte_level(320, ids.kind)._backend, ids.kind)
+        self.ids = ids
+        self._texts = {}
+        for row, row_prompt in enumerate(prompts):
+            system, user, *rest = turns(row_prompt, ids.im_start, ids.im_end)
+            self._texts |= {PromptFormat().system: system, f"\n{row}": user[user.index(ids.vision_end) + 1 :]}
+            if row == 0 and rest and ids.image_pad in rest[1]:
+                shown = [token for token in rest[1] if token != ids.image_pad]
+                for number in range(shown.count(ids.vision_start)):
+                    cut = shown.index(ids.vision_start)
+                    self._texts["\n" * (number > 0) + f"Region {number}: "] = shown[:cut]
+                    shown = shown[cut + 2 :]
 
     def encode(self, text: str) -> list[int]:
         return self._texts[text] if text in self._texts else super().encode(text)
 
 
 class RecordedEngine(Engine):
-    """Sees the recorded pixels, and for re-encoding those of another image, as the golden case has it."""
+    """Sees the recorded pixels: an image filled with i stands for the images of row i."""
 
-    def __init__(self, case: str, state: dict[str, torch.Tensor] | None = None, **options) -> None:
-        self.recorded = golden(case)[0]
-        model = Model.from_state(golden_config(), state or golden_state())
-        super().__init__(model, RecordedTokenizer(self.recorded["fwd.input_ids"][0].tolist()), **options)
+    def __init__(self, name: str, case: str, state: dict[str, torch.Tensor] | None = None, **options) -> None:
+        self.name, self.tensors, self.controls = name, golden(name)[0], []
+        prompts = [prompt(name, case, row) for row in range(len(self.tensors[f"{case}.input_ids"]))]
+        weights = "clip" if name == "region" else name
+        model = Model.from_state(golden_config(name), state or golden_state(weights))
+        if model.encoder is not None:
+            model.encoder.embed_regions = lambda images, boxes: model.encoder.embed_pixel_values(
+                golden_again(name, row_of(images[0]))[0]
+            )
+        super().__init__(model, RecordedTokenizer(name, prompts), **options)
+        self.rows = range(len(prompts))
 
-    def encoded(self, pixels: str, grids: str) -> tuple[list[torch.Tensor], tuple[tuple[int, int], ...]]:
-        sizes = tuple((height, width) for _, height, width in self.recorded[grids].tolist())
+    def encoded(self, pixels: torch.Tensor, grids: list) -> tuple[list[torch.Tensor], tuple[tuple[int, int], ...]]:
         vision = self.model.vision
-        features = vision.forward(vision.embed_pixel_values(self.recorded[pixels]), sizes)
-        return list(features.split([height * width // 4 for height, width in sizes])), sizes
+        features = vision.forward(vision.embed_pixel_values(pixels), grids)
+        return list(features.split([height * width // 4 for height, width in grids])), tuple(grids)
 
     def _look(self, talk, boxes):
-        features, grids = self.encoded("fwd.pixel_values", "fwd.image_grid_thw")
+        if row_of(talk.image):
+            pixels, grids = self.tensors["gen_b2.pixel_values_row1"], self.tensors["gen_b2.image_grid_thw"][1:]
+        else:
+            pixels, grids = self.tensors["fwd.pixel_values"], self.tensors["fwd.image_grid_thw"]
+        features, grids = self.encoded(pixels, [tuple(grid[1:]) for grid in grids.tolist()])
         seen = slice(1, None) if talk.turns else slice(1)
         return features[seen], grids[seen]
 
     def _reencode(self, talk, turn):
-        (talk.features,), talk.grids = self.encoded("fwd.clip_pixel_values", "fwd.clip_images_grid_thw")
-        return super()._reencode(talk, turn)
+        if self.name == "clip":  # its second image differs on purpose from the first
+            (talk.features,), talk.grids = self.encoded(*golden_again("clip", row_of(talk.image)))
+        return (yield from super()._reencode(talk, turn))
 
     def control_state(self, hidden):
-        self.control = hidden
+        self.controls.append(hidden)
         return hidden
 
+    def recorded_look(self) -> str:
+        sidecar = golden(self.name)[1]
+        boxes = [
+            ",".join(f"{axis}{i}" for axis, i in zip("xyxy", box, strict=True)) for box in sidecar.get("boxes", [])
+        ]
+        return f"region:{'+'.join(boxes)}" if boxes else self.reencoder
 
-def matches(answer: Answer, recorded: dict[str, torch.Tensor], case: str, skipped: int = 0) -> None:
-    assert answer.ids[skipped:] == recorded[f"{case}.new_ids"].tolist()
-    assert (answer.logits[skipped:] - recorded[f"{case}.step_logits"]).abs().max() <= 1e-4
+    def follow(self, forced: list[list[int]], steps: int) -> list[Answer]:
+        """Answers of rows whose first tokens are `forced`, side by side."""
+        rows = []
+        for row, tokens in enumerate(forced):
+            user = self.tokenizer.encode(f"\n{row}")
+            request = {"image": image(row), "max_new_tokens": steps + len(tokens), "keep_logits": True}
+            rows.append(self._run(user, forced=deque([tokens]), **request))
+        answers = {row: event.answer for row, event in self._together(rows) if isinstance(event, Done)}
+        return [answers[row] for row in range(len(rows))]
 
 
-def test_re_encoding():
-    engine = RecordedEngine("clip")
-    matches(engine.ask(IMAGE, QUESTION, looks=["clip"], max_new_tokens=12, keep_logits=True), engine.recorded, "gen")
-    assert (engine.control - engine.recorded["fwd.control"]).abs().max() <= 1e-4
+def image(row: int) -> torch.Tensor:
+    return torch.full((150, 230, 3), row, dtype=torch.uint8)
 
 
-def test_two_regions():
-    engine = RecordedEngine("region")
-    looks = ["region:x1,y2,x4,y5+x0,y0,x3,y6"]
-    matches(engine.ask(IMAGE, QUESTION, looks=looks, max_new_tokens=12, keep_logits=True), engine.recorded, "gen")
+def row_of(image: torch.Tensor) -> int:
+    return int(image[0, 0, 0])
 
 
-def test_round_one_that_emits_actions_by_itself():
-    row = golden("clip")[0]["r1_free.lm_head_row_action_start"]
-    state = dict(golden_state())
+def recorded(name: str, case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """New ids [rows, steps] and their logits [rows, steps, vocab]."""
+    tensors, _ = golden(name)
+    rows = len(tensors[f"{case}.input_ids"]) if f"{case}.input_ids" in tensors else 1
+    ids, logits = tensors[f"{case}.new_ids"], tensors[f"{case}.step_logits"]
+    return ids.view(rows, -1), logits.view(rows, ids.numel() // rows, -1)
+
+
+def matches(answers: list[Answer], name: str, case: str, skipped: tuple[int, ...] | None = None) -> None:
+    ids, logits = recorded(name, case)
+    assert len(answers) == len(ids)
+    for row, answer in enumerate(answers):
+        begin = skipped[row] if skipped else 0
+        assert answer.ids[begin:] == ids[row].tolist()
+        assert (answer.logits[begin:] - logits[row]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_round(name):
+    engine = RecordedEngine(name, "fwd")
+    steps = recorded(name, "gen")[0].shape[1]
+    options = {"looks": [engine.recorded_look()], "max_new_tokens": steps, "keep_logits": True}
+    matches([engine.ask(image(0), "0", **options)], name, "gen")
+    if name != "region":
+        assert (engine.controls[0] - golden(name)[0]["fwd.control"]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_second_round_of_a_batch(name):
+    engine = RecordedEngine(name, "gen_b2")
+    steps, looks = recorded(name, "gen_b2")[0].shape[1], [[name]] * len(engine.rows)
+    options = {"looks": looks, "max_new_tokens": steps, "keep_logits": True}
+    answers = engine.ask_batch([image(row) for row in engine.rows], [str(row) for row in engine.rows], **options)
+    matches(answers, name, "gen_b2")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_one_behind_an_action_start(name):
+    engine = RecordedEngine(name, "r1_forced", max_looks=0)
+    steps = recorded(name, "r1_forced")[0].shape[1]
+    matches(engine.follow([[engine.ids.action_start]], steps), name, "r1_forced", skipped=(1,))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_one_that_emits_actions_by_itself(name):
+    state = dict(golden_state(name))
     state["lm_head.weight"] = state["lm_head.weight"].clone()
-    state["lm_head.weight"][golden_token_ids().action_start] = row
-    engine = RecordedEngine("clip", state, max_looks=0)
-    matches(engine.ask(IMAGE, QUESTION, max_new_tokens=16, keep_logits=True), engine.recorded, "r1_free")
+    row = golden(name)[0]["r1_free.lm_head_row_action_start"]
+    state["lm_head.weight"][golden_token_ids(name).action_start] = row
+    engine = RecordedEngine(name, "r1_free", state, max_looks=0)
+    matches(engine.follow([[]], recorded(name, "r1_free")[0].shape[1]), name, "r1_free")
     # With a look left, the same start token asks for it.
-    engine = RecordedEngine("clip", state)
-    assert [look.kind for look in engine.ask(IMAGE, QUESTION, max_new_tokens=2).looks] == ["clip"]
+    engine = RecordedEngine(name, "r1_free", state)
+    assert [look.kind for look in engine.ask(image(0), "0", max_new_tokens=2).looks] == [name]
 
 
-def test_round_one_behind_an_action_start():
-    engine = RecordedEngine("clip", max_looks=0)
-    user = engine.tokenizer.encode(f"\n{QUESTION}")
-    request = {"image": IMAGE, "max_new_tokens": 13, "keep_logits": True}
-    *_, done = engine._events(engine._run(user, forced=deque([[engine.ids.action_start]]), **request))
-    matches(done.answer, engine.recorded, "r1_forced", skipped=1)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_one_of_a_batch(name):
+    engine = RecordedEngine(name, "r1_b2", max_looks=0)
+    start, steps = engine.ids.action_start, recorded(name, "r1_b2")[0].shape[1]
+    forced = [[start] if prompt(name, "r1_b2", row)[-1] == start else [] for row in engine.rows]
+    matches(engine.follow(forced, steps), name, "r1_b2", skipped=tuple(len(tokens) for tokens in forced))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_perturbed_weight_shows(name):
+    """A weight of the re-encoder's projector, one of 16 thousand and more, moved by a tenth of its matrix's spread."""
+    state = dict(golden_state(name))
+    weight = f"{ENCODERS[name]}_projector.linear_condition.weight"
+    state[weight] = state[weight].clone()
+    state[weight][3, 5] += state[weight].std() * 0.1
+    options = {"looks": [name], "max_new_tokens": 1, "keep_logits": True}
+    logits = RecordedEngine(name, "fwd", state).ask(image(0), "0", **options).logits
+    assert (logits - recorded(name, "gen")[1][0, :1]).abs().max() > 2e-4
+
+
+def test_the_recorded_prompts_are_rebuilt():
+    """The engine is given texts and looks, not prompts: what it feeds must be the recorded ids."""
+    for name in CASES:
+        engine = RecordedEngine(name, "fwd")
+        # In the recorded runs nothing ends an answer; here the end of the forced one must.
+        engine.ids = replace(engine.ids, stop=frozenset({engine.ids.im_end}))
+        fed, chunk = [], engine._chunk
+        engine._chunk = lambda talk, tokens, *rest, fed=fed, chunk=chunk, **more: (
+            fed.extend(tokens) or chunk(talk, tokens, *rest, **more)
+        )
+        engine.ask(image(0), "0", looks=[engine.recorded_look()], max_new_tokens=1)
+        assert fed == prompt(name, "fwd", 0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import pytest
 import torch
 
-from tests.model.inputs import golden, golden_config, golden_model, golden_state
+from tests.model.inputs import golden, golden_again, golden_config, golden_model, golden_state, golden_token_ids
 from vpt_kernels import control_cross_attention, fold_projector
 from vpt_model.model import Model
 from vpt_model.positions import mrope_positions
@@ -16,19 +17,19 @@ TOLERANCE = 1e-4
 FORMS = {"MinimalProjector": "linear", "MinimalSamProjector": "conv", "MinimalCLIPProjector": "identity"}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return golden_model("clip")
+VARIANTS = ["clip", "dino", "sam"]
 
 
-def token(name):
-    return golden("clip")[1]["config"]["token_ids"][name]
+@lru_cache(maxsize=4)
+def model_of(name):
+    return golden_model("clip" if name == "region" else name)
 
 
 @dataclass
 class Request:
-    """One conversation: prompt, features of its ordinary images, features of its re-encoded image."""
+    """One conversation: prompt, features of its ordinary images, what its projector reads of the re-encoded image."""
 
+    name: str
     ids: torch.Tensor
     images: list[torch.Tensor]
     grids: list[tuple[int, int]]
@@ -38,16 +39,20 @@ class Request:
     hidden: list[torch.Tensor] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def special_ids(self):
+        return golden_token_ids(self.name)
+
     def prompt(self, model):
         """Embeddings of the whole prompt, the re-encoded image still missing."""
         embeds = model.language.embed(self.ids)
-        embeds[self.ids == token("image_pad")] = torch.cat(self.images)
+        embeds[self.ids == self.special_ids.image_pad] = torch.cat(self.images)
         return embeds
 
     @property
     def action(self):
         """Index of the action token; the prompt's length where it has none."""
-        found = (self.ids == token("clip_action")).nonzero().flatten().tolist()
+        found = (self.ids == self.special_ids.action).nonzero().flatten().tolist()
         return found[0] if found else len(self.ids)
 
 
@@ -66,30 +71,21 @@ def strip(tensors, case, row=0):
     return ids if mask is None else ids[mask[row].bool()]
 
 
-def clip_request(model, case, row=0, images="fwd.pixel_values", grid=None):
-    """A request of the clip file; its re-encoded image, if the prompt has one, is that of `fwd` or of row 1."""
-    tensors, _ = golden("clip")
-    ids = strip(tensors, case, row)
-    grid = grids_of(tensors["fwd.image_grid_thw"] if grid is None else grid)
-    request = Request(ids, see(model, tensors[images], grid), grid)
-    if (ids == token("clip_image_pad")).any():
-        pixels = tensors["fwd.clip_pixel_values" if row == 0 else "gen_b2.clip_pixel_values_row1"]
-        sizes = tensors["fwd.clip_images_grid_thw" if row == 0 else "gen_b2.clip_images_grid_thw"]
-        [request.reencoded] = see(model, pixels, grids_of(sizes)[row : row + 1])
-    return request
-
-
-def second_row(model, case):
-    tensors, _ = golden("clip")
-    return clip_request(model, case, 1, "gen_b2.pixel_values_row1", tensors["gen_b2.image_grid_thw"][1:])
-
-
-def region_request(model, case, row=0):
-    tensors, _ = golden("region")
-    ids = strip(tensors, case, row)
+def request(name, case, row=0):
+    """The prompt of one row with its images; row 0 sees those of `fwd`, row 1 those of `gen_b2`."""
+    model, (tensors, _) = model_of(name), golden(name)
     first = len(tensors["fwd.image_grid_thw"])
-    grids = grids_of(tensors[f"{case}.image_grid_thw"])[first:] if row else grids_of(tensors["fwd.image_grid_thw"])
-    return Request(ids, see(model, tensors["gen_b2.pixel_values_row1" if row else "fwd.pixel_values"], grids), grids)
+    grids = grids_of(tensors["gen_b2.image_grid_thw"][first:] if row else tensors["fwd.image_grid_thw"])
+    ids = strip(tensors, case, row)
+    pixels = tensors["gen_b2.pixel_values_row1" if row else "fwd.pixel_values"]
+    made = Request(name, ids, see(model, pixels, grids), grids)
+    if (ids == made.special_ids.kind_pad).any():
+        pixels, sizes = golden_again(name, row)
+        if model.encoder is None:
+            [made.reencoded] = see(model, pixels, sizes)
+        else:
+            made.reencoded = model.encoder(model.encoder.embed_pixel_values(pixels))
+    return made
 
 
 def append(model, requests, caches, embeds, positions):
@@ -101,14 +97,14 @@ def append(model, requests, caches, embeds, positions):
         request.positions.append(where)
 
 
-def prefill(model, requests, room=20, shift=0, raw_action=False):
+def prefill(model, requests, room=20, shift=0, raw_action=False, grid_pads=False, pre_norm=False, unconditioned=False):
     """Up to the action-start token, then the look itself: two forward calls for the whole batch.
 
-    shift and raw_action are the faults that the sensitivity tests inject into the second call.
+    Everything behind `room` is a fault that the sensitivity test injects into the second call.
     """
     caches = [model.language.new_cache(len(request.ids) + room) for request in requests]
     prompts = [request.prompt(model) for request in requests]
-    where = [mrope_positions(r.ids, r.grids, 0, token("image_pad"))[0] for r in requests]
+    where = [mrope_positions(r.ids, r.grids, 0, r.special_ids.image_pad)[0] for r in requests]
     heads = [r.action for r in requests]
     append(
         model,
@@ -120,9 +116,16 @@ def prefill(model, requests, room=20, shift=0, raw_action=False):
     looks = [i for i, request in enumerate(requests) if request.reencoded is not None]
     for i in looks:
         request, prompt = requests[i], prompts[i]
-        request.control = request.hidden[0][-1:]
-        request.special = control_cross_attention(request.reencoded, request.control, model.projector)
-        prompt[request.ids == token("clip_image_pad")] = request.special
+        request.control = request.hidden[0][-1:] / (model.language.norm if pre_norm else 1)
+        condition = None if unconditioned else request.control
+        request.special = control_cross_attention(request.reencoded, condition, model.projector)
+        pads = request.ids == request.special_ids.kind_pad
+        prompt[pads] = request.special
+        if grid_pads:
+            rows = int(pads.sum()) // 4
+            start = where[i][0, pads][0]
+            where[i][1, pads] = start + torch.arange(4 * rows) // rows
+            where[i][2, pads] = start + torch.arange(4 * rows) % rows
         if not raw_action:
             prompt[heads[i]] = request.control[0]
     if looks:
@@ -145,12 +148,13 @@ def generate(model, requests, steps, **faults):
     caches = prefill(model, requests, room=steps, **faults)
     last = torch.stack([request.hidden[-1][-1] for request in requests])
     previous = [int(request.ids[-1]) for request in requests]
+    special = requests[0].special_ids
     ids, logits = [], []
     for step in range(steps):
         logits.append(model.language.logits(last))
-        forced = [token_id == token("clip_action_start") for token_id in previous]
+        forced = [token_id == special.action_start for token_id in previous]
         sampled = logits[-1].argmax(-1).tolist()
-        previous = [token("clip_action") if force else best for force, best in zip(forced, sampled, strict=True)]
+        previous = [special.action if force else best for force, best in zip(forced, sampled, strict=True)]
         ids.append(previous)
         if step + 1 < steps:
             embeds = model.language.embed(torch.tensor(previous))
@@ -160,7 +164,12 @@ def generate(model, requests, steps, **faults):
     return torch.tensor(ids).T, torch.stack(logits, 1)
 
 
-def check_generation(case, ids, logits, name="clip"):
+def steps_of(name, case):
+    tensors, _ = golden(name)
+    return tensors[f"{case}.new_ids"].shape[-1]
+
+
+def check_generation(name, case, ids, logits):
     tensors, _ = golden(name)
     expected = tensors[f"{case}.new_ids"].view(len(ids), -1)
     assert ids.tolist() == expected.tolist()
@@ -201,107 +210,99 @@ def test_projectors(projector, images, mode):
     assert (out - expected).abs().max() <= TOLERANCE
 
 
-def test_clip_forward(model):
-    tensors, _ = golden("clip")
-    request = clip_request(model, "fwd")
-    caches = prefill(model, [request])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward(name):
+    tensors, model, made = golden(name)[0], model_of(name), request(name, "fwd")
+    caches = prefill(model, [made])
     close = {
-        "image_embeds": torch.cat(request.images),
-        "encoder_output": request.reencoded,
-        "control": request.control,
-        "special_embeds_cond": request.special,
+        "image_embeds": torch.cat(made.images),
+        "encoder_output": made.reencoded,
+        "control": made.control,
+        "special_embeds_cond": made.special,
+        "special_embeds_uncond": control_cross_attention(made.reencoded, None, model.projector),
     }
-    for name, value in close.items():
-        assert (value - tensors[f"fwd.{name}"]).abs().max() <= TOLERANCE, name
-    assert torch.equal(torch.cat(request.positions, 1), tensors["fwd.position_ids"][:, 0])
-    assert caches[0].next_position == len(request.ids) + tensors["fwd.rope_deltas"].item()
-    logits = model.language.logits(torch.cat(request.hidden))
+    for key, value in close.items():
+        assert (value - tensors[f"fwd.{key}"].view_as(value)).abs().max() <= TOLERANCE, key
+    assert torch.equal(torch.cat(made.positions, 1), tensors["fwd.position_ids"][:, 0])
+    assert caches[0].next_position == len(made.ids) + tensors["fwd.rope_deltas"].item()
+    logits = model.language.logits(torch.cat(made.hidden))
     assert (logits - tensors["fwd.logits_run2_mask0"][0]).abs().max() <= TOLERANCE
 
 
-def test_clip_unconditioned(model):
-    tensors, _ = golden("clip")
-    features = clip_request(model, "fwd").reencoded
-    plain = control_cross_attention(features, None, model.projector)
-    assert (plain - tensors["fwd.special_embeds_uncond"]).abs().max() <= TOLERANCE
+@pytest.mark.parametrize("name", [*VARIANTS, "region"])
+def test_generation(name):
+    check_generation(name, "gen", *generate(model_of(name), [request(name, "fwd")], steps_of(name, "gen")))
 
 
-def test_clip_generation(model):
-    check_generation("gen", *generate(model, [clip_request(model, "fwd")], 12))
-
-
-def test_clip_batch(model):
-    requests = [clip_request(model, "gen_b2"), second_row(model, "gen_b2")]
+@pytest.mark.parametrize("name", [*VARIANTS, "region"])
+def test_batch(name):
+    requests = [request(name, "gen_b2", row) for row in range(2)]
     assert len(requests[0].ids) != len(requests[1].ids)
-    check_generation("gen_b2", *generate(model, requests, 12))
+    check_generation(name, "gen_b2", *generate(model_of(name), requests, steps_of(name, "gen_b2")))
 
 
-def test_round_one_forced(model):
-    tensors, _ = golden("clip")
-    request = clip_request(model, "r1_forced")
-    ids, logits = generate(model, [request], 12)
-    check_generation("r1_forced", ids, logits)
-    assert logits[0, 0].argmax() != ids[0, 0] == token("clip_action")
-    assert (request.hidden[-1][-1] - tensors["r1_forced.control"][0]).abs().max() <= TOLERANCE
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_one_forced(name):
+    made = request(name, "r1_forced")
+    ids, logits = generate(model_of(name), [made], steps_of(name, "r1_forced"))
+    check_generation(name, "r1_forced", ids, logits)
+    assert ids[0, 0] == made.special_ids.action
+    assert [0] in golden(name)[1]["stats"]["overridden_steps"]["r1_forced"]
+    assert (made.hidden[-1][-1] - golden(name)[0]["r1_forced.control"][0]).abs().max() <= TOLERANCE
 
 
-def test_round_one_free():
-    tensors, meta = golden("clip")
-    state = golden_state("clip")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_one_free(name):
+    tensors, meta = golden(name)
+    state = dict(golden_state(name))
     state["lm_head.weight"] = state["lm_head.weight"].clone()
-    state["lm_head.weight"][token("clip_action_start")] = tensors["r1_free.lm_head_row_action_start"]
-    model = Model.from_state(golden_config("clip"), state)
-    ids, logits = generate(model, [clip_request(model, "r1_free")], 16)
-    check_generation("r1_free", ids, logits)
+    state["lm_head.weight"][golden_token_ids(name).action_start] = tensors["r1_free.lm_head_row_action_start"]
+    model = Model.from_state(golden_config(name), state)
+    ids, logits = generate(model, [request(name, "r1_free")], steps_of(name, "r1_free"))
+    check_generation(name, "r1_free", ids, logits)
     overridden = (logits[0].argmax(-1) != ids[0]).nonzero().tolist()
     assert overridden == meta["stats"]["overridden_steps"]["r1_free"]
 
 
-def test_round_one_batch(model):
-    check_generation("r1_b2", *generate(model, [clip_request(model, "r1_b2"), second_row(model, "r1_b2")], 12))
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_one_batch(name):
+    requests = [request(name, "r1_b2", row) for row in range(2)]
+    check_generation(name, "r1_b2", *generate(model_of(name), requests, steps_of(name, "r1_b2")))
 
 
-def test_region_forward(model):
-    tensors, _ = golden("region")
-    request = region_request(model, "fwd")
-    prefill(model, [request])
-    assert torch.equal(request.positions[0], tensors["fwd.position_ids"][:, 0])
-    logits = model.language.logits(request.hidden[0])
+def test_region_forward():
+    tensors, made = golden("region")[0], request("region", "fwd")
+    prefill(model_of("region"), [made])
+    assert torch.equal(made.positions[0], tensors["fwd.position_ids"][:, 0])
+    logits = model_of("region").language.logits(made.hidden[0])
     assert (logits - tensors["fwd.logits_run2"][0]).abs().max() <= TOLERANCE
 
 
-def test_region_generation(model):
-    check_generation("gen", *generate(model, [region_request(model, "fwd")], 12), name="region")
-
-
-def test_region_batch(model):
-    requests = [region_request(model, "gen_b2"), region_request(model, "gen_b2", 1)]
-    check_generation("gen_b2", *generate(model, requests, 12), name="region")
-
-
-def test_rows_on_different_paths_share_every_call(model):
+def test_rows_on_different_paths_share_every_call():
     """Clip look, region look and first round side by side: each row still equals its own golden run."""
-    requests = [clip_request(model, "fwd"), region_request(model, "fwd"), clip_request(model, "r1_forced")]
-    ids, logits = generate(model, requests, 12)
-    for row, (name, case) in enumerate((("clip", "gen"), ("region", "gen"), ("clip", "r1_forced"))):
-        check_generation(case, ids[row : row + 1], logits[row : row + 1], name)
+    cases = (("clip", "fwd", "gen"), ("region", "fwd", "gen"), ("clip", "r1_forced", "r1_forced"))
+    ids, logits = generate(model_of("clip"), [request(name, prompt) for name, prompt, _ in cases], 12)
+    for row, (name, _, case) in enumerate(cases):
+        check_generation(name, case, ids[row : row + 1], logits[row : row + 1])
 
 
-@pytest.mark.parametrize("fault", [{"shift": 1}, {"raw_action": True}])
-def test_faults_are_visible(model, fault):
-    """The tests above can fail: one wrong position or the raw action embedding moves the logits a thousandfold."""
-    tensors, _ = golden("clip")
-    request = clip_request(model, "fwd")
-    prefill(model, [request], **fault)
-    logits = model.language.logits(request.hidden[-1][-1:])
-    assert (logits - tensors["fwd.logits_run2_mask0"][0, -1:]).abs().max() > 0.1
+FAULTS = ["shift", "raw_action", "grid_pads", "pre_norm", "unconditioned"]
 
 
-def test_reusing_the_wrong_image_is_visible(model):
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_faults_are_visible(name, fault):
+    """The tests above can fail: a wrong position, embedding or condition moves the logits a thousandfold."""
+    made = request(name, "fwd")
+    prefill(model_of(name), [made], **{fault: 1})
+    logits = model_of(name).language.logits(made.hidden[-1][-1:])
+    assert (logits - golden(name)[0]["fwd.logits_run2_mask0"][0, -1:]).abs().max() > 0.1
+
+
+def test_reusing_the_wrong_image_is_visible():
     """The golden re-encoded image differs from the ordinary one; mixing them up must show."""
-    tensors, _ = golden("clip")
-    request = clip_request(model, "fwd")
-    request.reencoded = request.images[0][: len(request.reencoded)]
-    prefill(model, [request])
-    logits = model.language.logits(request.hidden[-1][-1:])
-    assert (logits - tensors["fwd.logits_run2_mask0"][0, -1:]).abs().max() > 0.1
+    made = request("clip", "fwd")
+    made.reencoded = made.images[0][: len(made.reencoded)]
+    prefill(model_of("clip"), [made])
+    logits = model_of("clip").language.logits(made.hidden[-1][-1:])
+    assert (logits - golden("clip")[0]["fwd.logits_run2_mask0"][0, -1:]).abs().max() > 0.1

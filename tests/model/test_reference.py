@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.model.inputs import (
     golden,
+    golden_again,
     golden_config,
     golden_state,
     golden_token_ids,
@@ -24,66 +25,77 @@ from tests.model.inputs import (
     tiny_state,
     transformers_model,
 )
-from vpt_model import reference
+from vpt_model import reference, reference_encoders
+from vpt_model.config import ENCODERS
 from vpt_model.reference import PublishedProcedure, region_box, rope_index
-from vpt_model.reference_encoders import first_resize, process_images, smart_resize
+from vpt_model.reference_encoders import first_resize, process_dino, process_images, process_sam, smart_resize
 from vpt_model.tokens import Tokenizer
 
 TOLERANCE = 1e-4
 
 
-def published(state: dict[str, torch.Tensor] | None = None) -> PublishedProcedure:
-    return PublishedProcedure(golden_config(), state or golden_state(), golden_token_ids())
+def published(name: str = "clip", state: dict[str, torch.Tensor] | None = None) -> PublishedProcedure:
+    weights = "clip" if name == "region" else name
+    return PublishedProcedure(golden_config(name), state or golden_state(weights), golden_token_ids(name))
 
 
 def grids(grid_thw: torch.Tensor) -> list[tuple[int, int]]:
     return [(h, w) for _, h, w in grid_thw.tolist()]
 
 
-def request(tensors: dict[str, torch.Tensor]) -> tuple[list[int], tuple]:
-    """Prompt ids and the image arguments of `fwd`."""
-    images = (tensors["fwd.pixel_values"], grids(tensors["fwd.image_grid_thw"]))
-    if "fwd.clip_pixel_values" in tensors:
-        images += (tensors["fwd.clip_pixel_values"], grids(tensors["fwd.clip_images_grid_thw"]))
-    return tensors["fwd.input_ids"][0].tolist(), images
+def request(name: str, row: int = 0) -> tuple[list[int], tuple]:
+    """Prompt ids and the image arguments of `fwd`, or of the second row of `gen_b2`, without its padding."""
+    tensors, _ = golden(name)
+    if row:
+        ids = tensors["gen_b2.input_ids"][1][tensors["gen_b2.attention_mask"][1].bool()].tolist()
+        first = len(tensors["fwd.image_grid_thw"])
+        images = (tensors["gen_b2.pixel_values_row1"], grids(tensors["gen_b2.image_grid_thw"])[first:])
+    else:
+        ids = tensors["fwd.input_ids"][0].tolist()
+        images = (tensors["fwd.pixel_values"], grids(tensors["fwd.image_grid_thw"]))
+    return ids, images if name == "region" else images + golden_again(name, row)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(random_image(height, width, seed).numpy())
 
 
-@pytest.mark.parametrize(("case", "logits"), [("clip", "fwd.logits_run2_mask0"), ("region", "fwd.logits_run2")])
-def test_forward_equals_the_authors_model(case: str, logits: str) -> None:
-    tensors, _ = golden(case)
-    procedure = published()
-    ids, images = request(tensors)
+@pytest.mark.parametrize("name", [*ENCODERS, "region"])
+def test_forward_equals_the_authors_model(name: str) -> None:
+    tensors, _ = golden(name)
+    procedure = published(name)
+    ids, images = request(name)
     positions, delta = rope_index(ids, images[1], procedure.ids.image_pad, merge=2)
     assert torch.equal(positions, tensors["fwd.position_ids"][:, 0])
     assert delta == tensors["fwd.rope_deltas"].item()
     hidden, control, _ = procedure.forward(ids, positions, procedure.decoder.empty_cache(), *images)
-    assert (F.linear(hidden, procedure.lm_head) - tensors[logits][0]).abs().max() <= TOLERANCE
-    if case == "clip":
+    logits = tensors["fwd.logits_run2" if name == "region" else "fwd.logits_run2_mask0"][0]
+    assert (F.linear(hidden, procedure.lm_head) - logits).abs().max() <= TOLERANCE
+    if name != "region":
         assert (control - tensors["fwd.control"]).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["clip", "region"])
-def test_generate_equals_the_authors_model(case: str) -> None:
-    tensors, _ = golden(case)
-    ids, images = request(tensors)
-    out = published().generate(ids, *images, max_new_tokens=12, keep_logits=True)
-    assert out.ids == tensors["gen.new_ids"].tolist()
-    assert (torch.stack(out.logits) - tensors["gen.step_logits"]).abs().max() <= TOLERANCE
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("name", [*ENCODERS, "region"])
+def test_generate_equals_the_authors_model(name: str, row: int) -> None:
+    tensors, _ = golden(name)
+    ids, images = request(name, row)
+    expected = tensors["gen_b2.new_ids"][row].tolist()
+    out = published(name).generate(ids, *images, max_new_tokens=len(expected), keep_logits=True)
+    assert out.ids == expected
+    assert (torch.stack(out.logits) - tensors["gen_b2.step_logits"][row]).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("case", ["r1_forced", "r1_free"])
-def test_first_round_forces_the_action_as_the_authors_do(case: str) -> None:
-    tensors, sidecar = golden("clip")
-    state = golden_state()
+def test_first_round_forces_the_action_as_the_authors_do(name: str, case: str) -> None:
+    tensors, sidecar = golden(name)
+    state = dict(golden_state(name))
     if case == "r1_free":
         head = state["lm_head.weight"].clone()
-        head[golden_token_ids().action_start] = tensors["r1_free.lm_head_row_action_start"]
+        head[golden_token_ids(name).action_start] = tensors["r1_free.lm_head_row_action_start"]
         state["lm_head.weight"] = head
-    procedure = published(state)
+    procedure = published(name, state)
     calls = record_passes(procedure)
     prompt, expected = tensors[f"{case}.input_ids"][0].tolist(), tensors[f"{case}.new_ids"].tolist()
     images = (tensors["fwd.pixel_values"], grids(tensors["fwd.image_grid_thw"]))
@@ -116,7 +128,7 @@ def test_second_round_does_the_published_work(monkeypatch: pytest.MonkeyPatch) -
     tower, deepcopy = procedure.visual.__call__, lambda cache: copies.append(len(cache)) or copy.deepcopy(cache)
     monkeypatch.setattr(reference, "copy", SimpleNamespace(deepcopy=deepcopy))
     monkeypatch.setattr(reference.VisionTower, "__call__", lambda self, x, grid: looks.append(len(x)) or tower(x, grid))
-    ids, images = request(golden("clip")[0])
+    ids, images = request("clip")
     filler = [64] * (600 - len(ids))
     cut = ids.index(procedure.ids.image_pad) - 1
     procedure.generate(ids[:cut] + filler + ids[cut:], *images, max_new_tokens=32, forced=[64] * 32)
@@ -173,6 +185,23 @@ def test_pixel_values_equal_transformers(size: tuple[int, int], mode: str) -> No
     assert torch.equal(values, expected["pixel_values"])
 
 
+@pytest.mark.parametrize("size", [(640, 480), (101, 77), (300, 1700), (28, 28), (27, 5000), (561, 200)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_images_to_re_encode_equal_transformers(size: tuple[int, int], mode: str) -> None:
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    dino = BitImageProcessorPil(
+        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, image_mean=mean, image_std=std, resample=3
+    )
+    sam = SamImageProcessorPil(image_mean=mean, image_std=std)
+    for longest, processor, ours in ((512, dino, process_dino), (1024, sam, lambda image: process_sam(image, 1024))):
+        image = first_resize(picture(*size).convert(mode), longest)
+        expected = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+        assert (ours(image) - expected).abs().max() <= 1e-6
+
+
 def test_first_resize_truncates_as_the_authors_do() -> None:
     for longest in (561, 569, 644, 685, 691, 694, 725):
         assert first_resize(picture(longest, 60), 512).width == 511
@@ -206,10 +235,10 @@ def test_region_without_rows_has_no_box() -> None:
 class TestAsk:
     """Both rounds, from a picture and a question."""
 
-    def procedure(self) -> PublishedProcedure:
-        config = tiny_config()
+    def procedure(self, kind: str = "clip") -> PublishedProcedure:
+        config = tiny_config(kind)
         tokenizer = Tokenizer.byte_level(config.vocab_size, config.kind)
-        return PublishedProcedure(config, tiny_state(), tokenizer.ids, tokenizer)
+        return PublishedProcedure(config, tiny_state(kind), tokenizer.ids, tokenizer)
 
     def test_region(self) -> None:
         procedure = self.procedure()
@@ -239,26 +268,34 @@ class TestAsk:
         assert answer.timings[-3].work["token_forwards"] == answer.timings[-2].work["token_forwards"] > 2 * 99
         assert sum(stage.work["vit_calls"] for stage in answer.timings) == 3
 
+    @pytest.mark.parametrize(("encoder", "patches", "pads"), [("dino", 256, 256), ("sam", 256, 16)])
+    def test_re_encoders(self, encoder: str, patches: int, pads: int) -> None:
+        procedure = self.procedure(ENCODERS[encoder])
+        answer = procedure.ask(picture(320, 240), "What is it?", looks=[encoder], max_new_tokens=4)
+        stages = answer.timings[4:]
+        assert [stage.name for stage in stages][:4] == ["crop+embed", "ViT", "perceive", "append"]
+        assert stages[0].work == {"images": 2} and stages[1].work["vit_calls"] == 2
+        # The photo's patches again, and those of the re-encoder.
+        assert stages[1].work["vit_patches"] == answer.timings[1].work["vit_patches"] + patches
+        prompt = answer.timings[2].work["token_forwards"] // 2
+        assert stages[2].work["token_forwards"] == stages[3].work["token_forwards"] == prompt + pads + 15
+
     def test_one_look_at_most(self) -> None:
         with pytest.raises(ValueError, match="at most one"):
             self.procedure().ask(picture(64, 64), "What is it?", looks=["clip", "clip"])
 
 
 def test_one_image_for_each_action() -> None:
-    ids, images = request(golden("clip")[0])
+    ids, images = request("clip")
     twice = (*images[:2], images[2].repeat(2, 1), images[3] * 2)
     with pytest.raises(ValueError, match="2 images for 1 action"):
         published().generate(ids, *twice)
 
 
-def test_other_re_encoders_are_refused() -> None:
-    with pytest.raises(ValueError, match="'seg'"):
-        PublishedProcedure(tiny_config("seg"), {}, golden_token_ids())
-
-
 def test_it_shares_no_code_with_the_engine() -> None:
-    tree = ast.parse(Path(reference.__file__).read_text())
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    ours = {module for module in modules if module.startswith("vpt_") or module.startswith(".")}
-    assert ours == {"vpt_model.config", "vpt_model.prompt", "vpt_model.tokens"}
+    allowed = {"vpt_model.config", "vpt_model.prompt", "vpt_model.tokens", "vpt_model.reference_encoders"}
+    for module in (reference, reference_encoders):
+        tree = ast.parse(Path(module.__file__).read_text())
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert {name for name in modules if name.startswith(("vpt_", "."))} <= allowed
