@@ -82,6 +82,28 @@ class Recording:
         """The recorded weights under the checkpoint's names; empty where the recording has none of its own."""
         return {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
 
+    def pixel_values(self, row: int) -> Tensor:
+        """Patches [N, 1176] of the ordinary images of a row; row 0 is that of every case with one row."""
+        return self.tensors[f"gen_b2.pixel_values_row{row}" if row else "fwd.pixel_values"]
+
+    def reencoded_pixels(self, row: int) -> tuple[Tensor, list[tuple[int, int]]]:
+        """The image that a row has re-encoded: pixel values and, if the vision tower does it, its grid in patches.
+
+        Of "clip" [N, 1176], and another image than the row's ordinary one, so that mix-ups show; of "dino" and "sam"
+        [1, 3, h, w], without a grid.
+        """
+        if self.encoder == "clip":
+            sizes = self.tensors["gen_b2.clip_images_grid_thw" if row else "fwd.clip_images_grid_thw"]
+            pixels = self.tensors[f"gen_b2.clip_pixel_values_row{row}" if row else "fwd.clip_pixel_values"]
+            return pixels, _grids(sizes[row : row + 1])
+        if self.encoder == "dino":
+            return self.tensors[f"gen_b2.detection_images_row{row}" if row else "fwd.detection_images"], []
+        # Stored as a tile, uint8, and a formula that float32 computes exactly.
+        tile = self.tensors[f"gen_b2.seg_tile_row{row}_u8" if row else "fwd.seg_tiles_u8"].flatten(0, -3).float()
+        where = torch.arange(self.config.sam.image_size)
+        repeated = tile[:, where % tile.shape[1]][:, :, where % tile.shape[2]]
+        return ((repeated / 64 - 2) + (where[:, None] - where) / 1024)[None], []
+
 
 def load_recording(folder: str | Path, name: str) -> Recording:
     """Raises ValueError naming the file that is missing or unreadable."""
@@ -120,60 +142,64 @@ class Replay:
     """
 
     def __init__(self, recording: Recording, state: dict[str, Tensor] | None = None) -> None:
-        self.tensors, self.ids = recording.tensors, recording.ids
+        self.recording, self.tensors, self.ids = recording, recording.tensors, recording.ids
         self.model = Model.from_state(recording.config, state or recording.state)
 
     def requests(self, case: str) -> list[Request]:
         """The prompts of `case`, unpadded, with the images that the recording shows them."""
         rows = self.tensors[f"{case}.input_ids"]
         mask = self.tensors.get(f"{case}.attention_mask", torch.ones_like(rows)).bool()
-        pixels = torch.cat([self._of_row("pixel_values", row) for row in range(len(rows))])
-        grids = self.tensors.get(f"{case}.image_grid_thw")
-        if grids is None:
-            grids = self.tensors["fwd.image_grid_thw" if len(rows) == 1 else "gen_b2.image_grid_thw"]
-        images = self._see(pixels, grids)
-        grids = [(height, width) for _, height, width in grids.tolist()]
-        requests, begin = [], 0
+        sizes = _grids(self.tensors["fwd.image_grid_thw" if len(rows) == 1 else "gen_b2.image_grid_thw"])
+        requests = []
         for row, (ids, kept) in enumerate(zip(rows, mask, strict=True)):
             ids = ids[kept]
-            end = begin + int(((ids[1:] == self.ids.image_pad) & (ids[:-1] == self.ids.vision_start)).sum())
-            shown = bool((ids == self.ids.kind_pad).any())
-            requests.append(Request(ids, images[begin:end], grids[begin:end], self._reencode(row) if shown else None))
-            begin = end
+            count = int(((ids[1:] == self.ids.image_pad) & (ids[:-1] == self.ids.vision_start)).sum())
+            grids, sizes = sizes[:count], sizes[count:]
+            request = Request(ids, self._see(self.recording.pixel_values(row), grids), grids)
+            if (ids == self.ids.kind_pad).any():
+                pixels, again = self.recording.reencoded_pixels(row)
+                encoder = self.model.encoder
+                request.reencoded = (
+                    self._see(pixels, again)[0] if again else encoder(encoder.embed_pixel_values(pixels))
+                )
+            requests.append(request)
         return requests
 
-    def prefill(
-        self, requests: Sequence[Request], room: int = 0, shift: int = 0, raw_action: bool = False
-    ) -> list[KVCache]:
+    def prefill(self, requests: Sequence[Request], room: int = 0) -> list[KVCache]:
         """Up to the action-start token, then the look itself: two forward calls for the whole batch.
 
-        room: tokens that may follow. shift, raw_action: faults in the second call, to see that they show.
+        room: tokens that may follow.
         """
-        model = self.model
-        caches = [model.language.new_cache(len(request.ids) + room) for request in requests]
-        merge = model.config.vision.spatial_merge_size
+        language, merge = self.model.language, self.model.config.vision.spatial_merge_size
+        caches = [language.new_cache(len(request.ids) + room) for request in requests]
         where = [mrope_positions(r.ids, r.grids, 0, self.ids.image_pad, merge)[0] for r in requests]
-        heads, prompts = [], []
-        for request in requests:
-            embeds = model.language.embed(request.ids)
-            embeds[request.ids == self.ids.image_pad] = torch.cat(request.images)
-            prompts.append(embeds)
-            heads.append(([*request.ids.tolist(), self.ids.action]).index(self.ids.action))
+        heads = [[*request.ids.tolist(), self.ids.action].index(self.ids.action) for request in requests]
+        prompts = [language.embed(request.ids) for request in requests]
+        for request, prompt in zip(requests, prompts, strict=True):
+            prompt[request.ids == self.ids.image_pad] = torch.cat(request.images)
         firsts = [prompt[:head] for prompt, head in zip(prompts, heads, strict=True)]
         self._append(requests, caches, firsts, [w[:, :head] for w, head in zip(where, heads, strict=True)])
         looks = [i for i, request in enumerate(requests) if request.reencoded is not None]
-        for i in looks:
-            request, prompt = requests[i], prompts[i]
-            request.control = request.hidden[0][-1:]
-            request.special = control_cross_attention(request.reencoded, request.control, model.projector)
-            prompt[request.ids == self.ids.kind_pad] = request.special
-            if not raw_action:
-                prompt[heads[i]] = request.control[0]
         if looks:
-            seconds = [prompts[i][heads[i] :] for i in looks]
-            places = [where[i][:, heads[i] :] + shift for i in looks]
-            self._append([requests[i] for i in looks], [caches[i] for i in looks], seconds, places)
+            for i in looks:
+                self.begin_look(requests[i], prompts[i][heads[i] :], where[i][:, heads[i] :])
+            self._append(
+                [requests[i] for i in looks],
+                [caches[i] for i in looks],
+                [prompts[i][heads[i] :] for i in looks],
+                [where[i][:, heads[i] :] for i in looks],
+            )
         return caches
+
+    def begin_look(self, request: Request, embeds: Tensor, positions: Tensor) -> None:
+        """Complete the part of a prompt that begins with the action token: its embeddings [T, H], in place.
+
+        positions: [3, T] of the same tokens.
+        """
+        request.control = request.hidden[0][-1:]
+        request.special = control_cross_attention(request.reencoded, request.control, self.model.projector)
+        embeds[request.ids[-len(embeds) :] == self.ids.kind_pad] = request.special
+        embeds[0] = request.control[0]
 
     def generate(self, requests: Sequence[Request], steps: int) -> tuple[Tensor, Tensor]:
         """Greedy decoding of the whole batch: ids int64 [rows, steps] and logits float32 [rows, steps, vocab].
@@ -209,33 +235,14 @@ class Replay:
             request.hidden.append(states)
             request.positions.append(where)
 
-    def _of_row(self, name: str, row: int) -> Tensor:
-        return self.tensors[f"fwd.{name}" if row == 0 else f"gen_b2.{name}_row{row}"]
-
-    def _see(self, pixel_values: Tensor, grid_thw: Tensor) -> list[Tensor]:
+    def _see(self, pixel_values: Tensor, grids: list[tuple[int, int]]) -> list[Tensor]:
         vision, merge = self.model.vision, self.model.config.vision.spatial_merge_size
-        grids = [(height, width) for _, height, width in grid_thw.tolist()]
         features = vision.forward(vision.embed_pixel_values(pixel_values), grids)
         return list(features.split([height * width // merge**2 for height, width in grids]))
 
-    def _reencode(self, row: int) -> Tensor:
-        """The recorded re-encoded image of a row; it differs from the row's ordinary image, so that mix-ups show."""
-        if self.ids.kind == "clip":
-            grids = self.tensors["fwd.clip_images_grid_thw" if row == 0 else "gen_b2.clip_images_grid_thw"]
-            return self._see(self._of_row("clip_pixel_values", row), grids[row : row + 1])[0]
-        if self.ids.kind == "detection":
-            pixels = self._of_row("detection_images", row)
-        else:
-            tile = self.tensors["fwd.seg_tiles_u8" if row == 0 else f"gen_b2.seg_tile_row{row}_u8"]
-            pixels = sam_pixels(tile.view(tile.shape[-3:]), self.model.config.sam.image_size)[None]
-        return self.model.encoder(self.model.encoder.embed_pixel_values(pixels))
 
-
-def sam_pixels(tile: Tensor, size: int) -> Tensor:
-    """The image float32 [3, size, size] that a recording stores as a tile uint8 [3, h, w] and a formula."""
-    where = torch.arange(size)
-    repeated = tile[:, where % tile.shape[1]][:, :, where % tile.shape[2]]
-    return (repeated.float() / 64 - 2) + (where[:, None] - where) / 1024
+def _grids(grid_thw: Tensor) -> list[tuple[int, int]]:
+    return [(height, width) for _, height, width in grid_thw.tolist()]
 
 
 def left_padded(rows: Sequence[Tensor], length: int, value: int) -> Tensor:

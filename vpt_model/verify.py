@@ -79,17 +79,22 @@ def verify_recordings(
     for name in names:
         progress(name)
         recording = load_recording(folder, name)
-        if name == "projectors":
-            found = dict(_projectors(recording))
-        elif name == "region":
-            # Recorded with the weights of "clip", which it does not repeat.
-            clip = clip or load_recording(folder, "clip")
-            found = dict(_region(Replay(recording, recording.state or clip.state)))
-        else:
-            clip = recording if name == "clip" else clip
-            found = dict(_variant(recording))
+        try:
+            if name == "projectors":
+                found = dict(_projectors(recording))
+            elif name == "region":
+                # Recorded with the weights of "clip", which it does not repeat.
+                clip = clip or load_recording(folder, "clip")
+                found = dict(_region(Replay(recording, recording.state or clip.state)))
+            else:
+                clip = recording if name == "clip" else clip
+                found = dict(_variant(recording))
+        except KeyError as error:
+            raise ValueError(
+                f"{folder / name}.safetensors or its sidecar has no {error}: record it completely"
+            ) from error
         rows += _compare(recording, found)
-        computed |= {f"{name}.{key}": value.to(recording.dtypes[key]) for key, value in found.items()}
+        computed |= {f"{name}.{key}": value.to(recording.dtypes.get(key, value.dtype)) for key, value in found.items()}
     return rows, computed
 
 
