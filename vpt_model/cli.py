@@ -39,12 +39,7 @@ app = typer.Typer(
     help="A vision-language model that looks twice.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 
-LOOK = 'a forced second look: "region:x2,y1,x5,y4" or "clip"; may be repeated'
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MODEL = (
-    "a checkpoint folder (config.json, weights, tokenizer.json), a model on the hub (owner/name@revision), or "
-    "random:PRESET for random bfloat16 weights"
-)
+LOOK = 'a forced second look: "region:x2,y1,x5,y4", "clip", "dino" or "sam"; may be repeated'
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODEL = (
     "a checkpoint folder (config.json, weights, tokenizer.json), a model on the hub (owner/name@revision), or "

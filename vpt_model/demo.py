@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vpt_model.cache import KVCache
 from vpt_model.checkpoint import random_state
-from vpt_model.config import PRESETS
+from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.engine import Engine
 from vpt_model.events import Box, Done, Look, Token
 from vpt_model.images import decode_image
@@ -161,39 +161,54 @@ def run(
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
     if inject is not None and inject not in FAULTS:
         raise ValueError(f"inject is {inject!r}; it must be one of {', '.join(FAULTS)}")
-    config = PRESETS[preset]
-    if inject == "control" and config.kind not in looks:
-        raise ValueError(f"inject 'control' needs a look that uses the control state: add --look {config.kind}")
-    tokenizer = Tokenizer.byte_level(config.vocab_size, config.kind)
-    regions = {look: parse_region_ids(parse_look(look, tokenizer.ids), tokenizer.ids) for look in looks}
-    if not regions:
+    groups = _by_encoder(looks)
+    if not groups:
         raise ValueError("there is no look to compare: give at least one")
+    if inject == "control" and not set(looks) & set(ENCODERS):
+        raise ValueError("inject 'control' needs a look that uses the control state: add --look clip")
+    vocabulary = PRESETS[preset].vocab_size
+    tokenizers = {encoder: Tokenizer.byte_level(vocabulary, ENCODERS[encoder]) for encoder in groups}
+    regions = {
+        look: parse_region_ids(parse_look(look, tokenizers[encoder].ids), tokenizers[encoder].ids)
+        for encoder, group in groups.items()
+        for look in group
+    }
     photo = default_image() if image is None else Image.fromarray(decode_image(image).numpy())
-
-    progress(f"making random weights for {preset}")
-    state = random_state(config)
-    engine = FAULTS.get(inject, Engine)(Model.from_state(config, state), tokenizer)
-    published = PublishedProcedure(config, state, tokenizer.ids, tokenizer)
-    progress("warming up")
-    for procedure in (engine, published):
-        procedure.ask(photo.resize((112, 112)), question, looks=[config.kind], max_new_tokens=2)
 
     report = Report(preset, photo, question, LIMITS[preset], inject)
     options = {"max_new_tokens": max_new_tokens, "keep_logits": True}
-    for look in looks:
-        progress(f"{look}: this engine")
-        ours, logits, boxes = _ours(engine, photo, question, looks=[look], **options)
-        progress(f"{look}: published procedure")
-        theirs, expected = _published(published, photo, question, looks=[look], **options)
-        common = min(len(logits), len(expected))
-        difference = (logits[:common] - expected[:common]).abs().max().item()
-        report.comparisons.append(Comparison(look, regions[look], boxes, ours, theirs, difference))
+    for encoder, group in groups.items():
+        progress(f"making random weights for {preset} with {encoder}")
+        config, tokenizer = replace(PRESETS[preset], kind=ENCODERS[encoder]), tokenizers[encoder]
+        state = random_state(config)
+        engine = FAULTS.get(inject, Engine)(Model.from_state(config, state), tokenizer)
+        published = PublishedProcedure(config, state, tokenizer.ids, tokenizer)
+        progress("warming up")
+        for procedure in (engine, published):
+            procedure.ask(photo.resize((112, 112)), question, looks=[encoder], max_new_tokens=2)
+        for look in group:
+            progress(f"{look}: this engine")
+            ours, logits, boxes = _ours(engine, photo, question, looks=[look], **options)
+            progress(f"{look}: published procedure")
+            theirs, expected = _published(published, photo, question, looks=[look], **options)
+            common = min(len(logits), len(expected))
+            difference = (logits[:common] - expected[:common]).abs().max().item()
+            report.comparisons.append(Comparison(look, regions[look], boxes, ours, theirs, difference))
     return report
+
+
+def _by_encoder(looks: Sequence[str]) -> dict[str, list[str]]:
+    """The looks that each variant's model takes; regions, which every variant has, go to the first one asked for."""
+    asked = [look for look in looks if look in ENCODERS] or ["clip"]
+    groups: dict[str, list[str]] = {}
+    for look in looks:
+        groups.setdefault(look if look in ENCODERS else asked[0], []).append(look)
+    return groups
 
 
 def activities(looks: Sequence[str]) -> int:
     """How often `run` calls `progress`."""
-    return 2 + 2 * len(looks)
+    return 2 * len(_by_encoder(looks)) + 2 * len(looks)
 
 
 def as_json(report: Report) -> dict[str, Any]:

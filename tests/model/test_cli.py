@@ -91,6 +91,19 @@ def test_demo_counts_the_work_of_both_procedures(photo: Path) -> None:
     assert published[2, "decode"]["cache copies"] == 2 * ours[2, "decode"]["LM calls"]
 
 
+def test_demo_takes_every_re_encoder(photo: Path) -> None:
+    """One model for each; regions go to the first."""
+    looks = ["sam", "region:x2,y1,x5,y4", "dino"]
+    result = demo(photo, "--json", *(word for look in looks for word in ("--look", look)))
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [look["look"] for look in report["looks"]] == looks and report["passed"]
+    for look, patches in (("sam", 256), ("dino", 256)):
+        [ours] = [entry["ours"] for entry in report["looks"] if entry["look"] == look]
+        works = {stage["stage"]: stage["work"] for stage in ours["stages"] if stage["look"] == 2}
+        assert works["ViT"] == {"ViT calls": 1, "patches": patches}
+
+
 @pytest.mark.parametrize("fault", demonstration.FAULTS)
 def test_a_corrupted_step_is_noticed(photo: Path, fault: str) -> None:
     result = demo(photo, "--inject", fault)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.model.inputs import golden, golden_again, golden_config, golden_state, golden_token_ids
-from vpt_model.config import ENCODERS
+from vpt_model import perception
 from vpt_model.engine import Engine
 from vpt_model.events import Answer, Done
 from vpt_model.model import Model
@@ -183,16 +183,82 @@ def test_round_one_of_a_batch(name):
     matches(engine.follow(forced, steps), name, "r1_b2", skipped=tuple(len(tokens) for tokens in forced))
 
 
+def pre_norm_control(engine, monkeypatch):
+    """h* is taken in front of the final norm."""
+    language, seen = engine.model.language, []
+    norm = language._rms_norm
+    monkeypatch.setattr(language, "_rms_norm", lambda x, weight: seen.append(x) or norm(x, weight))
+    monkeypatch.setattr(engine, "control_state", lambda hidden: seen[-1][-1:])
+
+
+def raw_action_embedding(engine, monkeypatch):
+    """The action token keeps its own embedding."""
+    write = perception.reencode_into
+
+    def write_and_reset(model, features, control, embeds, *where):
+        embeds[0] = model.language.embed(torch.tensor([engine.ids.action]))[0]
+        write(model, features, control, embeds, *where)
+
+    monkeypatch.setattr(perception, "reencode_into", write_and_reset)
+
+
+def grid_positions(engine, monkeypatch):
+    """The pads of the re-encoded image get the positions of an image, row by row."""
+    positions = engine.positions
+
+    def with_grid(tokens, grids, start):
+        found, pads = positions(tokens, grids, start), (tokens == engine.ids.kind_pad).nonzero().flatten()
+        if len(pads):
+            columns = len(pads) // 2
+            cells = torch.arange(len(pads))
+            found[:, pads] = found[0, pads[0]] + torch.stack([0 * cells, cells // columns, cells % columns])
+            found[:, pads[-1] + 1 :] -= len(pads) - columns
+        return found
+
+    monkeypatch.setattr(engine, "positions", with_grid)
+
+
+def shifted_positions(engine, monkeypatch):
+    """The second look is appended one position too far."""
+    positions = engine.positions
+
+    def shifted(tokens, grids, start):
+        return positions(tokens, grids, start + (1 if start and len(tokens) > 1 else 0))
+
+    monkeypatch.setattr(engine, "positions", shifted)
+
+
+def unconditioned_projector(engine, monkeypatch):
+    """The re-encoded image is projected without the control state."""
+    write = perception.control_cross_attention_into
+    monkeypatch.setattr(
+        perception, "control_cross_attention_into", lambda features, control, *rest: write(features, None, *rest)
+    )
+
+
+def perturbed_weight(engine, monkeypatch):
+    """One weight of the language model is off by a tenth of its matrix's spread."""
+    weight = engine.model.language.layers[1].down_weight
+    perturbed = weight.clone()
+    perturbed[3, 5] += weight.std() / 10
+    monkeypatch.setattr(engine.model.language, "layers", list(engine.model.language.layers))
+    engine.model.language.layers[1] = replace(engine.model.language.layers[1], down_weight=perturbed)
+
+
+FAULTS = [
+    pre_norm_control, raw_action_embedding, grid_positions, shifted_positions, unconditioned_projector,
+    perturbed_weight,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_one_perturbed_weight_shows(name):
-    """A weight of the re-encoder's projector, one of 16 thousand and more, moved by a tenth of its matrix's spread."""
-    state = dict(golden_state(name))
-    weight = f"{ENCODERS[name]}_projector.linear_condition.weight"
-    state[weight] = state[weight].clone()
-    state[weight][3, 5] += state[weight].std() * 0.1
-    options = {"looks": [name], "max_new_tokens": 1, "keep_logits": True}
-    logits = RecordedEngine(name, "fwd", state).ask(image(0), "0", **options).logits
-    assert (logits - recorded(name, "gen")[1][0, :1]).abs().max() > 2e-4
+def test_a_faulty_engine_does_not_match(name, fault, monkeypatch):
+    engine = RecordedEngine(name, "fwd")
+    fault(engine, monkeypatch)
+    logits = engine.ask(image(0), "0", looks=[name], max_new_tokens=1, keep_logits=True).logits
+    difference = (logits - recorded(name, "gen")[1][0, :1]).abs().max()
+    assert difference > (3e-4 if fault is perturbed_weight else 0.05)
 
 
 def test_the_recorded_prompts_are_rebuilt():
