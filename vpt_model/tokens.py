@@ -238,11 +238,10 @@ class Tokenizer:
         if not path.is_file():
             raise ValueError(f"{path} does not exist: save the checkpoint's fast tokenizer into the folder")
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), kind)
-        except ValueError:
-            raise
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} is not a tokenizer: {error}; download it again") from error
+        return cls(backend, kind)
 
     @classmethod
     def byte_level(cls, vocab_size: int, kind: str | None) -> Tokenizer:
