@@ -28,10 +28,10 @@ from vpt_model.hub import model_folder
 from vpt_model.terminal import byte_progress, load_model, print_model, print_notices, print_rows, progress
 from vpt_model.verify import (
     FILES,
-    TEST_QUESTION,
+    SAMPLE_QUESTION,
     parameter_counts,
+    sample_picture,
     save_tensors,
-    test_picture,
     verify_recordings,
 )
 
@@ -164,9 +164,9 @@ def verify(
         loaded, tokenizer, checkpoint = load_model(model)
         print_model(loaded, tokenizer, checkpoint)
         engine = Engine(loaded, tokenizer, max_looks=0)
-        answer = engine.ask(test_picture(), TEST_QUESTION, max_new_tokens=16)
+        answer = engine.ask(sample_picture(), SAMPLE_QUESTION, max_new_tokens=16)
         console = Console(soft_wrap=True)
-        console.print(Text(f"a red disc on white, “{TEST_QUESTION}”: {answer.text!r}"))
+        console.print(Text(f"a red disc on white, “{SAMPLE_QUESTION}”: {answer.text!r}"))
         console.print(f"  ids {answer.ids}")
     if not all(row.passed for row in rows if row.in_scope):
         raise typer.Exit(1)

@@ -253,10 +253,10 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     return {part: count for part, count in counts.items() if count} | {"total": sum(counts.values())}
 
 
-TEST_QUESTION = "What is in the picture?"
+SAMPLE_QUESTION = "What is in the picture?"
 
 
-def test_picture() -> Image.Image:
+def sample_picture() -> Image.Image:
     """A red disc on white, 224x224: what a model says about it shows whether it sees."""
     picture = Image.new("RGB", (224, 224), "white")
     ImageDraw.Draw(picture).ellipse((56, 56, 168, 168), fill="red")

@@ -20,7 +20,7 @@ from vpt_model.checkpoint import Checkpoint, check_state, expected_shapes, rando
 from vpt_model.cli import app
 from vpt_model.config import PRESETS
 from vpt_model.tokens import Tokenizer
-from vpt_model.verify import parameter_counts
+from vpt_model.verify import SAMPLE_QUESTION, parameter_counts, sample_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,3 +173,33 @@ def test_peak_memory_while_loading(tmp_path: Path) -> None:
     measured = json.loads(child.stdout)
     assert measured["weights"] > 270_000_000
     assert 0.9 * measured["weights"] < measured["peak"] <= 1.15 * measured["weights"], measured
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL-2b-VPT-CLIP", "Qwen2-VL-2b-VPT-Seg-Alignment", "Qwen2-VL-7b-VPT-CLIP"])
+def test_verify_tells_what_a_checkpoint_is(tmp_path: Path, name: str) -> None:
+    config, state = write_variant(tmp_path, name)
+    result = CliRunner().invoke(app, ["verify", "--model", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    lines = {line.split("  ")[1]: line.split()[-1] for line in result.stdout.splitlines() if line.startswith("  ")}
+    counted = sum(tensor.numel() for key, tensor in state.items() if not (config.tie_word_embeddings and "head" in key))
+    assert lines["total"] == f"{counted:,}"
+    aligned = VARIANTS[name].aligned
+    assert lines["kind_pad"] == str(byte_level(config).ids.kind_pad)
+    assert (lines["action_start"] == "none") == aligned == ("aligned only" in result.stdout)
+    assert "every expected tensor and no other" in result.stdout
+    tied = "embedding and head: " + ("tied, stored twice, equal" if VARIANTS[name].tied else "untied")
+    assert tied in result.stdout
+    tokenizer = Checkpoint.open(tmp_path).tokenizer()
+    engine = Engine(Model.from_state(config, state), tokenizer, max_looks=0)
+    expected = engine.ask(sample_picture(), SAMPLE_QUESTION, max_new_tokens=16).ids
+    assert f"ids {expected}" in result.stdout
+    (tmp_path / "tokenizer.json").unlink()
+    result = CliRunner().invoke(app, ["verify", "--model", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 2 and "tokenizer.json does not exist" in result.stderr and not result.stdout
+
+
+def test_random_weights_answer_without_files(tmp_path: Path) -> None:
+    Image.fromarray(random_image(60, 80).numpy()).save(tmp_path / "photo.png")
+    arguments = ["ask", "--model", "random:tiny", "--image", str(tmp_path / "photo.png"), "--question", "What?"]
+    result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "3", "--json"], catch_exceptions=False)
+    assert result.exit_code == 0 and 1 <= len(json.loads(result.stdout)["ids"]) <= 3
