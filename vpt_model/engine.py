@@ -224,8 +224,8 @@ class Engine:
         embeds, positions = torch.cat([c.embeds for c in chunks]), torch.cat([c.positions for c in chunks], dim=1)
         hidden = self.model.language.forward(embeds, positions, [chunk.talk.cache for chunk in chunks], lengths)
         ends = list(accumulate(lengths))
-        sampled = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
-        logits = iter(self.model.language.logits(hidden[sampled]) if sampled else ())
+        sampled = [hidden[end - 1 : end] for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
+        logits = iter(self.model.language.logits(torch.cat(sampled)) if sampled else ())
         for chunk, end in zip(chunks, ends, strict=True):
             chunk.talk.last, chunk.talk.hidden = chunk.tokens[-1], hidden[end - 1 : end]
             chunk.talk.logits = next(logits) if chunk.sample else None
@@ -392,7 +392,6 @@ class Engine:
         grids: Sequence[tuple[int, int]] = (),
         sample: bool = True,
     ) -> Chunk:
-        talk.cache.check(len(tokens))
         positions = self.positions(torch.tensor(tokens), grids, talk.cache.next_position)
         return Chunk(talk, tokens, embeds, positions, sample)
 

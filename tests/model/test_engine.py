@@ -8,16 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
+from tests.model.replay import Replay
 from vpt_model.cache import KVCache
 from vpt_model.engine import Engine
 from vpt_model.events import Answer, Done, Look, Reencode, Region, Token
 from vpt_model.model import Model
-from vpt_model.positions import mrope_positions
-from vpt_model.prompt import ANSWER_PREFIX, REGION_TRIGGER, PromptFormat, action_round, first_round, region_round
+from vpt_model.prompt import ANSWER_PREFIX, REGION_TRIGGER, PromptFormat, first_round, region_round
 from vpt_model.tokens import Tokenizer, crop_box, parse_look, parse_region_ids
 
 MODEL = tiny_model()
@@ -52,74 +51,14 @@ def scripted(engine: Engine, *rounds: list[int], image: torch.Tensor | None = IM
     return done.answer
 
 
+def replay_of(engine: Engine, image: torch.Tensor | None = IMAGE) -> Replay:
+    return Replay(engine, QUESTION, image, state_in(engine.model.dtype))
+
+
 def prompt(image_tokens: int | None) -> list[int]:
     form = PromptFormat()
     user = TOKENIZER.encode(form.user_text(QUESTION, image_tokens is not None))
     return first_round(IDS, TOKENIZER.encode(form.system), user, image_tokens)
-
-
-class Replay:
-    """A conversation written down part by part, then computed in a single prefill."""
-
-    def __init__(self, engine: Engine, image: torch.Tensor | None = IMAGE) -> None:
-        self.model, self.policy = engine.model, engine.policy
-        self.image, self.tokens, self.grids = image, [], []
-        self.embeds = torch.empty(0, self.model.config.hidden_size, dtype=self.model.dtype)
-        if image is None:
-            self.add(prompt(None))
-        else:
-            self.first = self.look((0, 0, image.shape[1], image.shape[0]))
-            self.add(prompt(len(self.first)), self.first)
-
-    def look(self, box: tuple[int, int, int, int]) -> torch.Tensor:
-        (features,), grids = self.model.vision.look([self.image], [(0, *box)], self.policy)
-        self.grids += grids
-        return features
-
-    def add(self, tokens: list[int], features: torch.Tensor | None = None) -> None:
-        ids = torch.tensor(tokens, dtype=torch.int64)
-        embeds = self.model.language.embed(ids)
-        if features is not None:
-            embeds[ids == IDS.image_pad] = features
-        self.tokens += tokens
-        self.embeds = torch.cat([self.embeds, embeds])
-
-    def hidden(self) -> torch.Tensor:
-        positions, _ = mrope_positions(torch.tensor(self.tokens), self.grids, 0, IDS.image_pad)
-        cache = self.model.language.new_cache(len(self.tokens))
-        return self.model.language.forward(self.embeds, positions, [cache], [len(self.tokens)])
-
-    def region(self, boxes: list[tuple[int, int, int, int]]) -> None:
-        crops = [self.look(box) for box in boxes]
-        self.add(region_round(IDS, [len(crop) for crop in crops], TOKENIZER.encode), torch.cat(crops))
-
-    def action(self) -> None:
-        """The action span and the re-encoded first image, by the published formula."""
-        self.add([IDS.action_start])
-        state = state_in(self.model.dtype)
-        norm = [state[f"clip_projector.layernorm_condition.{part}"] for part in ("weight", "bias")]
-        linear = [state[f"clip_projector.linear_condition.{part}"] for part in ("weight", "bias")]
-        control = self.hidden()[-1]
-        key = F.linear(F.layer_norm(control, control.shape, *norm), *linear)
-        tokens = action_round(IDS, len(self.first))
-        begin = len(self.tokens)
-        self.add(tokens)
-        self.embeds[begin] = control
-        self.embeds[begin:][torch.tensor(tokens) == IDS.kind_pad] = self.first + (self.first @ key)[:, None] * key
-
-    def check(self, answer: Answer) -> None:
-        """The answer's logits and ids are those of one prefill of this conversation and the answer."""
-        begin, last = len(self.tokens) - 1, self.tokens[-1]
-        self.add(answer.ids[:-1])
-        for i, token in enumerate(answer.ids[:-1]):
-            if token == IDS.action:
-                self.embeds[begin + 1 + i] = self.hidden()[begin + i]
-        logits = self.model.language.logits(self.hidden()[begin:])
-        assert (answer.logits - logits).abs().max() <= (1e-4 if self.model.dtype == torch.float32 else 1e-6)
-        assert answer.ids == [
-            IDS.action if before == IDS.action_start else int(row.argmax())
-            for before, row in zip([last, *answer.ids], logits, strict=False)
-        ]
 
 
 def boxes_of(spec: str) -> list[tuple[int, int, int, int]]:
@@ -130,7 +69,7 @@ def boxes_of(spec: str) -> list[tuple[int, int, int, int]]:
 @pytest.mark.parametrize(("limit", "reason"), [(3, "length"), (12, "stop")])
 def test_direct_answer(exact, limit, reason):
     answer = exact.ask(IMAGE, QUESTION, max_new_tokens=limit, keep_logits=True)
-    Replay(exact).check(answer)
+    replay_of(exact).check(answer)
     assert answer.finish_reason == reason
     assert (len(answer.ids) == limit) if reason == "length" else answer.ids[-1] in IDS.stop
     assert answer.looks == [] and answer.notices == [] and answer.text == answer.first_text
@@ -138,14 +77,14 @@ def test_direct_answer(exact, limit, reason):
 
 def test_question_without_an_image(exact):
     answer = exact.ask(None, QUESTION, max_new_tokens=8, keep_logits=True)
-    Replay(exact, image=None).check(answer)
+    replay_of(exact, image=None).check(answer)
     assert [stage.name for stage in answer.timings] == ["prefill", "decode"]
 
 
 @pytest.mark.parametrize("spec", [ONE, THREE])
 def test_region(exact, spec):
     answer = exact.ask(IMAGE, QUESTION, looks=[spec], max_new_tokens=10, keep_logits=True)
-    replay = Replay(exact)
+    replay = replay_of(exact)
     replay.add(parse_look(spec, IDS)[:-1])
     replay.region(boxes_of(spec))
     replay.check(answer)
@@ -157,7 +96,7 @@ def test_region(exact, spec):
 
 def test_re_encoding(exact):
     answer = exact.ask(IMAGE, QUESTION, looks=["clip"], max_new_tokens=10, keep_logits=True)
-    replay = Replay(exact)
+    replay = replay_of(exact)
     replay.action()
     replay.check(answer)
     (look,) = answer.looks
@@ -175,7 +114,7 @@ def test_two_looks_in_one_conversation(exact):
     answer = Engine(exact.model, TOKENIZER, max_looks=2).ask(
         IMAGE, QUESTION, looks=[ONE, "clip"], max_new_tokens=10, keep_logits=True
     )
-    replay = Replay(exact)
+    replay = replay_of(exact)
     replay.add(parse_look(ONE, IDS)[:-1])
     replay.region(boxes_of(ONE))
     replay.action()
@@ -204,7 +143,7 @@ def test_the_first_action_ends_a_round_that_also_names_a_region(engine):
 def test_text_around_a_region_stays(exact):
     said = [*TOKENIZER.encode("Look: "), *IDS.region_span(2, 1, 5, 4), *TOKENIZER.encode(" there")]
     answer = scripted(exact, [*said, IDS.im_end])
-    replay = Replay(exact)
+    replay = replay_of(exact)
     replay.add(said)
     replay.region(boxes_of(ONE))
     replay.check(answer)
@@ -212,7 +151,7 @@ def test_text_around_a_region_stays(exact):
 
 def test_a_region_counts_when_the_round_runs_out_of_tokens(exact):
     answer = scripted(exact, list(IDS.region_span(2, 1, 5, 4)), max_new_tokens=6)
-    replay = Replay(exact)
+    replay = replay_of(exact)
     replay.add(list(IDS.region_span(2, 1, 5, 4)))
     replay.region(boxes_of(ONE))
     replay.check(answer)
@@ -220,7 +159,7 @@ def test_a_region_counts_when_the_round_runs_out_of_tokens(exact):
 
 def test_text_that_is_tokenized_differently_the_second_time_is_read_again(exact):
     answer = scripted(exact, [0xFF, *IDS.region_span(2, 1, 5, 4), IDS.im_end])
-    replay = Replay(exact)
+    replay = replay_of(exact)
     replay.add([*"\ufffd".encode(), *IDS.region_span(2, 1, 5, 4)])
     replay.region(boxes_of(ONE))
     replay.check(answer)
@@ -231,7 +170,7 @@ def test_an_action_without_a_look_is_followed_by_the_action_token_with_the_contr
     start = [*TOKENIZER.encode("so"), IDS.action_start]
     answer = scripted(Engine(exact.model, TOKENIZER, max_looks=max_looks), start, image=image, max_new_tokens=10)
     assert answer.ids[:4] == [*start, IDS.action] and answer.looks == []
-    replay = Replay(exact, image)
+    replay = replay_of(exact, image)
     replay.add(start)
     replay.check(replace(answer, ids=answer.ids[3:], logits=answer.logits[3:]))
 
@@ -239,7 +178,7 @@ def test_an_action_without_a_look_is_followed_by_the_action_token_with_the_contr
 def test_an_action_in_the_answer_after_the_last_look(exact):
     answer = scripted(exact, parse_look("clip", IDS), [IDS.action_start], max_new_tokens=6)
     assert answer.ids[:2] == [IDS.action_start, IDS.action] and len(answer.looks) == 1
-    replay = Replay(exact)
+    replay = replay_of(exact)
     replay.action()
     replay.add([IDS.action_start])
     replay.check(replace(answer, ids=answer.ids[1:], logits=answer.logits[1:]))
