@@ -25,6 +25,7 @@ from vpt_model.demo import STAGES, Comparison, Report, Step
 from vpt_model.engine import Engine
 from vpt_model.events import Answer, Done, Event, Look, Reencode, Region, Token
 from vpt_model.hub import model_folder
+from vpt_model.images import decode_image
 from vpt_model.terminal import byte_progress, load_model, print_model, print_notices, print_rows, progress
 from vpt_model.verify import (
     FILES,
@@ -116,10 +117,11 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 64,
 ) -> None:
     """Answer a question about an image, with the second looks that the model asks for."""
+    picture = decode_image(image)
     loaded, tokenizer, _ = load_model(model, quiet=as_json)
     engine = Engine(loaded, tokenizer, max_looks=max(1, len(look or ())))
     console = Console(quiet=as_json)
-    answer = _follow(console, engine.stream(image, question, looks=look, max_new_tokens=max_new_tokens))
+    answer = _follow(console, engine.stream(picture, question, looks=look, max_new_tokens=max_new_tokens))
     if as_json:
         typer.echo(json.dumps(_answer_as_json(answer)))
         return

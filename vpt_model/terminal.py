@@ -66,7 +66,7 @@ def progress(steps: int, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def byte_progress(activity: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on stderr, or a line for every tenth where stderr is no terminal."""
+    """A bar of bytes on stderr or, where stderr is no terminal, a line for every tenth of a large amount."""
     console, printed = Console(stderr=True, quiet=quiet), 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -75,7 +75,7 @@ def byte_progress(activity: str, quiet: bool = False) -> Iterator[Callable[[int,
         def advance(done: int, total: int) -> None:
             nonlocal printed
             bar.update(task, completed=done, total=total)
-            if not console.is_terminal and done * 10 // total > printed:
+            if not console.is_terminal and total >= 1e9 and done * 10 // total > printed:
                 printed = done * 10 // total
                 console.print(f"{activity}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", style="dim")
 
