@@ -8,6 +8,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 NEW_PILLOW ?= pillow==13.0.0
+# The tests read one file of it, Qwen's byte-pair vocabulary; its code and its dependencies are not wanted.
+QWEN_VOCABULARY ?= dashscope==2.0.2
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
@@ -57,6 +59,7 @@ $(VENV)/.torch:
 $(VENV)/.packages: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install -q setuptools wheel ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,demo]"
+	$(BIN)/python -m pip install -q --no-deps "$(QWEN_VOCABULARY)"
 	touch $@
 
 # The installation has just built the extension; later only what changed is compiled.

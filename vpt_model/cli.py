@@ -1,4 +1,4 @@
-"""The command line: `vpt demo`, `vpt ask`, `vpt env`."""
+"""The command line: `vpt demo`, `vpt ask`, `vpt verify`, `vpt convert`, `vpt env`."""
 
 from __future__ import annotations
 
@@ -6,32 +6,46 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from vpt_kernels import BackendUnavailable
 from vpt_kernels import env as environment
 from vpt_model import demo as demonstration
-from vpt_model.checkpoint import load_checkpoint
+from vpt_model.checkpoint import Checkpoint
+from vpt_model.convert import convert as write_converted
 from vpt_model.demo import STAGES, Comparison, Report, Step
 from vpt_model.engine import Engine
 from vpt_model.events import Answer, Done, Event, Look, Reencode, Region, Token
-from vpt_model.model import Model
-from vpt_model.tokens import Tokenizer
+from vpt_model.hub import model_folder
+from vpt_model.images import decode_image
+from vpt_model.terminal import byte_progress, load_model, print_model, print_notices, print_rows, progress
+from vpt_model.verify import (
+    FILES,
+    SAMPLE_QUESTION,
+    parameter_counts,
+    sample_picture,
+    save_tensors,
+    verify_recordings,
+)
 
 app = typer.Typer(
     help="A vision-language model that looks twice.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 
 LOOK = 'a forced second look: "region:x2,y1,x5,y4", "clip", "dino" or "sam"; may be repeated'
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MODEL = (
+    "a checkpoint folder (config.json, weights, tokenizer.json), a model on the hub (owner/name@revision), or "
+    "random:PRESET for random bfloat16 weights"
+)
 Looks = Annotated[list[str] | None, typer.Option("--look", help=LOOK, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -81,8 +95,8 @@ def demo(
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
     looks = look or list(demonstration.LOOKS)
-    with _progress(demonstration.activities(looks), quiet=as_json) as progress:
-        report = demonstration.run(preset, looks, image, max_new_tokens=tokens, inject=inject, progress=progress)
+    with progress(demonstration.activities(looks), quiet=as_json) as begin:
+        report = demonstration.run(preset, looks, image, max_new_tokens=tokens, inject=inject, progress=begin)
         figure.draw(report, out)
     if as_json:
         typer.echo(json.dumps(demonstration.as_json(report) | {"picture": str(out)}))
@@ -95,7 +109,7 @@ def demo(
 @app.command()
 @friendly
 def ask(
-    model: Annotated[Path, typer.Option(help="a checkpoint folder: config.json, weights, tokenizer.json")],
+    model: Annotated[str, typer.Option(help=MODEL)],
     image: Annotated[Path, typer.Option(help="an image file")],
     question: Annotated[str, typer.Option(help="what to ask about it")],
     look: Looks = None,
@@ -103,11 +117,11 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 64,
 ) -> None:
     """Answer a question about an image, with the second looks that the model asks for."""
-    config, state = load_checkpoint(model)
-    tokenizer = Tokenizer.from_folder(model, config.kind)
-    engine = Engine(Model.from_state(config, state), tokenizer, max_looks=max(1, len(look or ())))
+    picture = decode_image(image)
+    loaded, tokenizer, _ = load_model(model, quiet=as_json)
+    engine = Engine(loaded, tokenizer, max_looks=max(1, len(look or ())))
     console = Console(quiet=as_json)
-    answer = _follow(console, engine.stream(image, question, looks=look, max_new_tokens=max_new_tokens))
+    answer = _follow(console, engine.stream(picture, question, looks=look, max_new_tokens=max_new_tokens))
     if as_json:
         typer.echo(json.dumps(_answer_as_json(answer)))
         return
@@ -126,27 +140,67 @@ def ask(
 
 
 @app.command()
+@friendly
+def verify(
+    golden: Annotated[Path | None, typer.Option(help="a folder of recorded runs of the authors' model")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="with --golden: a .safetensors file for every computed tensor", dir_okay=False)
+    ] = None,
+) -> None:
+    """Repeat recorded runs and compare every number, or check a checkpoint and try it. Exit code 1 on any miss."""
+    if golden is None and model is None:
+        raise ValueError("there is nothing to verify: give --golden, --model, or both")
+    if dump is not None and golden is None:
+        raise ValueError("--dump writes what --golden computes: give --golden too")
+    if dump is not None and not dump.absolute().parent.is_dir():
+        raise ValueError(f"--dump {dump}: there is no folder {dump.absolute().parent}; make it first")
+    rows = []
+    if golden is not None:
+        with progress(len(FILES), quiet=False) as begin:
+            rows, computed = verify_recordings(golden, begin)
+        print_rows(rows)
+        if dump is not None:
+            save_tensors(dump, computed)
+    if model is not None:
+        loaded, tokenizer, checkpoint = load_model(model)
+        print_model(loaded, tokenizer, checkpoint)
+        engine = Engine(loaded, tokenizer, max_looks=0)
+        answer = engine.ask(sample_picture(), SAMPLE_QUESTION, max_new_tokens=16)
+        console = Console(soft_wrap=True)
+        console.print(Text(f"a red disc on white, “{SAMPLE_QUESTION}”: {answer.text!r}"))
+        console.print(f"  ids {answer.ids}")
+    if not all(row.passed for row in rows if row.in_scope):
+        raise typer.Exit(1)
+
+
+@app.command()
+@friendly
+def convert(
+    source: Annotated[str, typer.Argument(help="a checkpoint folder, or a model on the hub (owner/name@revision)")],
+    target: Annotated[Path, typer.Argument(help="the new folder")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; by default as stored", show_default=False)
+    ] = None,
+) -> None:
+    """Write a checkpoint as sharded safetensors with fused weights: nothing to unpickle, and quick to load.
+
+    TARGET appears when it is complete; an interrupted run leaves nothing that loads.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype {dtype}: it must be one of {', '.join(DTYPES)}")
+    checkpoint = Checkpoint.open(model_folder(source))
+    checkpoint.tokenizer()
+    print_notices(checkpoint.notices)
+    with byte_progress("converting") as advance:
+        write_converted(checkpoint, target, DTYPES.get(dtype), progress=advance)
+    typer.echo(f"{target}: {parameter_counts(checkpoint.config)['total']:,} parameters")
+
+
+@app.command()
 def env() -> None:
     """What this machine has, what is missing and how to get it."""
     typer.echo(environment.report())
-
-
-@contextmanager
-def _progress(steps: int, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, or a line for each activity where stderr is no terminal."""
-    console, begun = Console(stderr=True, quiet=quiet), 0
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=steps)
-
-        def begin(activity: str) -> None:
-            nonlocal begun
-            bar.update(task, description=activity, completed=begun)
-            begun += 1
-            if not console.is_terminal:
-                console.print(f"{activity} …", style="dim")
-
-        yield begin
 
 
 def _print_report(console: Console, report: Report, out: Path) -> None:

@@ -1,12 +1,31 @@
-"""Shapes of the language model, the vision tower and the perception variant."""
+"""Shapes of the language model, the vision tower and the re-encoders; `config.json` into these shapes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 ENCODERS = {"clip": "clip", "dino": "detection", "sam": "seg"}
 """Names of the re-encoders, and the `kind` by which checkpoints, configurations and tokens call them."""
 KINDS = tuple(ENCODERS.values())
+
+# The authors' two names of their class, and the plain model it extends.
+PERCEPTION_MODEL_TYPES = ("qwen2_vl_vpt", "vrt_qwen2_vl")
+PLAIN_MODEL_TYPE = "qwen2_vl"
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_CONSTANTS = ("rope_theta", "rms_norm_eps")
+# A hostile file must not make us list a billion tensors.
+_LARGEST_SIZE, _MOST_LAYERS = 100_000_000, 1000
 
 
 @dataclass(frozen=True)
@@ -148,3 +167,91 @@ PRESETS: dict[str, ModelConfig] = {
     "7b": _7B,
 }
 """Named configurations; `2b` and `7b` are the true shapes of Qwen2-VL."""
+
+
+def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> ModelConfig:
+    """The ModelConfig of a `config.json`; `names` are the tensors' names, which tell the kind where the file does not.
+
+    Fields that only matter in training, and token ids (they come from the tokenizer), are ignored. The published files
+    do not shape their re-encoders, which are the large ones; sections `dinov2` and `sam_vision` change that. Raises
+    ValueError for missing fields and for settings this implementation does not reproduce.
+    """
+    model_type = content.get("model_type")
+    if model_type not in (*PERCEPTION_MODEL_TYPES, PLAIN_MODEL_TYPE):
+        known = ", ".join((*PERCEPTION_MODEL_TYPES, PLAIN_MODEL_TYPE))
+        raise ValueError(f"config.json has model_type {model_type!r}; supported are {known}")
+    missing = [name for name in (*_SIZES, *_CONSTANTS) if name not in content]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}: complete it from the model's page")
+    sections = {name: content.get(name) or {} for name in ("rope_scaling", "vision_config", "dinov2", "sam_vision")}
+    if wrong := [name for name, section in sections.items() if not isinstance(section, Mapping)]:
+        raise ValueError(f"config.json has {', '.join(wrong)} that are not JSON objects: download it again")
+    rope, vision, dino, sam = sections.values()
+    unsupported = {
+        "hidden_act": content.get("hidden_act", "silu") != "silu",
+        "use_sliding_window": bool(content.get("use_sliding_window", False)),
+        "projector_scale": content.get("projector_scale", 1) != 1,
+        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"),
+        "vision_config": vision.get("hidden_act", "quick_gelu") != "quick_gelu",
+    }
+    wrong = {name: content[name] for name, is_wrong in unsupported.items() if is_wrong}
+    if wrong:
+        raise ValueError(
+            f"config.json asks for {wrong}, which is not supported: only silu and quick_gelu, full attention, "
+            "projector_scale 1 and default M-RoPE are"
+        )
+    sections = (rope.get("mrope_section", (16, 24, 24)), content.get("vision_encoder_ls") or ())
+    if not all(isinstance(section, (list, tuple, str)) for section in sections):
+        raise ValueError(f"config.json has mrope_section and vision_encoder_ls {sections}; they must be lists")
+    # Published vision sections name only what differs from Qwen2-VL's defaults, and the channels by an older name.
+    vision = {"in_channels": vision.get("in_chans", 3)} | vision | {"hidden_size": content["hidden_size"]}
+    return ModelConfig(
+        **_checked(ModelConfig, {name: content[name] for name in (*_SIZES, *_CONSTANTS)}),
+        tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+        mrope_section=tuple(sections[0]),
+        kind=None if model_type == PLAIN_MODEL_TYPE else _kind(content, names),
+        vision=VisionConfig(**_checked(VisionConfig, vision)),
+        dino=DinoConfig(**_checked(DinoConfig, dino)),
+        sam=SamConfig(**_checked(SamConfig, sam)),
+    )
+
+
+def _checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that `kind` has fields for."""
+    known = {item.name: item.type for item in fields(kind) if item.name in values}
+    found, bad = {}, {}
+    for name, form in known.items():
+        value = values[name]
+        if form.startswith("tuple"):
+            found[name] = tuple(value) if isinstance(value, (list, tuple)) else value
+            good = isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
+        else:
+            found[name] = value
+            limit = _MOST_LAYERS if name in ("depth", "num_hidden_layers") else _LARGEST_SIZE
+            good = type(value) in ((int,) if form == "int" else (int, float)) and 0 < value <= limit
+        if not good:
+            bad[name] = value
+    if bad:
+        raise ValueError(
+            f"config.json has {bad}; sizes must be positive integers up to {_LARGEST_SIZE} ({_MOST_LAYERS} layers), "
+            "constants positive numbers"
+        )
+    return found
+
+
+def _kind(content: Mapping[str, Any], names: Iterable[str]) -> str:
+    declared = content.get("vision_encoder_ls")
+    if declared:
+        encoders = [declared] if isinstance(declared, str) else list(declared)
+        if len(encoders) != 1 or encoders[0] not in ENCODERS:
+            raise ValueError(f"config.json has vision_encoder_ls {declared!r}; it must name one of {list(ENCODERS)}")
+        return ENCODERS[encoders[0]]
+    prefixes = {name.split("_projector.")[0] for name in names if "_projector." in name}
+    kinds = prefixes & set(KINDS)
+    if len(kinds) != 1:
+        raise ValueError(
+            f"cannot tell the re-encoder: config.json has no vision_encoder_ls and the tensors have the projectors "
+            f"{sorted(kinds) or 'of no kind'}; a VPT checkpoint needs exactly one of clip_projector, "
+            "detection_projector and seg_projector"
+        )
+    return kinds.pop()

@@ -33,11 +33,11 @@ class _Layer:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         return cls(
             input_norm=state[f"{prefix}input_layernorm.weight"],
-            qkv_weight=torch.cat([state[f"{attention}{x}_proj.weight"] for x in "qkv"]),
-            qkv_bias=torch.cat([state[f"{attention}{x}_proj.bias"] for x in "qkv"]),
+            qkv_weight=_stack([state[f"{attention}{x}_proj.weight"] for x in "qkv"]),
+            qkv_bias=_stack([state[f"{attention}{x}_proj.bias"] for x in "qkv"]),
             o_weight=state[f"{attention}o_proj.weight"],
             post_norm=state[f"{prefix}post_attention_layernorm.weight"],
-            gate_up_weight=torch.cat([state[f"{mlp}{x}_proj.weight"] for x in ("gate", "up")]),
+            gate_up_weight=_stack([state[f"{mlp}{x}_proj.weight"] for x in ("gate", "up")]),
             down_weight=state[f"{mlp}down_proj.weight"],
         )
 
@@ -58,7 +58,8 @@ class LanguageModel:
     """Qwen2-VL's decoder, built from a state dict with the checkpoint's names; forward only.
 
     Source: Qwen2-VL in transformers (RMSNorm in float32 cast before its weight, multimodal rotary sections, biased
-    q/k/v, SwiGLU). Query, key and value weights, and gate and up weights, are concatenated once, here.
+    q/k/v, SwiGLU). Query, key and value weights, and gate and up weights, are concatenated once, here, unless they
+    already follow each other in memory, as those of a loaded checkpoint do.
     """
 
     def __init__(self, config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
@@ -175,6 +176,20 @@ class LanguageModel:
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # Computed in float32 and, as in Qwen2-VL, rounded to the model's dtype before the weight multiplies it.
         return F.rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps) * weight
+
+
+def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all parts, without a copy where each part begins in memory where the one before it ends."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != end or not _same_storage(part, first):
+            return torch.cat(list(parts))
+        end += part.nbytes
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -8,10 +8,11 @@ encoded again, `<|clip_action_start|><|clip_action|><|clip_action_end|>`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -237,11 +238,10 @@ class Tokenizer:
         if not path.is_file():
             raise ValueError(f"{path} does not exist: save the checkpoint's fast tokenizer into the folder")
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), kind)
-        except ValueError:
-            raise
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} is not a tokenizer: {error}; download it again") from error
+        return cls(backend, kind)
 
     @classmethod
     def byte_level(cls, vocab_size: int, kind: str | None) -> Tokenizer:
@@ -275,6 +275,51 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
         backend.add_tokens([AddedToken(token, normalized=False) for token in plain])
         return cls(backend, kind)
+
+    def check_vocabulary(self, rows: int, declared: Mapping[str, Any]) -> None:
+        """Raise ValueError unless this is the vocabulary of a checkpoint.
+
+        rows: of the embedding. declared: the `config.json`; the token ids it names, where they are not null, must be
+        these. A variant must have its re-encoder's pad; of the region and action tokens it has all or, if it was only
+        aligned, none.
+        """
+        largest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= rows:
+            raise ValueError(
+                f"vocabulary mismatch: the tokenizer has ids up to {largest}, the embedding {rows} rows; use the "
+                "tokenizer that was saved with the weights"
+            )
+        ids, kind = self.ids, self.ids.kind
+        if kind is not None:
+            perception = [*_REGION, *(f"<|{kind}_action{part}|>" for part in ("_start", "", "_end"))]
+            missing = [token for token in perception if self._backend.token_to_id(token) is None]
+            if ids.kind_pad is None or 0 < len(missing) < len(perception):
+                missing = [f"<|{kind}_image_pad|>"] * (ids.kind_pad is None) + missing
+                raise ValueError(
+                    f"vocabulary mismatch: the tokenizer lacks {', '.join(missing)}, which the weights of kind "
+                    f"{kind!r} were trained with; use the tokenizer that was saved with them"
+                )
+        expected = {
+            "vision_start_token_id": ids.vision_start,
+            "vision_end_token_id": ids.vision_end,
+            "image_token_id": ids.image_pad,
+            "para_start_id": ids.im_start,
+            "para_end_id": ids.im_end,
+            f"{kind}_image_token_id": ids.kind_pad,
+            f"{kind}_action_start_id": ids.action_start,
+            f"{kind}_action_id": ids.action,
+        }
+        for name, found in expected.items():
+            if declared.get(name) not in (None, found):
+                raise ValueError(
+                    f"vocabulary mismatch: config.json has {name} {declared[name]!r}, the tokenizer says {found}; use "
+                    "the tokenizer that was saved with the weights"
+                )
+
+    @property
+    def is_aligned_only(self) -> bool:
+        """Whether this is a variant's intermediate stage, which has no region and action tokens."""
+        return self.ids.kind is not None and self.ids.region_start is None
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; names of special and perception tokens in it become those tokens."""

@@ -1,298 +1,233 @@
-"""The authors' model, run with tiny random weights, against ours: projectors, forward, generation, batches."""
+"""The authors' model, run with tiny random weights, against the parts of ours: what `vpt verify --golden` repeats."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import lru_cache
+import json
+import shutil
 
 import pytest
 import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from tests.model.inputs import golden, golden_again, golden_config, golden_model, golden_state, golden_token_ids
-from vpt_kernels import control_cross_attention, fold_projector
-from vpt_model.model import Model
-from vpt_model.positions import mrope_positions
+from tests.model.inputs import GOLDEN, golden, recording
+from vpt_kernels import control_cross_attention
+from vpt_model.cli import app
+from vpt_model.golden import Replay
+from vpt_model.verify import TOLERANCE, VARIANTS, Row, _add, verify_recordings
 
-TOLERANCE = 1e-4
-FORMS = {"MinimalProjector": "linear", "MinimalSamProjector": "conv", "MinimalCLIPProjector": "identity"}
-
-
-VARIANTS = ["clip", "dino", "sam"]
-
-
-@lru_cache(maxsize=4)
-def model_of(name):
-    return golden_model("clip" if name == "region" else name)
-
-
-@dataclass
-class Request:
-    """One conversation: prompt, features of its ordinary images, what its projector reads of the re-encoded image."""
-
-    name: str
-    ids: torch.Tensor
-    images: list[torch.Tensor]
-    grids: list[tuple[int, int]]
-    reencoded: torch.Tensor | None = None
-    control: torch.Tensor | None = None
-    special: torch.Tensor | None = None
-    hidden: list[torch.Tensor] = field(default_factory=list)
-    positions: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def special_ids(self):
-        return golden_token_ids(self.name)
-
-    def prompt(self, model):
-        """Embeddings of the whole prompt, the re-encoded image still missing."""
-        embeds = model.language.embed(self.ids)
-        embeds[self.ids == self.special_ids.image_pad] = torch.cat(self.images)
-        return embeds
-
-    @property
-    def action(self):
-        """Index of the action token; the prompt's length where it has none."""
-        found = (self.ids == self.special_ids.action).nonzero().flatten().tolist()
-        return found[0] if found else len(self.ids)
+GENERATED = ("gen", "gen_b2", "r1_forced", "r1_free", "r1_b2")
+# Cases in scope, and how many recorded tensors each stands for.
+CASES = {("projectors", f"{form}.scale1.b{n}.cond"): 2 - (form == "Projector") for n in (1, 3) for form in (
+    "Projector", "MinimalProjector", "MinimalSamProjector", "MinimalCLIPProjector")}  # fmt: skip
+CASES |= {(file, case.replace("cond", "none")): 1 for file, case in CASES}
+CASES |= {(name, case): 2 for name in VARIANTS for case in GENERATED}
+CASES |= {(name, "fwd"): 8 for name in VARIANTS} | {(name, "r1_forced"): 3 for name in VARIANTS}
+CASES |= {(name, "gen_b2"): 4 for name in (*VARIANTS, "region")} | {("region", "fwd"): 3, ("region", "gen"): 2}
+EXCLUDED = {"projectors": 22, "clip": 9, "dino": 9, "sam": 9}
 
 
-def see(model, pixel_values, grids):
-    features = model.vision.forward(model.vision.embed_pixel_values(pixel_values), grids)
-    return list(features.split([height * width // 4 for height, width in grids]))
+def vpt(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def grids_of(tensor):
-    return [tuple(grid) for grid in tensor[:, 1:].tolist()]
+@pytest.fixture(scope="module")
+def verified() -> tuple[list[Row], dict[str, torch.Tensor]]:
+    return verify_recordings(GOLDEN)
 
 
-def strip(tensors, case, row=0):
-    ids = tensors[f"{case}.input_ids"][row]
-    mask = tensors.get(f"{case}.attention_mask")
-    return ids if mask is None else ids[mask[row].bool()]
+@pytest.mark.parametrize(("file", "case"), CASES)
+def test_case(verified, file, case):
+    [row] = [row for row in verified[0] if (row.file, row.case) == (file, case)]
+    assert row.in_scope and row.passed and len(row.names) == CASES[file, case], row
+    assert (row.ids is True) == (case in GENERATED) and (row.logits is not None) == (file != "projectors")
+    assert (row.control is not None) == (file in VARIANTS and case in ("fwd", "r1_forced"))
 
 
-def request(name, case, row=0):
-    """The prompt of one row with its images; row 0 sees those of `fwd`, row 1 those of `gen_b2`."""
-    model, (tensors, _) = model_of(name), golden(name)
-    first = len(tensors["fwd.image_grid_thw"])
-    grids = grids_of(tensors["gen_b2.image_grid_thw"][first:] if row else tensors["fwd.image_grid_thw"])
-    ids = strip(tensors, case, row)
-    pixels = tensors["gen_b2.pixel_values_row1" if row else "fwd.pixel_values"]
-    made = Request(name, ids, see(model, pixels, grids), grids)
-    if (ids == made.special_ids.kind_pad).any():
-        pixels, sizes = golden_again(name, row)
-        if model.encoder is None:
-            [made.reencoded] = see(model, pixels, sizes)
-        else:
-            made.reencoded = model.encoder(model.encoder.embed_pixel_values(pixels))
-    return made
+def test_nothing_else_is_claimed_or_passed_over(verified):
+    rows, computed = verified
+    assert {(row.file, row.case) for row in rows if row.in_scope} == CASES.keys()
+    excluded = [row for row in rows if not row.in_scope]
+    assert {f: sum(len(r.names) for r in excluded if r.file == f) for f in EXCLUDED} == EXCLUDED
+    for row in excluded:
+        assert row.reason.endswith(("training only", "no released model uses it"))
+        assert all("mask" in name or "run1" in name or "scale2" in name for name in row.names)
+    assert computed.keys() == {f"{row.file}.{name}" for row in rows if row.in_scope for name in row.names}
 
 
-def append(model, requests, caches, embeds, positions):
-    """One ragged forward call; every request gets its hidden states."""
-    lengths = [len(chunk) for chunk in embeds]
-    hidden = model.language.forward(torch.cat(embeds), torch.cat(positions, 1), caches, lengths)
-    for request, states, where in zip(requests, hidden.split(lengths), positions, strict=True):
-        request.hidden.append(states)
-        request.positions.append(where)
+def test_computed_tensors_are_laid_out_as_recorded(verified, tmp_path):
+    """What --dump writes can be compared by name, shape and type without knowing this program."""
+    for name in ("clip", "region"):
+        for suffix in ("safetensors", "json"):
+            shutil.copy(GOLDEN / f"{name}.{suffix}", tmp_path)
+    result = vpt("verify", "--golden", tmp_path, "--dump", tmp_path / "dump.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "9 of 9 cases agree within 1e-04" in result.stdout and "paragraph masks" in result.stdout
+    dump = load_file(tmp_path / "dump.safetensors")
+    assert dump.keys() == {name for name in verified[1] if name.startswith(("clip.", "region."))}
+    for name in ("clip", "region"):
+        stored = load_file(GOLDEN / f"{name}.safetensors")
+        for key, tensor in dump.items():
+            if key.startswith(f"{name}."):
+                expected = stored[key.removeprefix(f"{name}.")]
+                assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), key
+                if tensor.is_floating_point():
+                    assert (tensor - expected).abs().max() <= TOLERANCE, key
+                else:
+                    assert torch.equal(tensor, expected), key
 
 
-def prefill(model, requests, room=20, shift=0, raw_action=False):
-    """Up to the action-start token, then the look itself: two forward calls for the whole batch.
-
-    shift and raw_action are the faults that the sensitivity tests inject into the second call.
-    """
-    caches = [model.language.new_cache(len(request.ids) + room) for request in requests]
-    prompts = [request.prompt(model) for request in requests]
-    where = [mrope_positions(r.ids, r.grids, 0, r.special_ids.image_pad)[0] for r in requests]
-    heads = [r.action for r in requests]
-    append(
-        model,
-        requests,
-        caches,
-        [prompt[:head] for prompt, head in zip(prompts, heads, strict=True)],
-        [position[:, :head] for position, head in zip(where, heads, strict=True)],
-    )
-    looks = [i for i, request in enumerate(requests) if request.reencoded is not None]
-    for i in looks:
-        request, prompt = requests[i], prompts[i]
-        request.control = request.hidden[0][-1:]
-        request.special = control_cross_attention(request.reencoded, request.control, model.projector)
-        prompt[request.ids == request.special_ids.kind_pad] = request.special
-        if not raw_action:
-            prompt[heads[i]] = request.control[0]
-    if looks:
-        append(
-            model,
-            [requests[i] for i in looks],
-            [caches[i] for i in looks],
-            [prompts[i][heads[i] :] for i in looks],
-            [where[i][:, heads[i] :] + shift for i in looks],
-        )
-    return caches
+CHANGES = {
+    "gen.step_logits": ("gen", "MISS"),
+    "gen.new_ids": ("gen", "NO"),
+    "fwd.control": ("fwd", "MISS"),
+    "fwd.position_ids": ("fwd", "position_ids differs"),
+    "fwd.special_embeds_uncond": ("fwd", "MISS"),
+    "r1_b2.new_ids": ("r1_b2", "NO"),
+}
 
 
-def generate(model, requests, steps, **faults):
-    """Greedy decoding of the whole batch: ids [rows, steps] and logits [rows, steps, vocab].
-
-    After an action-start token the next one is always the action token, and its embedding is the hidden state of the
-    action-start token.
-    """
-    caches = prefill(model, requests, room=steps, **faults)
-    last = torch.stack([request.hidden[-1][-1] for request in requests])
-    previous = [int(request.ids[-1]) for request in requests]
-    special = requests[0].special_ids
-    ids, logits = [], []
-    for step in range(steps):
-        logits.append(model.language.logits(last))
-        forced = [token_id == special.action_start for token_id in previous]
-        sampled = logits[-1].argmax(-1).tolist()
-        previous = [special.action if force else best for force, best in zip(forced, sampled, strict=True)]
-        ids.append(previous)
-        if step + 1 < steps:
-            embeds = model.language.embed(torch.tensor(previous))
-            embeds = torch.where(torch.tensor(forced)[:, None], last, embeds)
-            positions = torch.tensor([cache.next_position for cache in caches]).expand(3, -1)
-            last = model.language.forward(embeds, positions, caches, [1] * len(caches))
-    return torch.tensor(ids).T, torch.stack(logits, 1)
+@pytest.mark.parametrize("name", CHANGES)
+def test_one_changed_number_is_a_miss(name, tmp_path):
+    tensors = load_file(GOLDEN / "clip.safetensors")
+    changed = tensors[name].clone()
+    changed.view(-1)[-1] += 1 if changed.dtype == torch.int32 else 2e-4
+    save_file(tensors | {name: changed}, tmp_path / "clip.safetensors")
+    shutil.copy(GOLDEN / "clip.json", tmp_path)
+    result = vpt("verify", "--golden", tmp_path)
+    assert result.exit_code == 1 and "5 of 6 cases agree" in result.stdout
+    case, sign = CHANGES[name]
+    assert [sign in line for line in result.stdout.splitlines() if f"│ {case} " in line] == [True]
 
 
-def steps_of(name, case):
-    tensors, _ = golden(name)
-    return tensors[f"{case}.new_ids"].shape[-1]
+def test_not_a_number_is_a_miss():
+    for first, second in ((float("nan"), 0.0), (0.0, float("nan"))):
+        tensors = {"gen.step_logits": torch.tensor([first]), "gen.logits": torch.tensor([second])}
+        row = Row("clip", "gen")
+        for name, tensor in tensors.items():
+            _add(row, name, tensor, torch.zeros(1))
+        assert row.logits != row.logits and not row.passed
 
 
-def check_generation(name, case, ids, logits):
-    tensors, _ = golden(name)
-    expected = tensors[f"{case}.new_ids"].view(len(ids), -1)
-    assert ids.tolist() == expected.tolist()
-    assert (logits - tensors[f"{case}.step_logits"].view_as(logits)).abs().max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("projector", FORMS)
-@pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("mode", ["cond", "none"])
-def test_projectors(projector, images, mode):
-    tensors, _ = golden("projectors")
-    weights = {
-        key.removeprefix(f"weights.{projector}.scale1."): value
-        for key, value in tensors.items()
-        if key.startswith(f"weights.{projector}.scale1.")
-    }
-    form, cu_seqlens = FORMS[projector], None
-    parameters = {"condition_norm": "layernorm_condition", "condition": "linear_condition"}
-    if form == "identity":
-        grids = tensors["input.clip_grid_thw"][:images]
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), (grids.prod(1) // 4).cumsum(0)])
-        features, cu_seqlens = tensors["input.clip_hidden_states"][: ends[-1]], ends
-    elif form == "linear":
-        parameters |= {"feature_norm": "layernorm_feature", "feature": "linear_feature"}
-        features = tensors["input.hidden_states"][:images]
-    else:
-        parameters |= {"feature_norm": "layernorm_feature", "feature": "conv_feature"}
-        base = tensors["input.sam_base_i8"][:images].float()
-        features = torch.cat([base * (1 + 0.25 * block) / 32 for block in range(4)], 1)
-        assert torch.equal(features[0, 255, 0, :4], tensors["input.sam_check"][0])
-    folded = fold_projector(
-        form, **{role: (weights[f"{name}.weight"], weights[f"{name}.bias"]) for role, name in parameters.items()}
-    )
-    control = tensors["input.conditions_scale1"][:images] if mode == "cond" else None
-    out = control_cross_attention(features, control, folded, cu_seqlens)
-    expected = tensors[f"{projector}.scale1.b{images}.{mode}.output"]
-    assert out.shape == expected.shape
-    assert (out - expected).abs().max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_forward(name):
-    tensors, model, made = golden(name)[0], model_of(name), request(name, "fwd")
-    caches = prefill(model, [made])
-    close = {
-        "image_embeds": torch.cat(made.images),
-        "encoder_output": made.reencoded,
-        "control": made.control,
-        "special_embeds_cond": made.special,
-        "special_embeds_uncond": control_cross_attention(made.reencoded, None, model.projector),
-    }
-    for key, value in close.items():
-        assert (value - tensors[f"fwd.{key}"].view_as(value)).abs().max() <= TOLERANCE, key
-    assert torch.equal(torch.cat(made.positions, 1), tensors["fwd.position_ids"][:, 0])
-    assert caches[0].next_position == len(made.ids) + tensors["fwd.rope_deltas"].item()
-    logits = model.language.logits(torch.cat(made.hidden))
-    assert (logits - tensors["fwd.logits_run2_mask0"][0]).abs().max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", [*VARIANTS, "region"])
-def test_generation(name):
-    check_generation(name, "gen", *generate(model_of(name), [request(name, "fwd")], steps_of(name, "gen")))
-
-
-@pytest.mark.parametrize("name", [*VARIANTS, "region"])
-def test_batch(name):
-    requests = [request(name, "gen_b2", row) for row in range(2)]
-    assert len(requests[0].ids) != len(requests[1].ids)
-    check_generation(name, "gen_b2", *generate(model_of(name), requests, steps_of(name, "gen_b2")))
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_round_one_forced(name):
-    made = request(name, "r1_forced")
-    ids, logits = generate(model_of(name), [made], steps_of(name, "r1_forced"))
-    check_generation(name, "r1_forced", ids, logits)
-    assert ids[0, 0] == made.special_ids.action
-    assert [0] in golden(name)[1]["stats"]["overridden_steps"]["r1_forced"]
-    assert (made.hidden[-1][-1] - golden(name)[0]["r1_forced.control"][0]).abs().max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_round_one_free(name):
-    tensors, meta = golden(name)
-    state = dict(golden_state(name))
-    state["lm_head.weight"] = state["lm_head.weight"].clone()
-    state["lm_head.weight"][golden_token_ids(name).action_start] = tensors["r1_free.lm_head_row_action_start"]
-    model = Model.from_state(golden_config(name), state)
-    ids, logits = generate(model, [request(name, "r1_free")], steps_of(name, "r1_free"))
-    check_generation(name, "r1_free", ids, logits)
-    overridden = (logits[0].argmax(-1) != ids[0]).nonzero().tolist()
-    assert overridden == meta["stats"]["overridden_steps"]["r1_free"]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_round_one_batch(name):
-    requests = [request(name, "r1_b2", row) for row in range(2)]
-    check_generation(name, "r1_b2", *generate(model_of(name), requests, steps_of(name, "r1_b2")))
-
-
-def test_region_forward():
-    tensors, made = golden("region")[0], request("region", "fwd")
-    prefill(model_of("region"), [made])
-    assert torch.equal(made.positions[0], tensors["fwd.position_ids"][:, 0])
-    logits = model_of("region").language.logits(made.hidden[0])
-    assert (logits - tensors["fwd.logits_run2"][0]).abs().max() <= TOLERANCE
+@pytest.mark.parametrize("broken", ["empty", "no sidecar", "cut", "no clip", "missing tensor"])
+def test_unusable_folders(broken, tmp_path):
+    if broken != "empty":
+        shutil.copy(GOLDEN / "region.safetensors", tmp_path)
+    if broken in ("cut", "no clip", "missing tensor"):
+        shutil.copy(GOLDEN / "region.json", tmp_path)
+    file = tmp_path / "region.safetensors"
+    if broken == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    if broken == "missing tensor":
+        shutil.copy(GOLDEN / "clip.safetensors", tmp_path)
+        tensors = load_file(file)
+        del tensors["fwd.pixel_values"]
+        save_file(tensors, file)
+        shutil.copy(GOLDEN / "clip.json", tmp_path)
+    result = vpt("verify", "--golden", tmp_path)
+    assert result.exit_code == 2
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
 def test_rows_on_different_paths_share_every_call():
     """Clip look, region look and first round side by side: each row still equals its own golden run."""
-    cases = (("clip", "fwd", "gen"), ("region", "fwd", "gen"), ("clip", "r1_forced", "r1_forced"))
-    ids, logits = generate(model_of("clip"), [request(name, prompt) for name, prompt, _ in cases], 12)
-    for row, (name, _, case) in enumerate(cases):
-        check_generation(name, case, ids[row : row + 1], logits[row : row + 1])
+    clip, region = recording("clip"), recording("region")
+    replay = Replay(clip)
+    requests = [
+        *replay.requests("fwd"),
+        *Replay(region, clip.state).requests("fwd"),
+        *replay.requests("r1_forced"),
+    ]
+    ids, logits = replay.generate(requests, 12)
+    for row, (tensors, case) in enumerate(
+        ((clip.tensors, "gen"), (region.tensors, "gen"), (clip.tensors, "r1_forced"))
+    ):
+        assert torch.equal(ids[row], tensors[f"{case}.new_ids"])
+        assert (logits[row] - tensors[f"{case}.step_logits"]).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("fault", [{"shift": 1}, {"raw_action": True}])
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("case", ["r1_forced", "r1_free"])
+def test_action_tokens_are_forced_where_the_authors_force_them(verified, name, case):
+    tensors, meta = golden(name)
+    chosen = verified[1][f"{name}.{case}.step_logits"].argmax(-1)
+    overridden = (chosen != verified[1][f"{name}.{case}.new_ids"]).nonzero().tolist()
+    assert overridden == meta["stats"]["overridden_steps"][case] != []
+
+
+class Shifted(Replay):
+    def begin_look(self, request, embeds, positions):
+        super().begin_look(request, embeds, positions)
+        positions += 1
+
+
+class RawAction(Replay):
+    def begin_look(self, request, embeds, positions):
+        raw = embeds[0].clone()
+        super().begin_look(request, embeds, positions)
+        embeds[0] = raw
+
+
+class GridPads(Replay):
+    def begin_look(self, request, embeds, positions):
+        super().begin_look(request, embeds, positions)
+        pads = request.ids[-len(embeds) :] == self.ids.kind_pad
+        rows, start = int(pads.sum()) // 4, positions[0, pads][0]
+        positions[1, pads] = start + torch.arange(4 * rows) // rows
+        positions[2, pads] = start + torch.arange(4 * rows) % rows
+
+
+class PreNorm(Replay):
+    def begin_look(self, request, embeds, positions):
+        request.hidden[0][-1] /= self.model.language.norm
+        super().begin_look(request, embeds, positions)
+
+
+class Unconditioned(Replay):
+    def begin_look(self, request, embeds, positions):
+        super().begin_look(request, embeds, positions)
+        plain = control_cross_attention(request.reencoded, None, self.model.projector)
+        embeds[request.ids[-len(embeds) :] == self.ids.kind_pad] = plain
+
+
+class OrdinaryImage(Replay):
+    def begin_look(self, request, embeds, positions):
+        if self.ids.kind == "clip":
+            request.reencoded = request.images[0][: len(request.reencoded)]
+        else:
+            request.reencoded = request.reencoded.flip(1)
+        super().begin_look(request, embeds, positions)
+
+
+@pytest.mark.parametrize("fault", [Shifted, RawAction, GridPads, PreNorm, Unconditioned, OrdinaryImage])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_faults_are_visible(name, fault):
-    """The tests above can fail: one wrong position or the raw action embedding moves the logits a thousandfold."""
-    made = request(name, "fwd")
-    prefill(model_of(name), [made], **fault)
-    logits = model_of(name).language.logits(made.hidden[-1][-1:])
+    """The cases above can fail: a wrong position, embedding, condition or image moves the logits a thousandfold."""
+    replay = fault(recording(name))
+    requests = replay.requests("fwd")
+    replay.prefill(requests)
+    logits = replay.model.language.logits(requests[0].hidden[-1][-1:])
     assert (logits - golden(name)[0]["fwd.logits_run2_mask0"][0, -1:]).abs().max() > 0.1
 
 
-def test_reusing_the_wrong_image_is_visible():
-    """The golden re-encoded image differs from the ordinary one; mixing them up must show."""
-    made = request("clip", "fwd")
-    made.reencoded = made.images[0][: len(made.reencoded)]
-    prefill(model_of("clip"), [made])
-    logits = model_of("clip").language.logits(made.hidden[-1][-1:])
-    assert (logits - golden("clip")[0]["fwd.logits_run2_mask0"][0, -1:]).abs().max() > 0.1
+def test_arguments_of_verify(tmp_path):
+    for arguments, message in (
+        ((), "nothing to verify"),
+        (("--dump", tmp_path / "x", "--model", "random:tiny"), "--dump writes what --golden computes"),
+        (("--golden", GOLDEN, "--dump", tmp_path / "no/x"), "there is no folder"),
+        (("--golden", tmp_path), "has none of projectors.safetensors"),
+        (("--model", "random:9b"), "random weights have the shapes of one of"),
+    ):
+        result = vpt("verify", *arguments)
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
+
+
+def test_sidecars_are_read_not_assumed(tmp_path):
+    """Other token ids: the same recording under permuted names of its tokens is another conversation."""
+    shutil.copy(GOLDEN / "clip.safetensors", tmp_path)
+    meta = json.loads((GOLDEN / "clip.json").read_text())
+    ids = meta["config"]["token_ids"]
+    ids["clip_action"], ids["clip_action_end"] = ids["clip_action_end"], ids["clip_action"]
+    (tmp_path / "clip.json").write_text(json.dumps(meta))
+    assert vpt("verify", "--golden", tmp_path).exit_code == 1
