@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.transformers_model import transformers_model
 from tests.model.inputs import (
     golden,
     golden_again,
@@ -23,7 +24,6 @@ from tests.model.inputs import (
     random_image,
     tiny_config,
     tiny_state,
-    transformers_model,
 )
 from vpt_model import reference, reference_encoders
 from vpt_model.config import ENCODERS
