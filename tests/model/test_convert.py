@@ -78,8 +78,8 @@ def test_shards_and_types(tmp_path: Path) -> None:
     total = index["metadata"]["total_size"]
     assert total == sum(tensor.numel() * 4 for tensor in state.values())
     assert steps[-1] == (total, total) and [done for done, _ in steps] == sorted({done for done, _ in steps})
-    found = load_checkpoint(tmp_path / "target")
-    assert found[0] == config and same(found[1], {name: tensor.float() for name, tensor in state.items()})
+    found = Checkpoint.open(tmp_path / "target")
+    assert found.config == config and same(found.load(), {name: tensor.float() for name, tensor in state.items()})
 
 
 def test_a_plain_model_stays_plain(tmp_path: Path) -> None:
@@ -104,7 +104,8 @@ def test_where_head_and_embedding_differ_the_head_is_kept(tmp_path: Path) -> Non
 
 def test_loaded_weights_are_fused_without_a_copy(tmp_path: Path) -> None:
     write_variant(tmp_path / "source", "Qwen2-VL-2b-VPT-CLIP")
-    config, state = load_checkpoint(tmp_path / "source")
+    checkpoint = Checkpoint.open(tmp_path / "source")
+    config, state = checkpoint.config, checkpoint.load()
     layer = Model.from_state(config, state).language.layers[0]
     assert layer.qkv_weight.data_ptr() == state["model.layers.0.self_attn.q_proj.weight"].data_ptr()
     assert layer.gate_up_weight.data_ptr() == state["model.layers.0.mlp.gate_proj.weight"].data_ptr()
