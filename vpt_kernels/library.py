@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-BACKENDS = ("cpp", "reference")
-"""In the order in which `backend="auto"` tries them."""
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+"""Every operator has an overload for each; `vpt_kernels.backends` says which exist and which is tried first."""
 
 _CONTROL = (
     "Tensor features, Tensor? control, Tensor? cu_seqlens, Tensor? feature_norm_weight, Tensor? feature_norm_bias, "
