@@ -14,7 +14,8 @@ from torch import Tensor
 SEED = int(os.environ.get("VPT_TEST_SEED", "20250224"))
 """Every random test derives its generators from this number, which pytest prints in its header."""
 
-BACKENDS = ("reference", "cpp")
+BACKENDS = tuple(os.environ.get("VPT_TEST_BACKENDS", "reference cpp").split())
+"""What the tests of the operators run on; `tests/cuda` points them at the CUDA sources, compiled for the CPU."""
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 each_dtype = pytest.mark.parametrize("dtype", _DTYPES.values(), ids=_DTYPES)
