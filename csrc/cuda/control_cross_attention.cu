@@ -20,7 +20,7 @@ bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<
 // k of every image, float32 [images, H].
 template <typename T>
 Tensor conditions(const Device& device, const ControlCall& c) {
-  constexpr int kWide = 16 / sizeof(T), kOutputs = kConditionThreads / kWarp;
+  constexpr int kOutputs = kConditionThreads / kWarp;
   const int64_t images = c.images(), hidden = c.hidden();
   Tensor k = torch::stable::new_empty(c.features, {images, hidden}, ScalarType::Float);
   const ConditionParams p{
@@ -30,13 +30,13 @@ Tensor conditions(const Device& device, const ControlCall& c) {
   const bool wide =
       aligned({p.control, p.norm_weight, p.norm_bias, p.weight}, {p.control_stride, hidden}, sizeof(T));
   const int64_t blocks = images == 0 ? 0 : (hidden + kOutputs - 1) / kOutputs;
-  device.launch(wide ? condition_kernel<T, kWide> : condition_kernel<T, 1>, blocks, kConditionThreads, 0, p);
+  device.launch(wide ? condition_kernel<T, true> : condition_kernel<T, false>, blocks, kConditionThreads, 0, p);
   return k;
 }
 
 template <typename T>
 void run(const ControlCall& c, const Tensor& out, const Indices& rows) {
-  constexpr int kWide = 16 / sizeof(T), kTokens = kRankOneThreads / kWarp;
+  constexpr int kTokens = kRankOneThreads / kWarp;
   const Tensor& x = c.features;
   const bool batched = x.dim() == 3;
   const Device device(x);
@@ -62,7 +62,7 @@ void run(const ControlCall& c, const Tensor& out, const Indices& rows) {
   const bool wide =
       aligned({p.features, p.out}, {p.image_stride, p.token_stride, p.out_stride, p.hidden}, sizeof(T));
   device.launch(
-      wide ? rank_one_kernel<T, kWide> : rank_one_kernel<T, 1>, (p.tokens + kTokens - 1) / kTokens, kRankOneThreads, 0,
+      wide ? rank_one_kernel<T, true> : rank_one_kernel<T, false>, (p.tokens + kTokens - 1) / kTokens, kRankOneThreads, 0,
       p, c.control.has_value());
 }
 

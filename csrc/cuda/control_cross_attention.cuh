@@ -34,9 +34,10 @@ __device__ __forceinline__ float block_sum(float x, float* partial) {
 
 // One warp per output of the linear map. The images follow one another, so that a block's rows of the weight are read
 // from device memory once.
-template <typename T, int V>
+template <typename T, bool kWide>
 __global__ void __launch_bounds__(kConditionThreads) condition_kernel(const __grid_constant__ ConditionParams p) {
   __shared__ float partial[kConditionThreads / kWarp];
+  constexpr int V = 16 / sizeof(T);
   allow_kernel_after();
   const int lane = threadIdx.x % kWarp;
   const int64_t output = static_cast<int64_t>(blockIdx.x) * (kConditionThreads / kWarp) + threadIdx.x / kWarp;
@@ -59,8 +60,10 @@ __global__ void __launch_bounds__(kConditionThreads) condition_kernel(const __gr
     const float scale = 1.f / sqrtf(variance + kLayerNormEps);
     float dot = 0.f;
     for (int64_t i = lane * V; i < p.hidden; i += kWarp * V) {
-      const Vector<T, V> w = load<T, V>(row + i), values = load<T, V>(x + i);
-      const Vector<T, V> gain = load<T, V>(norm_weight + i), shift = load<T, V>(norm_bias + i);
+      const int64_t left = p.hidden - i;
+      const Vector<T, V> w = load_row<V, kWide>(row + i, left), values = load_row<V, kWide>(x + i, left);
+      const Vector<T, V> gain = load_row<V, kWide>(norm_weight + i, left);
+      const Vector<T, V> shift = load_row<V, kWide>(norm_bias + i, left);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const float normed = ((to_float(values.at[j]) - origin) - mean) * scale;
@@ -97,8 +100,9 @@ __device__ __forceinline__ int64_t image_of(const RankOneParams& p, int64_t toke
   return low;
 }
 
-template <typename T, int V>
+template <typename T, bool kWide>
 __global__ void __launch_bounds__(kRankOneThreads) rank_one_kernel(const __grid_constant__ RankOneParams p) {
+  constexpr int V = 16 / sizeof(T);
   wait_for_kernel_before();
   const int lane = threadIdx.x % kWarp;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kRankOneThreads / kWarp) + threadIdx.x / kWarp;
@@ -109,25 +113,26 @@ __global__ void __launch_bounds__(kRankOneThreads) rank_one_kernel(const __grid_
       token % p.per_image * p.token_stride;
   T* out = static_cast<T*>(p.out) + row * p.out_stride;
   if (p.k == nullptr) {
-    for (int64_t i = lane * V; i < p.hidden; i += kWarp * V) store<T, V>(out + i, load<T, V>(f + i));
+    for (int64_t i = lane * V; i < p.hidden; i += kWarp * V)
+      store_row<V, kWide>(out + i, p.hidden - i, load_row<V, kWide>(f + i, p.hidden - i));
     return;
   }
   const float* k = p.k + image_of(p, token) * p.hidden;
   float score = 0.f;
   for (int64_t i = lane * V; i < p.hidden; i += kWarp * V) {
-    const Vector<T, V> x = load<T, V>(f + i);
-    const Vector<float, V> y = load<float, V>(k + i);
+    const Vector<T, V> x = load_row<V, kWide>(f + i, p.hidden - i);
+    const Vector<float, V> y = load_row<V, kWide>(k + i, p.hidden - i);
 #pragma unroll
     for (int j = 0; j < V; ++j) score = fmaf(to_float(x.at[j]), y.at[j], score);
   }
   score = warp_sum(score);
   for (int64_t i = lane * V; i < p.hidden; i += kWarp * V) {
-    const Vector<T, V> x = load<T, V>(f + i);
-    const Vector<float, V> y = load<float, V>(k + i);
+    const Vector<T, V> x = load_row<V, kWide>(f + i, p.hidden - i);
+    const Vector<float, V> y = load_row<V, kWide>(k + i, p.hidden - i);
     Vector<T, V> sum;
 #pragma unroll
     for (int j = 0; j < V; ++j) sum.at[j] = from_float<T>(fmaf(score, y.at[j], to_float(x.at[j])));
-    store<T, V>(out + i, sum);
+    store_row<V, kWide>(out + i, p.hidden - i, sum);
   }
 }
 

@@ -44,6 +44,28 @@ __device__ __forceinline__ void store(T* to, const Vector<T, V>& value) {
   *reinterpret_cast<Vector<T, V>*>(to) = value;
 }
 
+// Up to V of `left` elements, zeros behind them: one access if kWide, which needs alignment and left ≥ V. Sums over a
+// row take the same elements in the same order either way: a result does not depend on where its operands lie.
+template <int V, bool kWide, typename T>
+__device__ __forceinline__ Vector<T, V> load_row(const T* from, int64_t left) {
+  if constexpr (kWide) return load<T, V>(from);
+  Vector<T, V> out;
+#pragma unroll
+  for (int i = 0; i < V; ++i) out.at[i] = i < left ? from[i] : T{};
+  return out;
+}
+
+template <int V, bool kWide, typename T>
+__device__ __forceinline__ void store_row(T* to, int64_t left, const Vector<T, V>& value) {
+  if constexpr (kWide) {
+    store<T, V>(to, value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i < left) to[i] = value.at[i];
+  }
+}
+
 // The sum over a warp, in every lane.
 __device__ __forceinline__ float warp_sum(float x) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);

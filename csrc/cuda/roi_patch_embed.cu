@@ -202,8 +202,7 @@ void embed_rows(
 
 Tensor roi_patches(std::vector<Tensor> images, Tensor plan, int64_t rows, int64_t row_bytes) {
   check_plan(images, plan, rows, row_bytes);
-  STD_TORCH_CHECK(!images.empty(), "roi_patches: without images there is no device; use backend 'cpp'");
-  Tensor out = torch::stable::new_empty(images[0], {rows, row_bytes}, ScalarType::Byte);
+  Tensor out = torch::stable::new_empty(images.empty() ? plan : images[0], {rows, row_bytes}, ScalarType::Byte);
   if (rows == 0) return out;
   const std::vector<Work> works = split(images, plan, rows);
   PatchRows target{};
