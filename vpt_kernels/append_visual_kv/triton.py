@@ -207,7 +207,8 @@ def _launch(
         return
     row, head = (-2, -3) if heads_first else (-3, -2)
     paged = k_cache.dim() == 4
-    page_size = k_cache.shape[row]
+    # An empty page must not make the kernel divide by zero; its capacity is 0 whatever it divides by.
+    page_size = max(1, k_cache.shape[row])
     float8 = k_scale is not None
     _, block_tokens, warps = next(line for line in LAUNCHES if line[0] is None or tokens <= line[0])
     grid = (
@@ -229,7 +230,7 @@ def _launch(
             v_scale,
             tokens,
             cos_sin.shape[0],
-            k_cache.shape[0] * page_size if paged else page_size,
+            k_cache.shape[row] * (k_cache.shape[0] if paged else 1),
             page_size,
             q.stride(0),
             q.stride(1),
