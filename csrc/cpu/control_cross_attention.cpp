@@ -218,7 +218,8 @@ void run(const ControlCall& c, const Target& target) {
 Tensor control_cross_attention(
     Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
     OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
-    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias) {
+    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
+    OptionalTensor, OptionalTensor) {
   const ControlCall call{features,         control,           cu_seqlens,           feature_norm_weight,
                   feature_norm_bias, feature_weight,   feature_bias,         condition_norm_weight,
                   condition_norm_bias, condition_weight, condition_bias};
@@ -233,7 +234,7 @@ void control_cross_attention_into(
     Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
     OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
     Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
-    Tensor out, Tensor rows) {
+    OptionalTensor, OptionalTensor, Tensor out, Tensor rows) {
   const ControlCall call{features,         control,           cu_seqlens,           feature_norm_weight,
                   feature_norm_bias, feature_weight,   feature_bias,         condition_norm_weight,
                   condition_norm_bias, condition_weight, condition_bias};
