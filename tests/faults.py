@@ -250,8 +250,8 @@ APPEND_ROWS: list[Row] = [
     ),
     (
         "rotation backwards", "cpu/simd_loops.h",
-        "VPT_FMA(a, cos[i], -(b * sin[i])), second = VPT_FMA(b, cos[i], a * sin[i])",
-        "VPT_FMA(a, cos[i], b * sin[i]), second = VPT_FMA(b, cos[i], -(a * sin[i]))", APPEND,
+        "a * cos[i] - b * sin[i], second = b * cos[i] + a * sin[i]",
+        "a * cos[i] + b * sin[i], second = b * cos[i] - a * sin[i]", APPEND,
     ),
     (
         "stored at its position", "append_visual_kv/reference.py",

@@ -39,10 +39,6 @@ __device__ __forceinline__ T* head(const Heads& x, int64_t token, int64_t number
   return static_cast<T*>(const_cast<void*>(x.base)) + token * x.token_stride + number * x.head_stride;
 }
 
-// As the CPU backend: one product is rounded, the other fused into the difference or sum.
-__device__ __forceinline__ float rotate_first(float a, float b, float c, float s) { return fmaf(a, c, -(b * s)); }
-__device__ __forceinline__ float rotate_second(float a, float b, float c, float s) { return fmaf(b, c, a * s); }
-
 // What is stored of x: x / scale in float8, x itself elsewhere.
 template <typename T, typename Stored, int V>
 __device__ __forceinline__ Vector<Stored, V> stored(const Vector<T, V>& x, float scale) {
@@ -64,8 +60,9 @@ __device__ __forceinline__ void rotate(const T* from, const float* cos_sin, int 
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const float c = cos_sin[at + i], s = cos_sin[half + at + i];
-    float x = rotate_first(to_float(a.at[i]), to_float(b.at[i]), c, s);
-    float y = rotate_second(to_float(a.at[i]), to_float(b.at[i]), c, s);
+    // Not fused (nvcc runs with --fmad=false): the same bits as on the CPU.
+    float x = to_float(a.at[i]) * c - to_float(b.at[i]) * s;
+    float y = to_float(b.at[i]) * c + to_float(a.at[i]) * s;
     if constexpr (sizeof(Stored) != sizeof(T)) {
       x /= scale;
       y /= scale;

