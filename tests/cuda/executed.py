@@ -1,5 +1,7 @@
-"""What only the CUDA sources have: launches, both resampling paths, clamped positions. `test_executed.py` runs this file
-in a process where backend="cuda" is their build for the CPU."""
+"""What only the CUDA sources have: launches, both resampling paths, clamped positions.
+
+`test_executed.py` runs this file in a process where backend="cuda" is their build for the CPU.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +144,9 @@ def test_float16_bias_beyond_its_range():
 
 @each_dtype
 @pytest.mark.parametrize("quantised", (False, True), ids=("plain", "float8"))
-@pytest.mark.parametrize("shape", [(19, (4, 2), 16, 16), (5, (3, 1), 24, 16), (3, (2, 2), 14, 10), (33, (28, 4), 128, 128)])
+@pytest.mark.parametrize(
+    "shape", [(19, (4, 2), 16, 16), (5, (3, 1), 24, 16), (3, (2, 2), 14, 10), (33, (28, 4), 128, 128)]
+)
 @pytest.mark.parametrize("in_place", (False, True), ids=("fresh", "in place"))
 def test_append_equals_the_cpu_bit_for_bit(dtype, quantised, shape, in_place):
     tokens, heads, dim, rotary = shape
@@ -211,5 +215,7 @@ def test_misplaced_segments_stay_in_memory():
     for _ in range(10):
         ends = torch.from_numpy(rng.integers(-50, 50, 4))
         found = op(features, control, ends, *projector.tensors())
-        every = torch.stack([control_cross_attention(features, row[None], projector, backend="cuda") for row in control])
+        every = torch.stack(
+            [control_cross_attention(features, row[None], projector, backend="cuda") for row in control]
+        )
         assert all(any(torch.equal(token, one[i]) for one in every) for i, token in enumerate(found))

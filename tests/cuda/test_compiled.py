@@ -26,7 +26,13 @@ BUDGETS = {
     # Six blocks of 128 threads; a chunk of weights and sources (1 KB) and the sum of the weights.
     "axis_kernel": (80, 1040, 0),
 }
-WIDTHS = {"append_visual_kv_kernel": 12, "condition_kernel": 6, "rank_one_kernel": 6, "patch_kernel": 4, "axis_kernel": 4}
+WIDTHS = {
+    "append_visual_kv_kernel": 12,
+    "condition_kernel": 6,
+    "rank_one_kernel": 6,
+    "patch_kernel": 4,
+    "axis_kernel": 4,
+}
 """Instances of each: types of q, caches and widths of access; types and widths; types."""
 
 
@@ -88,9 +94,13 @@ def test_wide_accesses():
         assert ("LDG.E.128" in body) == name.endswith("true>"), name
 
 
-@pytest.mark.parametrize("source, waits, allows", [
-    ("control_cross_attention", "rank_one_kernel", "condition_kernel"), ("roi_patch_embed", "axis_kernel", "axis_kernel"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, waits, allows",
+    (
+        ("control_cross_attention", "rank_one_kernel", "condition_kernel"),
+        ("roi_patch_embed", "axis_kernel", "axis_kernel"),
+    ),
+)
 def test_chained_launches_wait(source, waits, allows):
     """ACQBULK (griddepcontrol.wait) stands before the first read of memory, PREEXIT lets the next kernel come early."""
     code = nvcc.sass(source, "sm_90a")
