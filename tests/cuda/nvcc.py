@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import setup
-from tests.cuda.on_cpu import LIBRARIES, ROOT, SOURCES, TORCH, digest, headers, run
+from tests.cuda.on_cpu import LIBRARIES, ROOT, SOURCES, TORCH, digest, run
 from tests.helpers import require
 
 CACHE = ROOT / "build/cuda_ahead_of_time"
@@ -71,7 +71,7 @@ def _reports(log: str) -> Iterator[Usage]:
 
 def _compile(source: Path) -> tuple[Path, list[Usage]]:
     flags = [*NVCC_FLAGS, *setup.CUDA_TARGETS, "-Xptxas=-v"]
-    target = CACHE / f"{source.stem}-{digest(source, *headers(), extra=flags)}.o"
+    target = CACHE / f"{source.stem}-{digest(source, extra=flags)}.o"
     report = target.with_suffix(".json")
     if not report.exists():
         partial = target.with_suffix(f".{os.getpid()}.o")
@@ -95,7 +95,7 @@ def library() -> Path:
     """All of csrc/cuda as one shared library, linked against torch and the static CUDA runtime."""
     objects = [path for path, _ in compiled().values()]
     register = SOURCES / "cuda/register.cpp"
-    target = CACHE / f"cuda-{digest(register, *headers(), extra=[o.name for o in objects])}.so"
+    target = CACHE / f"cuda-{digest(register, extra=[o.name for o in objects])}.so"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")
         run(

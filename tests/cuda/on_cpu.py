@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -31,17 +32,25 @@ def _sources() -> list[Path]:
     return [*sorted((SOURCES / "cuda").glob("*.cu")), SOURCES / "cuda/register.cpp", HERE / "launches.cpp"]
 
 
+def _included(file: Path, found: set[Path]) -> set[Path]:
+    """The files of this repository that `file` includes, and those that they include."""
+    for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
+        for path in ((file.parent / name).resolve(), SOURCES / name):
+            if path.is_file() and path not in found:
+                found.add(path)
+                _included(path, found)
+    return found
+
+
 def digest(*files: Path, extra: object = "") -> str:
-    """A name for the contents of the files, the torch they are compiled against, and `extra`."""
+    """A name for the contents of the files and of what they include, the torch they are compiled against, and `extra`."""
     found = hashlib.sha256(repr((torch.__version__, extra)).encode())
+    every = set(files)
     for file in files:
+        _included(file, every)
+    for file in sorted(every):
         found.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return found.hexdigest()[:20]
-
-
-def headers() -> list[Path]:
-    """Everything that a CUDA source may include from this repository."""
-    return sorted(f for ending in ("h", "cuh", "inc") for f in SOURCES.rglob(f"*.{ending}") if f.parent.name != "cpu")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -54,7 +63,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 def _compile(source: Path) -> Path:
     shim = HERE / "cuda_on_cpu.h"
-    target = CACHE / f"{source.stem}-{digest(source, shim, *headers(), extra=FLAGS)}.o"
+    target = CACHE / f"{source.stem}-{digest(source, shim, extra=FLAGS)}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")
         run(os.environ.get("CXX", "g++"), *FLAGS, "-include", shim, "-x", "c++", "-c", source, "-o", partial)
