@@ -23,7 +23,7 @@ demo: $(VENV)/.ready
 	$(BIN)/vpt demo $(DEMO_ARGS)
 
 test: $(VENV)/.ready lint interpret
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/triton $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton $(TEST_ARGS)
 
 # In a process of its own: the interpreter is chosen when triton is imported, and then nothing compiles.
 interpret: $(VENV)/.ready
@@ -33,6 +33,7 @@ interpret: $(VENV)/.ready
 test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
 	PYTHONPATH=$(VENV)/newest-pillow $(BIN)/python -m tests.kernels.pillow_parity --order installed --count 1000
 	$(BIN)/python -m tests.kernels.pillow_parity --order hv --count 1000
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/cuda
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
         "passes truncate", "cuda/resample.cuh",
         "      const int32_t* weights = taps_b.weights + b * layout.taps_b;\n"
         "      int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};",
-        "      const int32_t* weights = taps_b.weights + b * layout.taps_b;\n      int32_t sums[3] = {0, 0, 0};", PIXELS,
+        "      const int32_t* weights = taps_b.weights + b * layout.taps_b;\n      int32_t sums[3] = {0, 0, 0};",
+        PIXELS,
     ),
     (
         "intermediate not clamped", "cuda/resample.cuh",
@@ -53,7 +54,10 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     ("padding not centred", "cuda/resample.cuh", "padding[3] = {kPixelZero, kPixelZero, kPixelZero}",
      "padding[3] = {0, 0, 0}", TOKENS),
-    ("patch bias dropped", "cuda/resample.cuh", "part < kBiasParts ? 1.f : 0.f", "part < kBiasParts ? 0.f : 0.f", TOKENS),
+    (
+        "patch bias dropped", "cuda/resample.cuh",
+        "part < kBiasParts ? 1.f : 0.f", "part < kBiasParts ? 0.f : 0.f", TOKENS,
+    ),
     (
         "bias of one part", "cuda/resample.cuh",
         "rest = value - value == 0.f ? rest - value : 0.f;", "rest = 0.f;", TOKENS,
@@ -86,7 +90,8 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     ("row of the output ignored", "cuda/roi_patch_embed.cu", "row + target.first_row", "target.first_row", TOKENS),
     (
-        "LayerNorm eps 1e-6", "cuda/control_cross_attention.cuh", "kLayerNormEps = 1e-5f", "kLayerNormEps = 1e-6f", CONTROL,
+        "LayerNorm eps 1e-6", "cuda/control_cross_attention.cuh",
+        "kLayerNormEps = 1e-5f", "kLayerNormEps = 1e-6f", CONTROL,
     ),
     (
         "condition bias dropped", "cuda/control_cross_attention.cuh",

@@ -13,9 +13,20 @@ import torch
 from PIL import Image
 
 from tests.cuda import on_cpu
-from tests.helpers import CLIP_MEAN, CLIP_STD, assert_same_bits, each_dtype, noise, normal, numbers, patchify
+from tests.helpers import (
+    CLIP_MEAN,
+    CLIP_STD,
+    assert_same_bits,
+    assert_twice_as_good,
+    each_dtype,
+    noise,
+    normal,
+    numbers,
+    patchify,
+)
 from tests.kernels.append_inputs import make
-from tests.kernels.control_inputs import fold
+from tests.kernels.control_inputs import composition, fold, parameters
+from tests.kernels.test_control_cross_attention import check
 from vpt_kernels import (
     BackendUnavailable,
     RegionPolicy,
@@ -23,6 +34,7 @@ from vpt_kernels import (
     append_visual_kv_,
     control_cross_attention,
     fold_patch_weight,
+    fold_projector,
     plan_regions,
     qwen2_vl_policy,
     roi_patch_embed,
@@ -204,6 +216,32 @@ def test_an_empty_table_is_refused():
     for run in (append_visual_kv, append_visual_kv_):
         with pytest.raises(RuntimeError, match="table is empty"):
             run(*call.tensors(), **call.options(), backend="cuda")
+
+
+@each_dtype
+@pytest.mark.parametrize("hidden", (1, 7, 17, 31, 64, 257))
+def test_odd_widths(dtype, hidden):
+    check("identity", hidden, (11, hidden), [4, 7], dtype, "cuda", rounds=16)
+
+
+def test_scores_beyond_float16():
+    """f·k = 98,304 does not fit float16, the projected token 2,048 + 98,304/2 does: the score is float32."""
+    hidden = 96
+    condition = torch.zeros(hidden, hidden), torch.full((hidden,), 0.5)
+    given = {"condition_norm": (torch.ones(hidden), torch.zeros(hidden)), "condition": condition}
+    projector = fold_projector("identity", **{name: tuple(t.half() for t in pair) for name, pair in given.items()})
+    features, control = torch.full((3, hidden), 2048, dtype=torch.float16), torch.zeros(1, hidden, dtype=torch.float16)
+    assert (control_cross_attention(features, control, projector, backend="cuda") == 51200).all()
+
+
+@each_dtype
+def test_controls_far_from_zero(dtype):
+    """LayerNorm of a control around 1000 with a spread of 1: the mean of squares would cancel."""
+    params = parameters("identity", 96, dtype=dtype)
+    features, control = normal(40, 96, key="f", dtype=dtype), (normal(1, 96, key="c") + 1000).to(dtype)
+    actual = control_cross_attention(features, control, fold_projector("identity", **params), backend="cuda")
+    eager, oracle = composition(params, features, control, None, dtype), composition(params, features, control)
+    assert_twice_as_good(actual, eager, oracle)
 
 
 def test_misplaced_segments_stay_in_memory():

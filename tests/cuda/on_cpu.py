@@ -43,7 +43,7 @@ def _included(file: Path, found: set[Path]) -> set[Path]:
 
 
 def digest(*files: Path, extra: object = "") -> str:
-    """A name for the contents of the files and of what they include, the torch they are compiled against, and `extra`."""
+    """A name for the contents of the files and of what they include, for torch's version, and for `extra`."""
     found = hashlib.sha256(repr((torch.__version__, extra)).encode())
     every = set(files)
     for file in files:
