@@ -54,6 +54,11 @@ class Tree:
         built = result.returncode == 0 and any((self.root / "vpt_kernels").glob("_C*.so"))
         return None if built else result.stdout
 
+    def build_cuda(self) -> str | None:
+        """Compile the CUDA sources for the CPU, which executes them in their tests."""
+        result = self.run("-c", "from tests.cuda.on_cpu import build; build()", timeout=BUILD_SECONDS)
+        return result.stdout if result.returncode else None
+
     def test(self, files: Iterable[str], backend: str) -> subprocess.CompletedProcess[str]:
         options = ["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
         return self.run("-m", "pytest", *options, *FILTERS[backend], *files, timeout=TEST_SECONDS)
@@ -101,9 +106,8 @@ def caught_by(tree: Tree, fault: Fault) -> tuple[bool, str]:
     """Whether a test failed, and which; or what happened instead."""
     try:
         with tree.broken(fault):
-            # What executes the CUDA sources compiles them itself.
-            in_library = fault.file.startswith("csrc/") and fault.backend != "cuda"
-            if in_library and (problem := tree.build()):
+            build = tree.build_cuda if fault.backend == "cuda" else tree.build
+            if fault.file.startswith("csrc/") and (problem := build()):
                 return False, f"does not build: {problem[-1500:]}"
             result = tree.test(fault.tests, fault.backend)
     except subprocess.TimeoutExpired as error:

@@ -48,11 +48,14 @@ __device__ __forceinline__ void store(T* to, const Vector<T, V>& value) {
 // row take the same elements in the same order either way: a result does not depend on where its operands lie.
 template <int V, bool kWide, typename T>
 __device__ __forceinline__ Vector<T, V> load_row(const T* from, int64_t left) {
-  if constexpr (kWide) return load<T, V>(from);
-  Vector<T, V> out;
+  if constexpr (kWide) {
+    return load<T, V>(from);
+  } else {
+    Vector<T, V> out;
 #pragma unroll
-  for (int i = 0; i < V; ++i) out.at[i] = i < left ? from[i] : T{};
-  return out;
+    for (int i = 0; i < V; ++i) out.at[i] = i < left ? from[i] : T{};
+    return out;
+  }
 }
 
 template <int V, bool kWide, typename T>
