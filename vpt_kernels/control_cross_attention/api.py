@@ -192,12 +192,15 @@ _IN_CUDA = {"cuda": "it has the identity form only, without the library's GEMM: 
 _IN_TRITON = {"triton": "the projector was folded without its score maps: fold_projector(…, score=True)"}
 _NEITHER = {**_IN_CUDA, **_IN_TRITON}
 _NOTHING: dict[str, str] = {}
+_WIDEST_ROW = 16384
 
 
 def _declined(projector: ControlProjector, control: Tensor | None) -> dict[str, str]:
     """The backends that cannot run this form, and why."""
     if projector.feature_weight is None:
-        return _NOTHING
+        if projector.hidden_size <= _WIDEST_ROW:
+            return _NOTHING
+        return {"triton": f"rows of {projector.hidden_size} exceed the {_WIDEST_ROW} it keeps in registers"}
     return _NEITHER if projector.score_weight is None and control is not None else _IN_CUDA
 
 
