@@ -12,6 +12,7 @@ from triton.runtime.interpreter import GridExecutor
 from tests.helpers import assert_same_bits, each_dtype, normal
 from tests.kernels.append_inputs import make
 from tests.kernels.control_inputs import composition, fold, parameters
+from tests.kernels.test_append_formats import wrapping
 from tests.kernels.test_append_visual_kv import check as check_append
 from tests.kernels.test_control_cross_attention import check as check_control
 from tests.kernels.test_registration import (
@@ -157,6 +158,17 @@ def test_triton_is_asked_for_by_name_only():
     text = explain("append_visual_kv")
     assert "backend='auto': cpp" in text.splitlines()[0]
     assert any(line.split() == ["triton", "can", "run"] for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "form, axis", (("conv", 0), ("conv", 1), ("conv", 2), ("conv", 3), ("linear", 0), ("linear", 1))
+)
+def test_features_that_wrap_at_32_bits(form, axis):
+    """Steps of more than 2^32 elements, which cut to 32 bits would land inside the tensor."""
+    shape = (2, 3, 8, 4) if form == "conv" else (2, 3, 3)
+    features, control, projector = normal(*shape, key="far"), normal(2, 24, key="c"), fold(form, 24, 3)
+    want = control_cross_attention(features, control, projector, backend="triton")
+    assert_same_bits(control_cross_attention(wrapping(features, axis), control, projector, backend="triton"), want)
 
 
 def test_positions_outside_the_table_are_clamped():
