@@ -16,6 +16,9 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <set>
+#include <string>
+#include <typeinfo>
 #include <vector>
 
 #include <ucontext.h>
@@ -178,6 +181,8 @@ namespace cuda_on_cpu {
 
 // Launches since the last question, and how many of them were chained to the one before.
 inline int64_t launches, chained_launches;
+// The parameter types of all kernels launched so far; every kernel has its own.
+inline std::set<std::string> launched;
 
 }  // namespace cuda_on_cpu
 
@@ -194,6 +199,7 @@ class Device {
     if (blocks == 0) return;
     if (sizeof(Params) > 4096) cuda_on_cpu::fail("more than 4 KB of kernel parameters");
     ++cuda_on_cpu::launches;
+    cuda_on_cpu::launched.insert(typeid(Params).name());
     cuda_on_cpu::chained_launches += chained;
     cuda_on_cpu::run_grid(blocks, threads, shared, [&] { kernel(params); });
   }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -257,3 +258,18 @@ def test_misplaced_segments_stay_in_memory():
             [control_cross_attention(features, row[None], projector, backend="cuda") for row in control]
         )
         assert all(any(torch.equal(token, one[i]) for one in every) for i, token in enumerate(found))
+
+
+def test_every_kernel_is_executed():
+    """Each `__global__` of csrc/cuda, by the type of its parameters, in this process; a new one needs a call here."""
+    text = "".join(path.read_text() for path in (on_cpu.SOURCES / "cuda").glob("*.cu*"))
+    kernels = re.findall(r"(\w+)\(const __grid_constant__ (\w+) p\)", text)
+    assert len(kernels) == text.count("__global__") == len({params for _, params in kernels}) > 0
+    make(3).run("cuda")
+    control_cross_attention(normal(2, 24, key="f"), normal(1, 24, key="c"), fold("identity", 24), backend="cuda")
+    image = noise(6000, 9, "steep")
+    for fit in ((28, 28), (5600, 28)):
+        plan = plan_regions([(6000, 9)], [(0, 0, 0, 9, 6000)], RegionPolicy(lambda h, w, fit=fit: fit, 14, 1))
+        roi_patches([image], plan, backend="cuda")
+    launched = on_cpu.load().vpt_launched().decode()
+    assert [name for name, params in kernels if params not in launched] == []

@@ -101,6 +101,7 @@ def load() -> ctypes.CDLL:
 
     backends._choose = on_cpu
     found = ctypes.CDLL(str(library))
+    found.vpt_launched.restype = ctypes.c_char_p
     found.vpt_launches.restype = found.vpt_chained_launches.restype = ctypes.c_int64
     return found
 

@@ -130,7 +130,7 @@ def condition_kernel(
 def _features(base, channel, group, x_channel, x_height, x_width, mask, CONV: tl.constexpr):
     """float32 [tokens, channels] of the tokens' LayerNorm group (ky, kx), or of their rows."""
     if CONV:
-        base += (group // 4) * x_height + (group % 4) * x_width
+        base += tl.cast(group // 4, tl.int64) * x_height + tl.cast(group % 4, tl.int64) * x_width
         place = base[:, None] + channel.to(tl.int64)[None, :] * x_channel
     else:
         place = base[:, None] + channel[None, :]
@@ -158,7 +158,7 @@ def project_kernel(
     image = _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED)
     if CONV:
         cell = token % per_image
-        base = image * x_image + (cell // cells_across) * (4 * x_height) + (cell % cells_across) * (4 * x_width)
+        base = image * x_image + (cell // cells_across) * 4 * x_height + (cell % cells_across) * 4 * x_width
     elif RAGGED:
         base = token * x_token
     else:
@@ -251,16 +251,16 @@ def identity_kernel(
     else:
         base = (token // per_image) * x_image + (token % per_image) * x_token
     x = tl.load(features + base[:, None] + channel[None, :], mask=is_x, other=0.0)
-    row = token
-    if SCATTER:
-        row = tl.load(rows + token * rows_stride, mask=is_token, other=-1).to(tl.int64)
-    is_stored = is_token & (row >= 0) & (row < out_rows)
     if CONDITIONED:
         if PDL:
             tl.extra.cuda.gdc_wait()
         f = x.to(tl.float32)
         key = tl.load(condition + image[:, None] * condition_stride + channel[None, :], mask=is_x, other=0.0)
         x = (f + tl.sum(f * key, 1)[:, None] * key).to(x.dtype)
+    row = token
+    if SCATTER:
+        row = tl.load(rows + token * rows_stride, mask=is_token, other=-1).to(tl.int64)
+    is_stored = is_token & (row >= 0) & (row < out_rows)
     tl.store(
         out + row[:, None] * out_stride + channel[None, :], x, mask=is_stored[:, None] & (channel < hidden)[None, :]
     )
