@@ -1,5 +1,6 @@
 # make demo        the main job: two looks at a real photo, ours beside the published procedure
 # make test        the test suite
+# make interpret   the Triton kernels in Triton's interpreter (part of make test)
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       operators and engine against their alternatives on this machine, quick set (3 minutes)
@@ -16,7 +17,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test test-full mutate bench bench-full gpu lint clean
+.PHONY: help demo test interpret test-full mutate bench bench-full gpu lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -24,13 +25,19 @@ help:
 demo: $(VENV)/.ready
 	$(BIN)/vpt demo $(DEMO_ARGS)
 
-test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
+test: $(VENV)/.ready lint interpret
+	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton $(TEST_ARGS)
+
+# In a process of its own: the interpreter is chosen when triton is imported, and then nothing compiles.
+interpret: $(VENV)/.ready
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not slow" tests/triton
 
 # Many more geometries, on the pinned Pillow and on the newest, whose pass order differs.
 test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
 	PYTHONPATH=$(VENV)/newest-pillow $(BIN)/python -m tests.kernels.pillow_parity --order installed --count 1000
 	$(BIN)/python -m tests.kernels.pillow_parity --order hv --count 1000
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/cuda
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/triton
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

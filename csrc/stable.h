@@ -15,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "math/indices.h"
 #include "math/rounding.h"
 
 namespace vpt {
@@ -43,26 +44,15 @@ void dispatch(ScalarType type, const char* op, F&& f) {
   else if (type == ScalarType::Half)
     f(Float16{});
   else
-    STD_TORCH_CHECK(false, op, ": the cpp backend computes in float32, bfloat16 and float16 only");
+    STD_TORCH_CHECK(false, op, ": computes in float32, bfloat16 and float16 only");
 }
 
 // Elements offset + i·stride of an int32 or int64 tensor.
-class Indices {
- public:
-  Indices(const Tensor& t, int64_t stride, int64_t offset = 0)
-      : base_(t.const_data_ptr()), stride_(stride), offset_(offset), wide_(t.scalar_type() == ScalarType::Long) {
-    STD_TORCH_CHECK(wide_ || t.scalar_type() == ScalarType::Int, "indices must be int32 or int64");
-  }
-  int64_t operator[](int64_t i) const {
-    const int64_t at = offset_ + i * stride_;
-    return wide_ ? static_cast<const int64_t*>(base_)[at] : static_cast<const int32_t*>(base_)[at];
-  }
-
- private:
-  const void* base_;
-  int64_t stride_, offset_;
-  bool wide_;
-};
+inline Indices indices(const Tensor& t, int64_t stride, int64_t offset = 0) {
+  const bool wide = t.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Int, "indices must be int32 or int64");
+  return {t.const_data_ptr(), stride, offset, wide};
+}
 
 // A 64-byte aligned buffer that grows and is kept, one per calling thread and purpose.
 class Workspace {

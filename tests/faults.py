@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tests.faults_cuda import CUDA_ROWS
+
 
 @dataclass(frozen=True)
 class Fault:
     """`old`, which occurs once in `file`, becomes `new`.
 
-    backend is "reference" or "cpp", whose tests must then fail, or "both" for code that they share.
+    backend is "reference", "cpp" or "cuda", whose tests must then fail, or "both" for code that the first two share.
     """
 
     name: str
@@ -62,7 +64,7 @@ ROI: list[Row] = [
     ),
     (
         "NEAREST in closed form", "math/resample.h",
-        "position += step;", "position = step * (i + 1.5);", PATCHES,
+        "in_size - 1;\n    position += step;", "in_size - 1;\n    position = step * (i + 1.5);", PATCHES,
     ),
     (
         "taps beyond the crop's edge", "roi_patch_embed/reference.py",
@@ -84,7 +86,7 @@ ROI: list[Row] = [
         "index = torch.full_like(by_row, patch)", EMBED,
     ),
     (
-        "full bias for padded patches", "cpu/roi_patch_embed.cpp",
+        "full bias for padded patches", "math/plan.h",
         "tall < p ? tall : wide < p ? p + 1 + wide : p", "p", EMBED,
     ),
     (
@@ -263,8 +265,8 @@ APPEND_ROWS: list[Row] = [
     ),
     (
         "rotation backwards", "cpu/simd_loops.h",
-        "VPT_FMA(a, cos[i], -(b * sin[i])), second = VPT_FMA(b, cos[i], a * sin[i])",
-        "VPT_FMA(a, cos[i], b * sin[i]), second = VPT_FMA(b, cos[i], -(a * sin[i]))", APPEND,
+        "a * cos[i] - b * sin[i], second = b * cos[i] + a * sin[i]",
+        "a * cos[i] + b * sin[i], second = b * cos[i] - a * sin[i]", APPEND,
     ),
     (
         "stored at its position", "append_visual_kv/reference.py",
@@ -315,14 +317,14 @@ APPEND_ROWS: list[Row] = [
     ),
     (
         "K's cache layout used for V", "cpu/append_visual_kv.cpp",
-        "layout(vpt::cpu::layout(c, cache))", "layout(vpt::cpu::layout(c, c.k_cache))", f"{FORMATS} {LAYOUTS}",
+        "layout(cache_layout(c, cache))", "layout(cache_layout(c, c.k_cache))", f"{FORMATS} {LAYOUTS}",
     ),
     (
         "heads and rows of HND mixed", "append_visual_kv/reference.py",
         "cache = cache.transpose(-2, -3)", "cache = cache.transpose(0, 1)", f"{FORMATS} {VARIANTS}",
     ),
     (
-        "heads and rows of HND mixed", "cpu/append_visual_kv.cpp",
+        "heads and rows of HND mixed", "calls/append_visual_kv.h",
         "return c.k_cache.dim() - (c.heads_first ? 3 : 2);", "return c.k_cache.dim() - 2;", f"{FORMATS} {VARIANTS}",
     ),
     (
@@ -400,10 +402,13 @@ SHARED = ("api.py", "geometry.py", "checks.py")
 
 
 def _fault(name: str, file: str, old: str, new: str, tests: str) -> Fault:
+    if file.startswith("cuda/"):
+        cases = (f"tests/cuda/test_executed.py::test_suite[{case}]" for case in tests.split(", "))
+        return Fault(name, "cuda", f"csrc/{file}", old, new, tuple(cases))
     is_python = file.endswith(".py")
     backend = "both" if file.endswith(SHARED) else "reference" if is_python else "cpp"
     paths = (f"tests/{'native' if test == SIMD else 'kernels'}/{test}.py" for test in tests.split())
     return Fault(name, backend, f"{'vpt_kernels' if is_python else 'csrc'}/{file}", old, new, tuple(paths))
 
 
-FAULTS = tuple(_fault(*row) for row in ROI + CONTROL_ROWS + APPEND_ROWS)
+FAULTS = tuple(_fault(*row) for row in ROI + CONTROL_ROWS + APPEND_ROWS + CUDA_ROWS)

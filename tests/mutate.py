@@ -1,6 +1,6 @@
 """Applies one-line faults to a copy of the kernels, one at a time, and demands that the tests notice each.
 
-    python -m tests.mutate [--only NAME] [--backend reference|cpp|both]
+    python -m tests.mutate [--only NAME] [--backend reference|cpp|cuda|both]
 
 A complete run writes `tests/mutations.md`. The exit status is 1 if a fault survives, does not build, or breaks the
 collection of the tests: only a test that fails has caught it.
@@ -24,7 +24,7 @@ from tests.faults import FAULTS, Fault
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests/mutations.md"
 LEFT_OUT = (".*", "*venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
-FILTERS = {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"], "both": []}
+FILTERS = {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"], "cuda": [], "both": []}
 BUILD_SECONDS, TEST_SECONDS = 900, 900
 # pytest's exit status when tests failed; a crash, a usage error or a collection error has another.
 TESTS_FAILED = 1
@@ -54,6 +54,11 @@ class Tree:
         built = result.returncode == 0 and any((self.root / "vpt_kernels").glob("_C*.so"))
         return None if built else result.stdout
 
+    def build_cuda(self) -> str | None:
+        """Compile the CUDA sources for the CPU, which executes them in their tests."""
+        result = self.run("-c", "from tests.cuda.on_cpu import build; build()", timeout=BUILD_SECONDS)
+        return result.stdout if result.returncode else None
+
     def test(self, files: Iterable[str], backend: str) -> subprocess.CompletedProcess[str]:
         options = ["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
         return self.run("-m", "pytest", *options, *FILTERS[backend], *files, timeout=TEST_SECONDS)
@@ -77,7 +82,9 @@ def misplaced(tree: Tree, faults: Iterable[Fault]) -> list[str]:
         count = (tree.root / fault.file).read_text().count(fault.old)
         if count != 1:
             problems.append(f"{fault.name} ({fault.backend}): {fault.old!r} occurs {count} times in {fault.file}")
-        problems += [f"{fault.name}: no file {test}" for test in fault.tests if not (tree.root / test).is_file()]
+        problems += [
+            f"{fault.name}: no file {test}" for test in fault.tests if not (tree.root / test.split("::")[0]).is_file()
+        ]
     return problems
 
 
@@ -87,7 +94,7 @@ def sound(tree: Tree, faults: Iterable[Fault]) -> str | None:
     result = tree.run("-c", where, timeout=TEST_SECONDS)
     if result.stdout.strip() != f"{tree.root / 'vpt_kernels/backends.py'} None":
         return result.stdout
-    for backend in ("reference", "cpp"):
+    for backend in ("reference", "cpp", "cuda"):
         files = dict.fromkeys(test for fault in faults if fault.backend in (backend, "both") for test in fault.tests)
         result = tree.test(files, backend) if files else result
         if result.returncode:
@@ -99,7 +106,8 @@ def caught_by(tree: Tree, fault: Fault) -> tuple[bool, str]:
     """Whether a test failed, and which; or what happened instead."""
     try:
         with tree.broken(fault):
-            if fault.file.startswith("csrc/") and (problem := tree.build()):
+            build = tree.build_cuda if fault.backend == "cuda" else tree.build
+            if fault.file.startswith("csrc/") and (problem := build()):
                 return False, f"does not build: {problem[-1500:]}"
             result = tree.test(fault.tests, fault.backend)
     except subprocess.TimeoutExpired as error:

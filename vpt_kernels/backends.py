@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import glob
+import importlib
+import importlib.util
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,18 +29,27 @@ class Capability:
     dtypes: tuple[torch.dtype, ...]
 
 
-_CPP = Capability(("cpu",), (torch.float32, torch.bfloat16, torch.float16))
-_REFERENCE = Capability(None, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter runs its kernels on the CPU: for tests, and only when backend="triton" is asked for."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_CPP = Capability(("cpu",), _FLOATS)
+_CUDA = Capability(("cuda",), _FLOATS)
+_TRITON = Capability(("cuda", "cpu") if INTERPRETED else ("cuda",), _FLOATS)
+_REFERENCE = Capability(None, (torch.float64, *_FLOATS))
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "roi_patches": {
-        "cpp": Capability(("cpu",), (torch.uint8,)),
+        "cuda": Capability(_CUDA.devices, (torch.uint8,)),
+        "triton": Capability(_TRITON.devices, (torch.uint8,)),
+        "cpp": Capability(_CPP.devices, (torch.uint8,)),
         "reference": Capability(None, (torch.uint8,)),
     },
-    "roi_patch_embed": {"cpp": _CPP, "reference": _REFERENCE},
-    "control_cross_attention": {"cpp": _CPP, "reference": _REFERENCE},
-    "append_visual_kv": {"cpp": _CPP, "reference": _REFERENCE},
+    "roi_patch_embed": {"triton": _TRITON, "cuda": _CUDA, "cpp": _CPP, "reference": _REFERENCE},
+    "control_cross_attention": {"cuda": _CUDA, "triton": _TRITON, "cpp": _CPP, "reference": _REFERENCE},
+    "append_visual_kv": {"cuda": _CUDA, "triton": _TRITON, "cpp": _CPP, "reference": _REFERENCE},
 }
-"""`CAPABILITIES[operator][backend]`; the `_into` and in-place forms share their operator's row."""
+"""`CAPABILITIES[operator][backend]`, in the order in which `backend="auto"` tries them; the `_into` and in-place forms
+share their operator's row. What a call's other arguments rule out is for the operator to decline, see `bind`."""
 
 
 def _load_extension() -> str | None:
@@ -59,23 +71,47 @@ if EXTENSION_PROBLEM is not None:
     logger.warning("backend 'auto' falls back to 'reference': %s", EXTENSION_PROBLEM)
 
 
-def _reason(capability: Capability, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if backend == "cpp" and EXTENSION_PROBLEM is not None:
-        return EXTENSION_PROBLEM
+def _reason(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `operator`, or None; the cheap questions first."""
+    capability = CAPABILITIES[operator][backend]
     if capability.devices is not None and device.type not in capability.devices:
         return f"it runs on {'/'.join(capability.devices)}, the tensors are on {device.type}"
     if dtype not in capability.dtypes:
         return f"it computes in {', '.join(str(d) for d in capability.dtypes)}, the tensors are {dtype}"
+    if backend in ("cpp", "cuda") and EXTENSION_PROBLEM is not None:
+        return EXTENSION_PROBLEM
+    if backend == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"vpt_kernels::{operator}.cuda", "CUDA"
+    ):
+        return "the extension was built without CUDA (needs nvcc and a CUDA build of torch when it is built)"
+    if backend == "triton" and not _TRITON_INSTALLED:
+        return "triton is not installed (pip install triton, Linux only)"
     return None
 
 
-def reasons(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+# A folder that happens to be called triton has no origin.
+_TRITON_INSTALLED = getattr(importlib.util.find_spec("triton"), "origin", None) is not None
+_NOTHING: Mapping[str, str] = {}
+
+
+def reasons(
+    operator: str, device: torch.device, dtype: torch.dtype, declined: Mapping[str, str] = _NOTHING
+) -> dict[str, str | None]:
     """For each backend of `operator`: None if it can run on `device` in `dtype`, else why not."""
-    return {name: _reason(row, name, device, dtype) for name, row in CAPABILITIES[operator].items()}
+    return {name: _reason(operator, name, device, dtype) or declined.get(name) for name in CAPABILITIES[operator]}
 
 
-def select(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def select(
+    operator: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    declined: Mapping[str, str] = _NOTHING,
+) -> str:
     """The backend that runs `operator` for tensors of `dtype` on `device`.
+
+    Args:
+        declined: why this call, for its other arguments, cannot run on a backend that otherwise could.
 
     Raises:
         ValueError: `backend` is not a known name.
@@ -83,29 +119,72 @@ def select(operator: str, backend: str, device: torch.device, dtype: torch.dtype
     """
     table = CAPABILITIES[operator]
     if backend == "auto":
-        for name, capability in table.items():
-            if _reason(capability, name, device, dtype) is None:
+        for name in table:
+            if name in declined or (name == "triton" and device.type == "cpu"):
+                continue
+            if _reason(operator, name, device, dtype) is None:
+                if name == "reference" and device.type == "cuda":
+                    listed = _listed(reasons(operator, device, dtype, declined))
+                    logger.warning("%s: backend 'auto' falls back to 'reference' on a GPU (%s)", operator, listed)
                 return name
     elif backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose 'auto' or one of {BACKENDS}")
-    elif _reason(table[backend], backend, device, dtype) is None:
+    elif backend not in declined and _reason(operator, backend, device, dtype) is None:
         return backend
-    found = reasons(operator, device, dtype)
+    found = reasons(operator, device, dtype, declined)
     shown = found if backend == "auto" else {backend: found[backend]}
-    listed = "; ".join(f"{name}: {why}" for name, why in shown.items())
-    raise BackendUnavailable(f"{operator}: no usable backend for backend={backend!r} ({listed})")
+    raise BackendUnavailable(f"{operator}: no usable backend for backend={backend!r} ({_listed(shown)})")
 
 
-def bind(operator: str, form: str, backend: str, device: torch.device, dtype: torch.dtype) -> torch._ops.OpOverload:
+def _listed(found: Mapping[str, str | None]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in found.items() if why is not None)
+
+
+_TRITON_MODULES = {
+    "roi_patches": "vpt_kernels.roi_patch_embed.triton",
+    "roi_patch_embed": "vpt_kernels.roi_patch_embed.triton",
+    "control_cross_attention": "vpt_kernels.control_cross_attention.triton",
+    "append_visual_kv": "vpt_kernels.append_visual_kv.triton",
+}
+_chosen: dict[tuple, str] = {}
+
+
+def _choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype, declined: Mapping[str, str]) -> str:
+    """`select`, remembered; the first time, what registers a Triton implementation is imported."""
+    # Words and imports cost microseconds; nothing but these decides, and none of it changes in a process.
+    key = (operator, backend, device.type, dtype, *declined)
+    name = _chosen.get(key)
+    if name is None:
+        name = select(operator, backend, device, dtype, declined)
+        if name == "triton":
+            importlib.import_module(_TRITON_MODULES[operator])
+        _chosen[key] = name
+    return name
+
+
+# What torch.compiler.assume_constant_result sets: a compiled graph must not trace an import. The decorator itself
+# would import the compiler, a second for every program that only calls an operator.
+_choose._dynamo_marked_constant = True
+
+
+def bind(
+    operator: str,
+    form: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    declined: Mapping[str, str] = _NOTHING,
+) -> torch._ops.OpOverload:
     """The overload of `form` (the operator itself, its `_into` or in-place form) that `select` chooses."""
-    return OPS[form][select(operator, backend, device, dtype)]
+    return OPS[form][_choose(operator, backend, device, dtype, declined)]
 
 
 def explain(operator: str, *tensors: torch.Tensor, backend: str = "auto") -> str:
     """Print, and return, which backend would run `operator` on these tensors, and why the others would not.
 
     Args:
-        operator: "roi_patches", "roi_patch_embed", "control_cross_attention" or "append_visual_kv".
+        operator: "roi_patches", "roi_patch_embed", "control_cross_attention" or "append_visual_kv". What only a
+            call's other arguments rule out (a form of a projector, float8 caches) is not known here; the call says it.
         tensors: the call's tensors, or any one on the same device and of the same dtype; default: a float32
             CPU tensor (uint8 for `roi_patches`).
         backend: as given to the operator.

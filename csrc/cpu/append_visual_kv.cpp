@@ -1,77 +1,15 @@
 // One pass over the tokens: gather cos and sin by three position rows, rotate q and k, store k and v.
 #include <algorithm>
 
-#include "../math/mrope.h"
-#include "../math/slots.h"
+#include "../calls/append_visual_kv.h"
 #include "../ops.h"
 #include "simd.h"
 
 namespace vpt::cpu {
 namespace {
 
-struct Call {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor& v;
-  const Tensor& cos_sin;
-  const Tensor& positions;
-  const Tensor& slots;
-  const Tensor& k_cache;
-  const Tensor& v_cache;
-  Sections sections;
-  bool heads_first;  // HND
-  const OptionalTensor& k_scale;
-  const OptionalTensor& v_scale;
-
-  bool quantised() const { return k_cache.scalar_type() == ScalarType::Float8_e4m3fn; }
-};
-
-// Dimension of the cache's rows and of its heads.
-int64_t row_dim(const Call& c) { return c.k_cache.dim() - (c.heads_first ? 2 : 3); }
-int64_t head_dim(const Call& c) { return c.k_cache.dim() - (c.heads_first ? 3 : 2); }
-
-CacheLayout layout(const Call& c, const Tensor& cache) {
-  const bool paged = cache.dim() == 4;
-  return {paged ? cache.size(0) : 1, cache.size(row_dim(c)), paged ? cache.stride(0) : 0, cache.stride(row_dim(c)),
-          cache.stride(head_dim(c))};
-}
-
-Indices position_row(const Tensor& positions, int axis) {
-  return Indices(positions, positions.stride(1), axis * positions.stride(0));
-}
-
-void check(const Call& c) {
-  const ScalarType type = c.q.scalar_type();
-  STD_TORCH_CHECK(c.q.dim() == 3 && c.k.dim() == 3 && c.v.dim() == 3, "q, k, v must be [tokens, heads, head_dim]");
-  const int64_t tokens = c.k.size(0), heads = c.k.size(1), dim = c.k.size(2);
-  bool ok = c.q.size(0) == tokens && c.q.size(2) == dim && c.v.size(0) == tokens && c.v.size(1) == heads &&
-      c.v.size(2) == dim && c.positions.dim() == 2 && c.positions.size(0) == 3 && c.positions.size(1) == tokens &&
-      c.slots.dim() == 1 && c.slots.size(0) == tokens && c.cos_sin.dim() == 2 &&
-      c.cos_sin.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(ok, "append_visual_kv: shapes do not fit each other");
-  const Sections& s = c.sections;
-  STD_TORCH_CHECK(
-      s.t >= 0 && s.h >= 0 && s.w >= 0 && 2 * s.half() == c.cos_sin.size(1) && 2 * s.half() <= dim,
-      "sections must sum to half of rotary_dim, which must be at most head_dim");
-  ok = (c.k_cache.dim() == 3 || c.k_cache.dim() == 4) && c.v_cache.dim() == c.k_cache.dim();
-  for (const Tensor* cache : {&c.k_cache, &c.v_cache}) {
-    ok = ok && cache->size(head_dim(c)) == heads && cache->size(cache->dim() - 1) == dim;
-    for (int64_t d = 0; ok && d < cache->dim(); ++d) ok = cache->size(d) == c.k_cache.size(d);
-    ok = ok && cache->scalar_type() == (c.quantised() ? ScalarType::Float8_e4m3fn : type);
-  }
-  STD_TORCH_CHECK(ok, "append_visual_kv: k_cache and v_cache do not fit k, v and each other");
-  for (const Tensor* t : {&c.q, &c.k, &c.v, &c.k_cache, &c.v_cache, &c.cos_sin})
-    ok = ok && t->is_cpu() && (t->size(t->dim() - 1) <= 1 || t->stride(-1) == 1);
-  ok = ok && c.k.scalar_type() == type && c.v.scalar_type() == type;
-  STD_TORCH_CHECK(ok, "append_visual_kv: one device, one dtype, contiguous last dimensions");
-  STD_TORCH_CHECK(c.quantised() == c.k_scale.has_value() && c.quantised() == c.v_scale.has_value(),
-                  "scales go with float8_e4m3fn caches, and only with them");
-  for (const OptionalTensor* scale : {&c.k_scale, &c.v_scale})
-    STD_TORCH_CHECK(
-        !scale->has_value() ||
-            ((*scale)->is_cpu() && (*scale)->scalar_type() == ScalarType::Float && (*scale)->is_contiguous() &&
-             ((*scale)->numel() == 1 || (*scale)->numel() == heads)),
-        "a scale must be float32, one number or one per key/value head");
+void check_positions(const AppendCall& c) {
+  const int64_t tokens = c.k.size(0);
   if (tokens == 0) return;
   int64_t low = 0, high = 0;
   for (int axis = 0; axis < 3; ++axis) {
@@ -112,8 +50,8 @@ struct Store {
   const float* scales;  // null unless the cache is float8
   int64_t scale_stride;
 
-  Store(const Call& c, const Tensor& cache, const OptionalTensor& scale)
-      : layout(vpt::cpu::layout(c, cache)),
+  Store(const AppendCall& c, const Tensor& cache, const OptionalTensor& scale)
+      : layout(cache_layout(c, cache)),
         base(cache.mutable_data_ptr()),
         scales(scale.has_value() ? data<float>(*scale) : nullptr),
         scale_stride(scale.has_value() && scale->numel() > 1 ? 1 : 0) {}
@@ -128,12 +66,12 @@ struct Store {
 template <typename T>
 class Append {
  public:
-  Append(const Call& c, const Tensor& q_out)
+  Append(const AppendCall& c, const Tensor& q_out)
       : c_(c),
         q_out_(q_out),
         keys_(c, c.k_cache, c.k_scale),
         values_(c, c.v_cache, c.v_scale),
-        slots_(c.slots, c.slots.stride(0)),
+        slots_(indices(c.slots, c.slots.stride(0))),
         positions_{position_row(c.positions, 0), position_row(c.positions, 1), position_row(c.positions, 2)} {}
 
   void run() const {
@@ -188,14 +126,14 @@ class Append {
       std::copy(x + 2 * half, x + dim, out + 2 * half);
   }
 
-  const Call& c_;
+  const AppendCall& c_;
   const Tensor& q_out_;
   Store<T> keys_, values_;
   Indices slots_;
   Indices positions_[3];
 };
 
-void run(const Call& c, const Tensor& q_out) {
+void run(const AppendCall& c, const Tensor& q_out) {
   if (c.k.size(0) == 0) return;
   dispatch(c.q.scalar_type(), "append_visual_kv", [&](auto zero) { Append<decltype(zero)>(c, q_out).run(); });
 }
@@ -207,8 +145,9 @@ Tensor append_visual_kv(
     int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
     OptionalTensor k_scale, OptionalTensor v_scale) {
   const Sections sections{section_t, section_h, section_w, interleaved};
-  const Call call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
+  const AppendCall call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
   check(call);
+  check_positions(call);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   run(call, out);
   return out;
@@ -219,8 +158,9 @@ void append_visual_kv_(
     int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
     OptionalTensor k_scale, OptionalTensor v_scale) {
   const Sections sections{section_t, section_h, section_w, interleaved};
-  const Call call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
+  const AppendCall call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
   check(call);
+  check_positions(call);
   run(call, q);
 }
 

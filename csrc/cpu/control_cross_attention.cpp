@@ -1,8 +1,8 @@
 // LayerNorm into a tile, the library's GEMM, and the rank-one update as the epilogue of the tile while it is in cache.
 #include <algorithm>
-#include <initializer_list>
 #include <type_traits>
 
+#include "../calls/control_cross_attention.h"
 #include "../ops.h"
 #include "bias_columns.h"
 #include "float_gemm.h"
@@ -12,83 +12,17 @@ namespace vpt::cpu {
 namespace {
 
 constexpr int64_t kTileTokens = 256;
-constexpr int64_t kKernel = 4;  // the conv form's patch side and stride
-
-struct Call {
-  const Tensor& features;
-  const OptionalTensor& control;
-  const OptionalTensor& cu_seqlens;
-  const OptionalTensor& norm_weight;
-  const OptionalTensor& norm_bias;
-  const OptionalTensor& weight;
-  const OptionalTensor& bias;
-  const Tensor& condition_norm_weight;
-  const Tensor& condition_norm_bias;
-  const Tensor& condition_weight;
-  const Tensor& condition_bias;
-
-  bool conv() const { return weight.has_value() && features.dim() == 4; }
-  int64_t hidden() const { return condition_weight.size(0); }
-  int64_t tokens() const {
-    if (conv()) return features.size(0) * (features.size(2) / kKernel) * (features.size(3) / kKernel);
-    return features.dim() == 3 ? features.size(0) * features.size(1) : features.size(0);
-  }
-  int64_t images() const {
-    if (cu_seqlens.has_value()) return cu_seqlens->size(0) - 1;
-    return features.dim() > 2 ? features.size(0) : 1;
-  }
-};
-
-void require(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType type, const char* name) {
-  bool ok = t.is_cpu() && t.scalar_type() == type && t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous();
-  int64_t d = 0;
-  for (int64_t size : shape) ok = ok && t.size(d++) == size;
-  STD_TORCH_CHECK(ok, "control_cross_attention: ", name, " does not fit; use fold_projector");
-}
-
-void check(const Call& c) {
-  const ScalarType type = c.features.scalar_type();
-  const int64_t hidden = c.hidden();
-  STD_TORCH_CHECK(c.features.is_cpu() && c.features.dim() >= 2 && c.features.dim() <= 4, "features: wrong rank or device");
-  require(c.condition_weight, {hidden, hidden}, type, "condition_weight");
-  require(c.condition_bias, {hidden}, type, "condition_bias");
-  require(c.condition_norm_weight, {hidden}, type, "condition_norm_weight");
-  require(c.condition_norm_bias, {hidden}, type, "condition_norm_bias");
-  const int64_t channels = c.conv() ? c.features.size(1) : c.features.size(c.features.dim() - 1);
-  if (c.weight.has_value()) {
-    const int64_t columns = c.conv() ? kKernel * kKernel * channels : channels;
-    require(*c.weight, {hidden, columns}, type, "feature_weight");
-    STD_TORCH_CHECK(c.bias && c.norm_weight && c.norm_bias, "feature_weight needs feature_bias and feature_norm");
-    require(*c.bias, {hidden}, type, "feature_bias");
-    require(*c.norm_weight, {channels}, type, "feature_norm_weight");
-    require(*c.norm_bias, {channels}, type, "feature_norm_bias");
-  } else {
-    STD_TORCH_CHECK(channels == hidden && c.features.dim() < 4, "identity features must have H columns");
-  }
-  STD_TORCH_CHECK(
-      !c.conv() || (c.features.size(2) % kKernel == 0 && c.features.size(3) % kKernel == 0),
-      "features: h and w must be multiples of 4");
-  STD_TORCH_CHECK(
-      c.conv() || channels <= 1 || c.features.stride(-1) == 1, "features: the last dimension must be contiguous");
-  if (c.control.has_value()) {
-    STD_TORCH_CHECK(
-        c.control->is_cpu() && c.control->scalar_type() == type && c.control->dim() == 2 &&
-            c.control->size(0) == c.images() && c.control->size(1) == hidden &&
-            (hidden <= 1 || c.control->stride(1) == 1),
-        "control must be one row of H per image");
-  }
-  if (c.cu_seqlens.has_value()) {
-    STD_TORCH_CHECK(c.cu_seqlens->dim() == 1 && c.cu_seqlens->size(0) >= 1 && c.features.dim() == 2, "cu_seqlens: wrong shape");
-    const Indices ends(*c.cu_seqlens, c.cu_seqlens->stride(0));
-    bool rises = ends[0] == 0 && ends[c.images()] == c.tokens();
-    for (int64_t i = 0; i < c.images(); ++i) rises = rises && ends[i] <= ends[i + 1];
-    STD_TORCH_CHECK(rises, "cu_seqlens must rise from 0 to the number of tokens, ", c.tokens());
-  }
+void check_segments(const ControlCall& c) {
+  if (!c.cu_seqlens.has_value()) return;
+  const Indices ends = indices(*c.cu_seqlens, c.cu_seqlens->stride(0));
+  bool rises = ends[0] == 0 && ends[c.images()] == c.tokens();
+  for (int64_t i = 0; i < c.images(); ++i) rises = rises && ends[i] <= ends[i + 1];
+  STD_TORCH_CHECK(rises, "cu_seqlens must rise from 0 to the number of tokens, ", c.tokens());
 }
 
 // k = Linear(LayerNorm(control)), float32 [images, H]; the weight is read once for all images.
 template <typename T>
-const float* conditions(const Call& c, Workspace& space) {
+const float* conditions(const ControlCall& c, Workspace& space) {
   const int64_t hidden = c.hidden(), images = c.images();
   const Loops<T>& loop = loops<T>(simd());
   float* normed = space.reserve<float>(2 * images * hidden);
@@ -108,17 +42,17 @@ const float* conditions(const Call& c, Workspace& space) {
 }
 
 // The image of every token, for ragged batches; null where token / (tokens per image) says it.
-const int32_t* token_images(const Call& c, Workspace& space) {
+const int32_t* token_images(const ControlCall& c, Workspace& space) {
   if (!c.cu_seqlens.has_value()) return nullptr;
   int32_t* image = space.reserve<int32_t>(c.tokens() + 1);
-  const Indices ends(*c.cu_seqlens, c.cu_seqlens->stride(0));
+  const Indices ends = indices(*c.cu_seqlens, c.cu_seqlens->stride(0));
   for (int64_t i = 0; i < c.images(); ++i)
     for (int64_t t = ends[i]; t < ends[i + 1]; ++t) image[t] = static_cast<int32_t>(i);
   return image;
 }
 
 template <typename T, typename Compute>
-void normalise_row(const Call& c, const T* row, int64_t n, Compute* out) {
+void normalise_row(const ControlCall& c, const T* row, int64_t n, Compute* out) {
   const Loops<T>& loop = loops<T>(simd());
   if constexpr (sizeof(Compute) == sizeof(T))
     loop.layer_norm(row, 1, data<T>(*c.norm_weight), data<T>(*c.norm_bias), n, out);
@@ -128,7 +62,7 @@ void normalise_row(const Call& c, const T* row, int64_t n, Compute* out) {
 
 // LayerNorm of the tokens' rows, `stride` apart: the GEMM's operand.
 template <typename T, typename Compute>
-void normalise_rows(const Call& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
+void normalise_rows(const ControlCall& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
   const Tensor& x = c.features;
   const int64_t per_image = x.dim() == 3 ? x.size(1) : c.tokens();
   const int64_t image_stride = x.dim() == 3 ? x.stride(0) : 0, token_stride = x.stride(x.dim() - 2);
@@ -143,7 +77,7 @@ void normalise_rows(const Call& c, int64_t first, int64_t tokens, Compute* out, 
 // The same for 4×4 pixels a token. A pixel's channels lie far apart, often by a power of two: a row of pixels is
 // transposed first, so that memory is read along the row.
 template <typename T, typename Compute>
-void normalise_blocks(const Call& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
+void normalise_blocks(const ControlCall& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
   const Tensor& x = c.features;
   const int64_t channels = x.size(1), width = x.size(3) / kKernel, height = x.size(2) / kKernel;
   const int64_t begin_row = first / width, end_row = (first + tokens + width - 1) / width;
@@ -191,7 +125,7 @@ struct Conditions {
 };
 
 template <typename T>
-void identity(const Call& c, const Conditions& k, const Target& target) {
+void identity(const ControlCall& c, const Conditions& k, const Target& target) {
   const Tensor& x = c.features;
   const Loops<T>& loop = loops<T>(simd());
   torch::stable::parallel_for(0, c.tokens(), 16, [&](int64_t begin, int64_t end) {
@@ -229,7 +163,7 @@ class BFloat16Gemm {
 // f of a tile through the library's GEMM, then each row's rank-one update in float32, rounded once. `matrix` has
 // `columns` columns of weights; in bfloat16 (Compute == T) the bias follows in extra columns, in float32 it is added after.
 template <typename T, typename Compute>
-void project(const Call& c, const Conditions& k, const Target& target, const Tensor& matrix) {
+void project(const ControlCall& c, const Conditions& k, const Target& target, const Tensor& matrix) {
   static thread_local Workspace bias_space, rows_space;
   const int64_t hidden = c.hidden(), columns = c.weight->size(1), stride = matrix.size(1), total = c.tokens();
   const int64_t tile = std::min(total, kTileTokens);
@@ -274,7 +208,7 @@ void project(const Call& c, const Conditions& k, const Target& target, const Ten
 
 // The weight as the GEMM reads it: float32 (widened if T is narrower), or bfloat16 with the bias in extra columns.
 template <typename T>
-void project_widened(const Call& c, const Conditions& k, const Target& target) {
+void project_widened(const ControlCall& c, const Conditions& k, const Target& target) {
   if constexpr (sizeof(T) == sizeof(float)) {
     project<T, float>(c, k, target, *c.weight);
   } else {
@@ -286,7 +220,7 @@ void project_widened(const Call& c, const Conditions& k, const Target& target) {
   }
 }
 
-void project_native(const Call& c, const Conditions& k, const Target& target) {
+void project_native(const ControlCall& c, const Conditions& k, const Target& target) {
   static thread_local Workspace bias_space, space;
   const int64_t hidden = c.hidden(), columns = c.weight->size(1), total = columns_with_bias(columns, 1);
   float* bias = bias_space.reserve<float>(hidden);
@@ -296,7 +230,7 @@ void project_native(const Call& c, const Conditions& k, const Target& target) {
   project<BFloat16, BFloat16>(c, k, target, wrap(matrix, hidden, total, ScalarType::BFloat16, c.features));
 }
 
-void run(const Call& c, const Target& target) {
+void run(const ControlCall& c, const Target& target) {
   const int64_t tokens = c.tokens(), hidden = c.hidden();
   if (tokens == 0 || hidden == 0) return;
   dispatch(c.features.scalar_type(), "control_cross_attention", [&](auto zero) {
@@ -322,11 +256,13 @@ void run(const Call& c, const Target& target) {
 Tensor control_cross_attention(
     Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
     OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
-    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias) {
-  const Call call{features,         control,           cu_seqlens,           feature_norm_weight,
+    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
+    OptionalTensor, OptionalTensor) {
+  const ControlCall call{features,         control,           cu_seqlens,           feature_norm_weight,
                   feature_norm_bias, feature_weight,   feature_bias,         condition_norm_weight,
                   condition_norm_bias, condition_weight, condition_bias};
   check(call);
+  check_segments(call);
   Tensor out = torch::stable::new_empty(features, {call.tokens(), call.hidden()});
   run(call, {out, nullptr});
   return out;
@@ -336,18 +272,15 @@ void control_cross_attention_into(
     Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
     OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
     Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
-    Tensor out, Tensor rows) {
-  const Call call{features,         control,           cu_seqlens,           feature_norm_weight,
+    OptionalTensor, OptionalTensor, Tensor out, Tensor rows) {
+  const ControlCall call{features,         control,           cu_seqlens,           feature_norm_weight,
                   feature_norm_bias, feature_weight,   feature_bias,         condition_norm_weight,
                   condition_norm_bias, condition_weight, condition_bias};
   check(call);
-  STD_TORCH_CHECK(
-      out.is_cpu() && out.scalar_type() == features.scalar_type() && out.dim() == 2 && out.size(1) == call.hidden() &&
-          (call.hidden() <= 1 || out.stride(1) == 1),
-      "out must be [L, H] like the features");
-  STD_TORCH_CHECK(rows.is_cpu() && rows.dim() == 1 && rows.size(0) == call.tokens(), "rows must be one index per token");
-  const Indices indices(rows, rows.stride(0));
-  run(call, {out, &indices});
+  check_segments(call);
+  check_scatter(call, out, rows);
+  const Indices targets = indices(rows, rows.stride(0));
+  run(call, {out, &targets});
 }
 
 }  // namespace vpt::cpu

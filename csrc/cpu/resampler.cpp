@@ -49,17 +49,15 @@ void Resampler::build(const Region& region, const Image& image, const Simd& simd
   image_ = image;
   simd_ = &simd;
   const Size* steps = region.nearest;
-  nearest_ = false;
-  for (int s = 0; s < 3; ++s) nearest_ |= steps[s].width != region.crop.width || steps[s].height != region.crop.height;
+  nearest_ = region.has_nearest();
   if (nearest_) {
     const int32_t widths[4] = {region.crop.width, steps[0].width, steps[1].width, steps[2].width};
     const int32_t heights[4] = {region.crop.height, steps[0].height, steps[1].height, steps[2].height};
     trace_nearest(widths, xs_);
     trace_nearest(heights, ys_);
   }
-  const int32_t patch = region.patch_size;
-  valid_width_ = std::min(region.resized.width - region.window_left, region.grid.width * patch);
-  valid_height_ = std::min(region.resized.height - region.window_top, region.grid.height * patch);
+  valid_width_ = region.valid_width();
+  valid_height_ = region.valid_height();
   across_.build(
       Axis(steps[2].width, region.resized.width, region.filter), region.window_left,
       region.window_left + valid_width_, simd);

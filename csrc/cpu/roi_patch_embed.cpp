@@ -3,6 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../calls/roi_patch_embed.h"
 #include "../ops.h"
 #include "bias_columns.h"
 #include "int8_product.h"
@@ -25,50 +26,12 @@ struct Strip {
   int64_t rows() const { return (end - begin) * resampler->region().rows_per_block_row(); }
 };
 
-void check_region(const Region& r, const std::vector<Tensor>& images, int64_t number, int64_t first_row) {
-  STD_TORCH_CHECK(
-      r.image >= 0 && r.image < static_cast<int64_t>(images.size()), "plan: region ", number, " names image ",
-      r.image, " of ", images.size());
-  const Tensor& image = images[r.image];
-  STD_TORCH_CHECK(
-      image.size(0) == r.image_size.height && image.size(1) == r.image_size.width, "plan: region ", number,
-      " was planned for an image of ", r.image_size.height, "x", r.image_size.width, ", image ", r.image, " is ",
-      image.size(0), "x", image.size(1), ": plan again");
-  constexpr int32_t kMax = 1 << 20;
-  bool ok = r.left >= 0 && r.top >= 0 && r.crop.width > 0 && r.crop.height > 0 &&
-      r.left <= r.image_size.width - r.crop.width && r.top <= r.image_size.height - r.crop.height;
-  for (const Size& s : {r.nearest[0], r.nearest[1], r.nearest[2], r.resized})
-    ok = ok && s.width > 0 && s.height > 0 && s.width <= kMax && s.height <= kMax;
-  ok = ok && (r.filter == kBicubic || r.filter == kBilinear) && r.patch_size > 0 && r.merge_size > 0;
-  ok = ok && r.grid.width > 0 && r.grid.height > 0 && r.grid.width <= kMax / r.patch_size &&
-      r.grid.height <= kMax / r.patch_size && r.grid.width % r.merge_size == 0 && r.grid.height % r.merge_size == 0;
-  ok = ok && r.window_left >= 0 && r.window_top >= 0 && r.window_left < r.resized.width &&
-      r.window_top < r.resized.height && r.first_row == first_row;
-  STD_TORCH_CHECK(ok, "plan: row ", number, " is not a valid region; use plan_regions");
-}
-
 // The plan's regions with their coefficients. Kept per thread, so that a steady caller allocates nothing.
 const std::vector<Resampler>& prepare(
     const std::vector<Tensor>& images, const Tensor& plan, int64_t rows, int64_t row_bytes, size_t* count) {
-  STD_TORCH_CHECK(
-      plan.dim() == 2 && plan.size(1) * sizeof(int32_t) == sizeof(Region) && plan.scalar_type() == ScalarType::Int &&
-          plan.is_contiguous() && plan.is_cpu(),
-      "plan must be the int32 CPU table of plan_regions");
-  for (const Tensor& image : images)
-    STD_TORCH_CHECK(
-        image.is_cpu() && image.dim() == 3 && image.size(2) == 3 && image.scalar_type() == ScalarType::Byte,
-        "images must be uint8 [height, width, 3] CPU tensors");
+  check_plan(images, plan, rows, row_bytes);
   const Region* regions = data<Region>(plan);
   *count = static_cast<size_t>(plan.size(0));
-  int64_t first_row = 0;
-  for (size_t i = 0; i < *count; ++i) {
-    check_region(regions[i], images, static_cast<int64_t>(i), first_row);
-    STD_TORCH_CHECK(
-        3LL * regions[i].patch_size * regions[i].patch_size == row_bytes, "plan: region ", i, " has patch size ",
-        regions[i].patch_size, ", which does not give rows of ", row_bytes, " bytes");
-    first_row += regions[i].rows();
-  }
-  STD_TORCH_CHECK(rows < 0 || rows == first_row, "plan has ", first_row, " patches, not ", rows);
   static thread_local std::vector<Resampler> resamplers;
   if (resamplers.size() < *count) resamplers.resize(*count);
   for (size_t i = 0; i < *count; ++i) {
@@ -140,16 +103,9 @@ void write_strips(const Strip* strips, size_t count, T* out, int64_t stride) {
 // bottom edge, by valid columns at the right edge.
 template <typename F>
 void for_each_bias(const Strip& strip, F&& f) {
-  const Resampler& resampler = *strip.resampler;
-  const Region& r = resampler.region();
-  const int64_t p = r.patch_size;
-  for (int32_t y = strip.begin * r.merge_size; y < strip.end * r.merge_size; ++y) {
-    for (int32_t x = 0; x < r.grid.width; ++x) {
-      const int64_t tall = std::clamp<int64_t>(resampler.valid_height() - y * p, 0, p);
-      const int64_t wide = std::clamp<int64_t>(resampler.valid_width() - x * p, 0, p);
-      f(r.first_row + patch_row(r, y, x), tall < p ? tall : wide < p ? p + 1 + wide : p);
-    }
-  }
+  const Region& r = strip.resampler->region();
+  for (int32_t y = strip.begin * r.merge_size; y < strip.end * r.merge_size; ++y)
+    for (int32_t x = 0; x < r.grid.width; ++x) f(r.first_row + patch_row(r, y, x), bias_entry(r, y, x));
 }
 
 // Calls f(strip) for the strips, in parallel.
@@ -298,15 +254,7 @@ void embed_rows(
   const std::vector<Resampler>& regions = prepare(images, plan, rows, columns, &count);
   int64_t total = 0;
   for (size_t i = 0; i < count; ++i) total += regions[i].region().rows();
-  STD_TORCH_CHECK(
-      weight.dim() == 2 && weight.is_contiguous() && bias.dim() == 3 && bias.is_contiguous() && bias.size(0) == 2 &&
-          bias.size(2) == embed && 3 * (bias.size(1) - 1) * (bias.size(1) - 1) == columns &&
-          bias.scalar_type() == ScalarType::Float,
-      "weight and bias must come from fold_patch_weight");
-  STD_TORCH_CHECK(
-      out.dim() == 2 && out.size(1) == embed && (embed <= 1 || out.stride(1) == 1) &&
-          out.scalar_type() == weight.scalar_type() && row >= 0 && row <= out.size(0) - total,
-      "out: ", total, " rows from row ", row, " do not fit, or its dtype or columns differ from the weight's");
+  check_embed(weight, bias, out, row, total);
   if (total == 0 || embed == 0) return;
   static thread_local std::vector<Strip> strips;
   split(regions, count, kTileRows / (2 * torch::stable::get_num_threads()), strips);

@@ -88,7 +88,8 @@ void rotate(
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
       const float a = to_float(x[i]), b = to_float(x[i + half]);
-      const float first = VPT_FMA(a, cos[i], -(b * sin[i])), second = VPT_FMA(b, cos[i], a * sin[i]);
+      // Not fused: the same bits on every backend and from every compiler.
+      const float first = a * cos[i] - b * sin[i], second = b * cos[i] + a * sin[i];
       out[i] = from_float<U>(first);
       out[i + half] = from_float<U>(second);
     }

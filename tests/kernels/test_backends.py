@@ -31,6 +31,8 @@ from vpt_kernels import (
     roi_patch_embed_into,
     roi_patches,
 )
+from vpt_kernels.backends import reasons, select
+from vpt_kernels.library import BACKENDS as ALL_BACKENDS
 
 OPERATORS = ("roi_patches", "roi_patch_embed", "control_cross_attention", "append_visual_kv")
 
@@ -117,13 +119,63 @@ def test_other_devices_are_named(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", ("triton", "cuda", "CPP", "", None))
+@pytest.mark.parametrize("backend", ("Triton", "gpu", "CPP", "", None))
 def test_unknown_backends(form, backend):
     with pytest.raises(ValueError) as raised:
         calls(torch.float32)[form](backend)
     assert not isinstance(raised.value, BackendUnavailable)
-    for text in (repr(backend), "auto", *BACKENDS):
+    for text in (repr(backend), "auto", *ALL_BACKENDS):
         assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ("triton", "cuda"))
+def test_gpu_backends_refuse_cpu_tensors(form, backend):
+    with pytest.raises(BackendUnavailable) as raised:
+        calls(torch.float32)[form](backend)
+    assert f"{backend}: it runs on cuda, the tensors are on cpu" in str(raised.value)
+    (other,) = {"triton", "cuda"} - {backend}
+    assert f"{other}:" not in str(raised.value)
+
+
+CUDA = torch.device("cuda")
+IS_GPU_BUILD = torch._C._dispatch_has_kernel_for_dispatch_key("vpt_kernels::append_visual_kv.cuda", "CUDA")
+
+
+@pytest.mark.skipif(IS_GPU_BUILD, reason="this extension was built with CUDA; the test is about one that was not")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_gpu_without_the_cuda_extension(operator):
+    """Nothing here touches a GPU: the choice needs the tensors' device, dtype and what was built."""
+    dtype = torch.uint8 if operator == "roi_patches" else torch.bfloat16
+    found = reasons(operator, CUDA, dtype)
+    assert set(found) == set(ALL_BACKENDS) and "built without CUDA" in found["cuda"]
+    assert found["triton"] is None and found["reference"] is None and "cpu" in found["cpp"]
+    assert select(operator, "auto", CUDA, dtype) == "triton"
+    with pytest.raises(BackendUnavailable, match="built without CUDA"):
+        select(operator, "cuda", CUDA, dtype)
+
+
+def test_what_a_call_declines(caplog):
+    """A reason of the call itself is as good as one of the machine: no explicit choice overrides it."""
+    declined = {"triton": "it has no square form"}
+    assert select("append_visual_kv", "auto", CUDA, torch.float16, declined) in ("cuda", "reference")
+    with pytest.raises(BackendUnavailable, match="triton: it has no square form"):
+        select("append_visual_kv", "triton", CUDA, torch.float16, declined)
+    assert select("append_visual_kv", "reference", CUDA, torch.float16, declined) == "reference"
+    assert reasons("append_visual_kv", CUDA, torch.float16, declined)["triton"] == "it has no square form"
+    everything = {name: "no" for name in ALL_BACKENDS}
+    with pytest.raises(BackendUnavailable, match="reference: no"):
+        select("append_visual_kv", "auto", torch.device("cpu"), torch.float32, everything)
+    caplog.clear()
+    assert select("append_visual_kv", "auto", CUDA, torch.float64) == "reference"
+    assert "falls back" in caplog.text and "float64" in caplog.text
+
+
+def test_triton_is_imported_when_it_is_chosen_only():
+    """Importing it takes longer than everything else here together."""
+    program = "import sys, vpt_kernels as v; v.explain('append_visual_kv'); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -131,8 +183,9 @@ def test_explain_prints_the_choice(operator, capsys):
     text = explain(operator)
     assert capsys.readouterr().out.strip() == text.strip()
     lines = {line.split()[0]: line for line in text.splitlines()[1:]}
-    assert operator in text.splitlines()[0] and set(lines) == set(BACKENDS)
+    assert operator in text.splitlines()[0] and set(lines) == set(ALL_BACKENDS)
     assert "chosen" in lines["cpp"] and "can run" in lines["reference"]
+    assert all("cannot run: it runs on cuda" in lines[name] for name in ("cuda", "triton"))
 
 
 def test_explain_gives_reasons(capsys):
@@ -151,8 +204,9 @@ def test_explain_refuses_unknown_names():
         explain("resize")
     for text in ("resize", *OPERATORS):
         assert text in str(raised.value)
-    with pytest.raises(ValueError, match="triton"):
-        explain("roi_patches", backend="triton")
+    with pytest.raises(ValueError, match="Triton"):
+        explain("roi_patches", backend="Triton")
+    assert "none can run" in explain("roi_patches", backend="triton").splitlines()[0]
 
 
 def without_extension(folder: Path, library: bytes | None) -> str:

@@ -1,0 +1,358 @@
+// Pillow's two-pass resampling of regions, written as rows of patches. The usual path does both passes of a tile of the
+// window in shared memory, one block per tile; a tile that does not fit goes through device memory, one launch per pass.
+// The axis that is resampled first is called a, the other b.
+#pragma once
+
+#include "../math/plan.h"
+#include "../math/resample.h"
+#include "../math/rounding.h"
+#include "kernel.h"
+
+namespace vpt::cuda {
+
+constexpr int kResampleThreads = 256, kAxisThreads = 128;
+constexpr int kSharedBytes = 48 << 10;  // what every device grants without being asked
+constexpr int kLargestTile = 32, kSmallestTile = 8;
+constexpr int kRegionsPerLaunch = 24;  // as kernel parameters, within 4 KB
+constexpr int kPixelZero = 128;
+constexpr int kBiasParts = 3;  // a float32 bias as that many values of 8 bits or more
+constexpr int kBiasEntries = 64;
+
+// One axis of a region, in coordinates of the window: output i of the window is output offset + i of the axis.
+struct WindowAxis {
+  Axis axis;
+  int32_t offset, valid;  // outputs from `valid` on are padding
+  int32_t sizes[4];       // of the crop and after each NEAREST step
+
+  __host__ __device__ WindowAxis(const Region& r, bool vertical)
+      : axis(
+            vertical ? r.nearest[2].height : r.nearest[2].width, vertical ? r.resized.height : r.resized.width, r.filter),
+        offset(vertical ? r.window_top : r.window_left),
+        valid(vertical ? r.valid_height() : r.valid_width()),
+        sizes{
+            vertical ? r.crop.height : r.crop.width, vertical ? r.nearest[0].height : r.nearest[0].width,
+            vertical ? r.nearest[1].height : r.nearest[1].width, vertical ? r.nearest[2].height : r.nearest[2].width} {}
+
+  // Taps of a window output: inputs [first, end). Without resampling there is one, of weight one.
+  VPT_HD int32_t first(int32_t i) const { return axis.identity() ? offset + i : axis.first(offset + i); }
+  VPT_HD int32_t end(int32_t i) const { return axis.identity() ? offset + i + 1 : axis.end(offset + i); }
+  VPT_HD double sum(int32_t i) const { return axis.identity() ? 1.0 : weight_sum(axis, offset + i); }
+  VPT_HD int32_t weight(int32_t i, int32_t tap, double sum) const {
+    return axis.identity() ? 1 << kPrecisionBits : fixed_weight(axis, offset + i, tap, sum);
+  }
+  // Where input i lies in the crop.
+  VPT_HD int32_t source(int32_t i) const {
+#pragma unroll
+    for (int step = 3; step > 0; --step)
+      if (sizes[step] != sizes[step - 1]) i = nearest_index(sizes[step - 1], sizes[step], i);
+    return i;
+  }
+};
+
+struct Pixels {
+  const uint8_t* base;
+  int64_t row_stride, pixel_stride, channel_stride;
+};
+
+// Rows [row_begin, row_end) of a region's window, in tiles.
+struct Work {
+  Region region;
+  Pixels image;
+  int32_t row_begin, row_end;
+  int32_t tile, tiles_across, first_block;
+
+  VPT_HD int32_t tiles() const { return tiles_across * ((row_end - row_begin + tile - 1) / tile); }
+};
+
+// The matrix of patches: row r of the plan is row r − first_row. Columns beyond the pixels select the patch's bias.
+struct PatchRows {
+  void* base;
+  int64_t first_row, stride;
+  int32_t pixel_columns, columns;
+  int32_t entries;               // of the bias table that are in use; 0: no bias columns
+  int16_t used[kBiasEntries];    // which; if there are more than that, all are, in order
+};
+
+// The folded weight followed by columns that hold the biases.
+struct BiasColumns {
+  const void* weight;  // [outputs, pixel_columns]
+  const float* biases;
+  void* out;  // [outputs, columns]
+  int64_t outputs;
+};
+
+struct PatchParams {
+  PatchRows rows;
+  BiasColumns bias;
+  int32_t works, blocks;  // blocks that resample; any beyond write bias columns
+  Work work[kRegionsPerLaunch];
+};
+static_assert(sizeof(PatchParams) <= 4096, "the size of kernel parameters that every device takes");
+
+// How shared memory is divided for one tile; all counts are upper bounds.
+struct TileLayout {
+  int32_t taps_a, taps_b, span_a, span_b, tile;
+  bool nearest;
+
+  __host__ __device__ TileLayout(const WindowAxis& a, const WindowAxis& b, int32_t tile_size, bool has_nearest)
+      : taps_a(a.axis.max_taps()),
+        taps_b(b.axis.max_taps()),
+        span_a(a.axis.identity() ? tile_size : a.axis.max_span(tile_size)),
+        span_b(b.axis.identity() ? tile_size : b.axis.max_span(tile_size)),
+        tile(tile_size),
+        nearest(has_nearest) {}
+
+  // int32 words: first and count of both axes, their weights, NEAREST sources; then the bytes between the passes.
+  VPT_HD int64_t words() const {
+    return tile * (4 + static_cast<int64_t>(taps_a) + taps_b) + (nearest ? span_a + span_b : 0);
+  }
+  VPT_HD int64_t bytes() const { return 4 * words() + 3 * static_cast<int64_t>(tile) * span_b; }
+};
+
+__device__ __forceinline__ uint8_t clip8(int32_t sum) {
+  const int32_t value = sum >> kPrecisionBits;
+  return static_cast<uint8_t>(value < 0 ? 0 : value > 255 ? 255 : value);
+}
+
+template <typename T>
+__device__ __forceinline__ T patch_value(int32_t pixel) {
+  if constexpr (sizeof(T) == 1)
+    return static_cast<T>(pixel);
+  else
+    return from_float<T>(static_cast<float>(pixel - kPixelZero) * 0x1p-8f);
+}
+
+__device__ __forceinline__ int32_t entry_columns(const PatchRows& rows) { return kBiasParts * rows.entries; }
+
+// Pixel (y, x) of the window: three columns of its patch's row, and at the patch's corner its bias columns.
+template <typename T>
+__device__ __forceinline__ void put(const PatchRows& rows, const Region& r, int32_t y, int32_t x, const int32_t rgb[3]) {
+  const int32_t p = r.patch_size, patch_y = y / p, patch_x = x / p;
+  const int32_t in_y = y - patch_y * p, in_x = x - patch_x * p;
+  T* row = static_cast<T*>(rows.base) + (r.first_row + patch_row(r, patch_y, patch_x) - rows.first_row) * rows.stride;
+  T* out = row + 3 * (static_cast<int64_t>(in_y) * p + in_x);
+  for (int c = 0; c < 3; ++c) out[c] = patch_value<T>(rgb[c]);
+  if constexpr (sizeof(T) > 1) {
+    if (in_y != 0 || in_x != 0) return;
+    const int32_t entry = bias_entry(r, patch_y, patch_x);
+    int32_t place = 0;
+    if (rows.entries > kBiasEntries)
+      place = entry;
+    else
+      while (place + 1 < rows.entries && rows.used[place] != entry) ++place;
+    for (int32_t column = rows.pixel_columns; column < rows.columns; ++column) {
+      const int32_t part = column - rows.pixel_columns - kBiasParts * place;
+      row[column] = from_float<T>(part >= 0 && part < kBiasParts ? 1.f : 0.f);
+    }
+  }
+}
+
+// Taps of window outputs [begin, begin + n) of one axis.
+struct Taps {
+  int32_t* first;
+  int32_t* count;
+  int32_t* weights;
+  int32_t most;
+
+  __device__ void fill(const WindowAxis& axis, int32_t begin, int32_t n, int thread, int threads) const {
+    for (int32_t i = thread; i < n; i += threads) {
+      const int32_t from = axis.first(begin + i), taps = axis.end(begin + i) - from;
+      const double sum = axis.sum(begin + i);
+      first[i] = from;
+      count[i] = taps;
+      for (int32_t t = 0; t < taps; ++t) weights[i * most + t] = axis.weight(begin + i, t, sum);
+    }
+  }
+};
+
+// One tile of the window at (top, left): both passes.
+template <typename T>
+__device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t number, unsigned char* shared) {
+  const Region& r = work.region;
+  const bool down_first = r.vertical_first != 0;
+  const WindowAxis axis_a(r, down_first), axis_b(r, !down_first);
+  const TileLayout layout(axis_a, axis_b, work.tile, r.has_nearest());
+  const int32_t top = work.row_begin + number / work.tiles_across * work.tile;
+  const int32_t left = number % work.tiles_across * work.tile;
+  const int32_t width = r.grid.width * r.patch_size;
+  const int32_t bottom = top + work.tile < work.row_end ? top + work.tile : work.row_end;
+  const int32_t right = left + work.tile < width ? left + work.tile : width;
+  const int32_t a0 = down_first ? top : left, b0 = down_first ? left : top;
+  const int32_t a1 = down_first ? bottom : right, b1 = down_first ? right : bottom;
+  const int32_t valid_a = (a1 < axis_a.valid ? a1 : axis_a.valid) - a0;
+  const int32_t valid_b = (b1 < axis_b.valid ? b1 : axis_b.valid) - b0;
+  const int thread = threadIdx.x, threads = blockDim.x;
+
+  int32_t* words = reinterpret_cast<int32_t*>(shared);
+  const Taps taps_a{words, words + layout.tile, words + 4 * layout.tile, layout.taps_a};
+  const Taps taps_b{
+      words + 2 * layout.tile, words + 3 * layout.tile, taps_a.weights + layout.tile * layout.taps_a, layout.taps_b};
+  int32_t* source_a = taps_b.weights + layout.tile * layout.taps_b;
+  int32_t* source_b = source_a + (layout.nearest ? layout.span_a : 0);
+  uint8_t* middle = shared + 4 * layout.words();  // [inputs of b, tile] pixels
+
+  if (valid_a > 0 && valid_b > 0) {
+    // Half of the threads to each axis: the weights are the longest chain of dependent operations here.
+    const int part = thread % 2, half = threads / 2;
+    if (part == 0)
+      taps_a.fill(axis_a, a0, valid_a, thread / 2, half);
+    else
+      taps_b.fill(axis_b, b0, valid_b, thread / 2, half);
+    const int32_t low_a = axis_a.first(a0), low_b = axis_b.first(b0);
+    const int32_t lines = axis_b.end(b0 + valid_b - 1) - low_b;
+    if (layout.nearest) {
+      const int32_t span_a = axis_a.end(a0 + valid_a - 1) - low_a;
+      for (int32_t i = thread; i < span_a; i += threads) source_a[i] = axis_a.source(low_a + i);
+      for (int32_t i = thread; i < lines; i += threads) source_b[i] = axis_b.source(low_b + i);
+    }
+    __syncthreads();
+
+    const int64_t stride_a = down_first ? work.image.row_stride : work.image.pixel_stride;
+    const int64_t stride_b = down_first ? work.image.pixel_stride : work.image.row_stride;
+    const int64_t channel = work.image.channel_stride;
+    const uint8_t* crop = work.image.base + r.top * work.image.row_stride + r.left * work.image.pixel_stride;
+    for (int32_t i = thread; i < lines * valid_a; i += threads) {
+      const int32_t line = i / valid_a, a = i - line * valid_a;
+      const uint8_t* in = crop + (layout.nearest ? source_b[line] : low_b + line) * stride_b;
+      const int32_t first = taps_a.first[a];
+      const int32_t* weights = taps_a.weights + a * layout.taps_a;
+      int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};
+      for (int32_t t = 0; t < taps_a.count[a]; ++t) {
+        const uint8_t* pixel = in + (layout.nearest ? source_a[first - low_a + t] : first + t) * stride_a;
+        for (int c = 0; c < 3; ++c) sums[c] += weights[t] * pixel[c * channel];
+      }
+      uint8_t* out = middle + 3 * (line * layout.tile + a);
+      for (int c = 0; c < 3; ++c) out[c] = clip8(sums[c]);
+    }
+    __syncthreads();
+
+    for (int32_t i = thread; i < valid_a * valid_b; i += threads) {
+      // Neighbouring threads write neighbouring pixels of the window.
+      const int32_t n = down_first ? valid_b : valid_a, slow = i / n, fast = i - slow * n;
+      const int32_t a = down_first ? slow : fast, b = down_first ? fast : slow;
+      const uint8_t* in = middle + 3 * ((taps_b.first[b] - low_b) * layout.tile + a);
+      const int32_t* weights = taps_b.weights + b * layout.taps_b;
+      int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};
+      for (int32_t t = 0; t < taps_b.count[b]; ++t, in += 3 * layout.tile)
+        for (int c = 0; c < 3; ++c) sums[c] += weights[t] * in[c];
+      const int32_t rgb[3] = {clip8(sums[0]), clip8(sums[1]), clip8(sums[2])};
+      put<T>(rows, r, down_first ? a0 + a : b0 + b, down_first ? b0 + b : a0 + a, rgb);
+    }
+  }
+
+  if (valid_a == a1 - a0 && valid_b == b1 - b0) return;
+  const int32_t tile_width = right - left, pixels = (bottom - top) * tile_width;
+  const int32_t padding[3] = {kPixelZero, kPixelZero, kPixelZero};
+  for (int32_t i = thread; i < pixels; i += threads) {
+    const int32_t y = top + i / tile_width, x = left + i % tile_width;
+    if (x >= r.valid_width() || y >= r.valid_height()) put<T>(rows, r, y, x, padding);
+  }
+}
+
+// One row of the weight with the parts of the used biases behind it. T's own precision would do for the parts; those of
+// float32 are bfloat16, so that they are exact in TensorFloat-32 too, which the library may be told to use.
+template <typename T>
+__device__ void write_bias_columns(const PatchRows& rows, const BiasColumns& bias, int64_t output) {
+  const T* weight = static_cast<const T*>(bias.weight) + output * rows.pixel_columns;
+  T* out = static_cast<T*>(bias.out) + output * rows.columns;
+  for (int32_t i = threadIdx.x; i < rows.columns; i += blockDim.x) {
+    const int32_t extra = i - rows.pixel_columns;
+    if (extra < 0) {
+      out[i] = weight[i];
+      continue;
+    }
+    float value = 0.f;
+    if (extra < entry_columns(rows)) {
+      const int32_t place = extra / kBiasParts;
+      const int32_t entry = rows.entries > kBiasEntries ? place : rows.used[place];
+      float rest = bias.biases[entry * bias.outputs + output];
+      for (int part = 0; part <= extra % kBiasParts; ++part) {
+        if constexpr (sizeof(T) == sizeof(float))
+          value = to_float(from_float<BFloat16>(rest));
+        else
+          value = to_float(from_float<T>(rest));
+        // Beyond float16's range the first part is infinite, and so is the product: the others add nothing.
+        rest = value - value == 0.f ? rest - value : 0.f;
+      }
+    }
+    out[i] = from_float<T>(value);
+  }
+}
+
+// T: uint8 pixels, or (pixel − 128)/256 in the type of the weight.
+template <typename T>
+__global__ void __launch_bounds__(kResampleThreads) patch_kernel(const __grid_constant__ PatchParams p) {
+  VPT_DYNAMIC_SHARED(shared);
+  const int32_t block = blockIdx.x;
+  if (block >= p.blocks) {
+    if constexpr (sizeof(T) > 1) write_bias_columns<T>(p.rows, p.bias, block - p.blocks);
+    return;
+  }
+  int32_t number = 0;
+  while (number + 1 < p.works && p.work[number + 1].first_block <= block) ++number;
+  resample_tile<T>(p.work[number], p.rows, block - p.work[number].first_block, shared);
+}
+
+// One pass through device memory: window outputs [out_begin, out_end) of an axis for lines [line_begin, line_end) of the
+// other, the image's own lines in the first pass and the window's in the last.
+struct AxisParams {
+  Region region;
+  Pixels in;  // first pass: the image. last: what the first has written, [lines of b, outputs of a, 3]
+  PatchRows rows;
+  uint8_t* middle;  // written by the first pass
+  bool vertical, last;
+  int32_t out_begin, out_end, line_begin, line_end;
+  int32_t in_begin;  // last pass: the line of b that `in` begins with
+};
+
+// One block per output and kAxisThreads lines. The weights are made a chunk at a time, so that any number of taps fits.
+template <typename T>
+__global__ void __launch_bounds__(kAxisThreads) axis_kernel(const __grid_constant__ AxisParams p) {
+  __shared__ int32_t weights[kAxisThreads], sources[kAxisThreads];
+  __shared__ double total;
+  allow_kernel_after();
+  wait_for_kernel_before();
+  const WindowAxis axis(p.region, p.vertical), other(p.region, !p.vertical);
+  const int32_t outputs = p.out_end - p.out_begin;
+  const int32_t i = p.out_begin + static_cast<int32_t>(blockIdx.x % outputs);
+  const int32_t line = p.line_begin + static_cast<int32_t>(blockIdx.x / outputs) * kAxisThreads + threadIdx.x;
+  const bool mine = line < p.line_end, covered = i < axis.valid;
+  const bool reads = mine && (!p.last || line < other.valid);
+  const int32_t first = covered ? axis.first(i) : 0, taps = covered ? axis.end(i) - first : 0;
+  if (threadIdx.x == 0 && covered) total = axis.sum(i);
+  __syncthreads();
+  const int64_t along = p.vertical ? p.in.row_stride : p.in.pixel_stride;
+  const int64_t across = p.vertical ? p.in.pixel_stride : p.in.row_stride;
+  const uint8_t* in = p.in.base;
+  if (p.last) {
+    in += (line - p.line_begin) * across;
+  } else if (reads) {
+    in += p.region.top * p.in.row_stride + p.region.left * p.in.pixel_stride + other.source(line) * across;
+  }
+  int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};
+  for (int32_t begin = 0; begin < taps; begin += kAxisThreads) {
+    const int32_t n = taps - begin < kAxisThreads ? taps - begin : kAxisThreads, t = threadIdx.x;
+    if (t < n) {
+      weights[t] = axis.weight(i, begin + t, total);
+      sources[t] = p.last ? first + begin + t - p.in_begin : axis.source(first + begin + t);
+    }
+    __syncthreads();
+    for (int32_t k = 0; reads && k < n; ++k) {
+      const uint8_t* pixel = in + sources[k] * along;
+      for (int c = 0; c < 3; ++c) sums[c] += weights[k] * pixel[c * p.in.channel_stride];
+    }
+    __syncthreads();
+  }
+  if (!mine) return;
+  if (!p.last) {
+    uint8_t* out = p.middle + 3 * (static_cast<int64_t>(line - p.line_begin) * outputs + (i - p.out_begin));
+    for (int c = 0; c < 3; ++c) out[c] = clip8(sums[c]);
+    return;
+  }
+  int32_t rgb[3] = {kPixelZero, kPixelZero, kPixelZero};
+  if (covered && reads)
+    for (int c = 0; c < 3; ++c) rgb[c] = clip8(sums[c]);
+  put<T>(p.rows, p.region, p.vertical ? i : line, p.vertical ? line : i, rgb);
+}
+
+}  // namespace vpt::cuda

@@ -1,0 +1,5 @@
+"""Every compilation that the tests demand."""
+
+from tests.aot import append_and_control
+
+VARIANTS = (*append_and_control.VARIANTS,)

@@ -1,0 +1,118 @@
+"""The CUDA sources, compiled ahead of time for every target and linked; results are kept by the sources' hash."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import setup
+from tests.cuda.on_cpu import LIBRARIES, ROOT, SOURCES, TORCH, digest, run
+from tests.helpers import require
+
+CACHE = ROOT / "build/cuda_ahead_of_time"
+TARGETS = tuple(re.findall(r"code=(sm_\w+)", " ".join(setup.CUDA_TARGETS)))
+# One target after the other, so that the reports of two do not mix.
+NVCC_FLAGS = [*(flag for flag in setup.NVCC_FLAGS if flag != "--threads=2"), "-Xcompiler=-fPIC"]
+INCLUDES = [f"-I{TORCH / 'include'}"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas reports of one kernel on one target; bytes but for the registers."""
+
+    kernel: str  # demangled, without its parameters
+    target: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    require("nvcc", None if found else "there is no nvcc on PATH or in /usr/local/cuda/bin")
+    return found
+
+
+def cuobjdump() -> str:
+    """NVIDIA's disassembler, as Triton brings it."""
+    found = importlib.util.find_spec("triton")
+    require("triton", None if found else "triton, which brings cuobjdump, is not installed")
+    return str(Path(found.origin).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def sources() -> list[Path]:
+    return sorted((SOURCES / "cuda").glob("*.cu"))
+
+
+def _reports(log: str) -> Iterator[Usage]:
+    pattern = (
+        r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    found = re.findall(pattern, log, re.DOTALL)
+    names = run("c++filt", *[row[0] for row in found]).stdout.splitlines() if found else []
+    for name, (_, target, stack, stores, loads, registers, rest) in zip(names, found, strict=True):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernel = re.sub(r"^void |\(.*", "", name).replace("vpt::cuda::", "").replace("vpt::", "")
+        yield Usage(
+            kernel, target, int(registers), int(stack), int(stores) + int(loads), int(shared[1]) if shared else 0
+        )
+
+
+def _compile(source: Path) -> tuple[Path, list[Usage]]:
+    flags = [*NVCC_FLAGS, *setup.CUDA_TARGETS, "-Xptxas=-v"]
+    target = CACHE / f"{source.stem}-{digest(source, extra=flags)}.o"
+    report = target.with_suffix(".json")
+    if not report.exists():
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        done = run(nvcc(), *flags, *INCLUDES, "-c", source, "-o", partial)
+        partial.rename(target)
+        report.write_text(json.dumps([asdict(usage) for usage in _reports(done.stderr)]))
+    return target, [Usage(**row) for row in json.loads(report.read_text())]
+
+
+@cache
+def compiled() -> dict[str, tuple[Path, list[Usage]]]:
+    """Object file and resource reports of every source, by its stem."""
+    nvcc()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((s.stem for s in sources()), pool.map(_compile, sources()), strict=True))
+
+
+@cache
+def library() -> Path:
+    """All of csrc/cuda as one shared library, linked against torch and the static CUDA runtime."""
+    objects = [path for path, _ in compiled().values()]
+    register = SOURCES / "cuda/register.cpp"
+    target = CACHE / f"cuda-{digest(register, extra=[o.name for o in objects])}.so"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        run(
+            nvcc(), *NVCC_FLAGS, *INCLUDES, "-shared", "-cudart=static", register, *objects,
+            "-o", partial, LIBRARIES[0], "-ltorch_cpu",
+        )  # fmt: skip
+        partial.rename(target)
+    return target
+
+
+def sass(source: str, target: str) -> dict[str, str]:
+    """The machine code of every kernel of a source, by demangled name."""
+    command = [cuobjdump(), "-sass", "-arch", target, str(compiled()[source][0])]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    _, *parts = re.split(r"\t\tFunction : (\w+)\n", text)
+    names = run("c++filt", *parts[0::2]).stdout.splitlines()
+    return {
+        re.sub(r"^void |\(.*", "", name).replace("vpt::cuda::", "").replace("vpt::", ""): body
+        for name, body in zip(names, parts[1::2], strict=True)
+    }

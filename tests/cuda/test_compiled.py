@@ -1,0 +1,187 @@
+"""Every CUDA kernel compiled for every target, within budgets; and the library, which loads where there is no GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import setup
+from tests.cuda import nvcc
+from tests.cuda.on_cpu import ROOT, SOURCES
+
+BUDGETS = {
+    # kernel: registers, static shared bytes, bytes of spills; why
+    # Three blocks of 256 threads and 80 registers fill an SM's 65,536 registers; a token needs one block. In the float8
+    # instances the exact division's rare path is a call, around which ptxas saves up to three registers.
+    "append_visual_kv_kernel": (80, 0, 16),
+    # Four blocks of 256 threads; the sums of the LayerNorm are 8 floats.
+    "condition_kernel": (64, 32, 0),
+    # Ten blocks of 128 threads keep enough loads in flight for the memory's latency.
+    "rank_one_kernel": (48, 0, 0),
+    # Three blocks of 256 threads; a tile of 28x28 pixels at scale 3.5 takes 13 KB of (dynamic) shared memory.
+    "patch_kernel": (80, 0, 0),
+    # Six blocks of 128 threads; a chunk of weights and sources (1 KB) and the sum of the weights.
+    "axis_kernel": (80, 1040, 0),
+}
+WIDTHS = {
+    "append_visual_kv_kernel": 12,
+    "condition_kernel": 6,
+    "rank_one_kernel": 6,
+    "patch_kernel": 4,
+    "axis_kernel": 4,
+}
+"""Instances of each: types of q, caches and widths of access; types and widths; types."""
+
+
+def declared() -> dict[str, str]:
+    """The source file's stem of every `__global__` in csrc."""
+    found = {}
+    for path in sorted(SOURCES.rglob("*.cu*")):
+        for name in re.findall(r"__global__\s+void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(", path.read_text()):
+            found[name] = path.stem
+        assert path.read_text().count("__global__") == sum(stem == path.stem for stem in found.values()), path
+    return found
+
+
+def usages() -> list[nvcc.Usage]:
+    return [usage for _, reports in nvcc.compiled().values() for usage in reports]
+
+
+def test_every_kernel_has_a_budget():
+    assert set(declared()) == set(BUDGETS) == set(WIDTHS)
+
+
+def test_every_kernel_is_compiled_for_every_target():
+    assert nvcc.TARGETS == ("sm_80", "sm_90a", "sm_100a", "sm_120")
+    found = [(usage.kernel.split("<")[0], usage.target) for usage in usages()]
+    for kernel, instances in WIDTHS.items():
+        for target in nvcc.TARGETS:
+            assert found.count((kernel, target)) == instances, f"{kernel} for {target}"
+    assert {kernel for kernel, _ in found} == set(BUDGETS)
+    assert "-gencode=arch=compute_90,code=compute_90" in setup.CUDA_TARGETS
+
+
+@pytest.mark.parametrize("target", nvcc.TARGETS)
+def test_budgets(target):
+    """Registers leave room for the blocks that hide latency, and next to nothing lives in local memory."""
+    over = []
+    for usage in usages():
+        registers, shared, spills = BUDGETS[usage.kernel.split("<")[0]]
+        if "Float8" not in usage.kernel:
+            spills = 0
+        within = usage.registers <= registers and usage.shared <= shared and max(usage.stack, usage.spills) <= spills
+        if usage.target == target and not within:
+            over.append(usage)
+    assert not over, "\n".join(map(str, over))
+
+
+def test_wide_accesses():
+    """The aligned instances read and write 16 bytes at once; the others never more than an element."""
+    code = nvcc.sass("append_visual_kv", "sm_90a")
+    wide = {name: body for name, body in code.items() if not name.endswith(", 1>")}
+    assert len(wide) == len(code) - len(wide) == 6
+    for name, body in wide.items():
+        assert "LDG.E.128" in body, name
+        stored = "STG.E.128" if "Float8" not in name else "STG.E.64" if "float" not in name else "STG.E"
+        assert stored in body, name
+    for name in set(code) - set(wide):
+        assert "LDG.E.128" not in code[name] and "STG.E.128" not in code[name], name
+    rank_one = nvcc.sass("control_cross_attention", "sm_90a")
+    for name, body in rank_one.items():
+        assert ("LDG.E.128" in body) == name.endswith("true>"), name
+
+
+@pytest.mark.parametrize(
+    "source, waits, allows",
+    (
+        ("control_cross_attention", "rank_one_kernel", "condition_kernel"),
+        ("roi_patch_embed", "axis_kernel", "axis_kernel"),
+    ),
+)
+def test_chained_launches_wait(source, waits, allows):
+    """ACQBULK (griddepcontrol.wait) stands before the first read of memory, PREEXIT lets the next kernel come early."""
+    code = nvcc.sass(source, "sm_90a")
+    for name, body in code.items():
+        if name.startswith(waits):
+            assert "ACQBULK" in body, name
+            assert "LDG" not in body[: body.index("ACQBULK")], name
+        assert ("PREEXIT" in body) == name.startswith(allows), name
+    assert not any("ACQBULK" in body for body in nvcc.sass(source, "sm_80").values())
+
+
+def test_coefficients_are_not_contracted():
+    """Pillow rounds every product of a coefficient before it adds it; only named multiply-adds are fused."""
+    assert "--fmad=false" in setup.NVCC_FLAGS
+    for name, body in nvcc.sass("roi_patch_embed", "sm_90a").items():
+        assert "DMUL" in body and "DADD" in body, name
+    for name, body in nvcc.sass("append_visual_kv", "sm_90a").items():
+        assert "FMUL" in body and "FADD" in body, name
+
+
+LOADS = """
+import sys, torch, vpt_kernels
+from vpt_kernels.library import OPS
+has = lambda form: torch._C._dispatch_has_kernel_for_dispatch_key(f"vpt_kernels::{form}.cuda", "CUDA")
+assert not any(has(form) for form in OPS), "already there"
+torch.ops.load_library(sys.argv[1])
+assert all(has(form) for form in OPS)
+for form, overloads in OPS.items():
+    of = {name: str(overload._schema).replace(f".{name}(", "(", 1) for name, overload in overloads.items()}
+    assert of["cuda"] == of["reference"], of
+print("registered", len(OPS))
+try:
+    OPS["roi_patches"]["cuda"]([torch.zeros(2, 2, 3).byte()], torch.zeros(0, 24).int(), 0, 588)
+except NotImplementedError as error:
+    assert "CPU" in str(error)
+    print("refused")
+"""
+
+
+def test_library_loads_without_a_gpu():
+    """Linked against the stable ABI, it loads into a CPU torch and registers every operator under the CUDA key."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, str(nvcc.library())], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines() == ["registered 7", "refused"], done.stdout + done.stderr
+
+
+def test_symbols_are_of_the_stable_abi():
+    """What the library asks of torch is C functions of the shim: no C++ symbol of a particular version."""
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(nvcc.library())], capture_output=True, text=True, check=True
+    ).stdout
+    asked = [line.split()[-1] for line in listed.splitlines()]
+    mangled = [name for name in asked if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
+    assert asked and not mangled, mangled
+    foreign = [name for name in asked if "torch" in name and not name.startswith(("aoti_torch_", "torch_"))]
+    assert not foreign, foreign
+
+
+def test_a_cpu_torch_gets_no_cuda_code(monkeypatch):
+    """Even where a toolkit is installed: torch names no CUDA_HOME on its CPU builds."""
+    import torch.utils.cpp_extension as extension
+
+    monkeypatch.setattr(extension, "CUDA_HOME", None)
+    (module,) = setup.extension()["ext_modules"]
+    assert not any("csrc/cuda" in source for source in module.sources)
+    assert "-DUSE_CUDA" not in module.extra_compile_args["cxx"]
+
+
+@pytest.mark.parametrize("listed", (None, "9.0a"))
+def test_a_cuda_torch_gets_every_target(monkeypatch, listed):
+    import torch.utils.cpp_extension as extension
+
+    monkeypatch.setattr(extension, "CUDA_HOME", "/usr/local/cuda")
+    if listed:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    else:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.chdir(ROOT)
+    (module,) = setup.extension()["ext_modules"]
+    cuda = {source for source in module.sources if source.startswith("csrc/cuda/")}
+    assert cuda == {f"csrc/cuda/{path.name}" for path in (SOURCES / "cuda").glob("*.c*") if path.suffix != ".cuh"}
+    given = [flag for flag in module.extra_compile_args["nvcc"] if "gencode" in flag]
+    assert given == ([] if listed else setup.CUDA_TARGETS)
