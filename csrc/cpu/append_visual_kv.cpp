@@ -88,7 +88,7 @@ class Append {
  private:
   void token(int64_t t, float* cos_sin, float* wide) const {
     const float* table = data<float>(c_.cos_sin);
-    const int64_t stride = c_.cos_sin.stride(0), half = c_.sections.half();
+    const int64_t stride = c_.cos_sin.stride(0);
     const float* const rows[3] = {
         table + positions_[0][t] * stride, table + positions_[1][t] * stride, table + positions_[2][t] * stride};
     gather_cos_sin(c_.sections, rows, cos_sin);
