@@ -1,0 +1,251 @@
+"""Triton backend of `roi_patches` and `roi_patch_embed`: see the README beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vpt_kernels.library import implement
+from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, Column
+from vpt_kernels.roi_patch_embed.triton_resample import (
+    ZERO,
+    bias_entry,
+    find_region,
+    resample,
+    row_part,
+    valid_size,
+)
+from vpt_kernels.roi_patch_embed.triton_staging import FIRST_TILE, stage
+
+_GRID_WIDTH = tl.constexpr(int(Column.GRID_WIDTH))
+_PATCH_SIZE = tl.constexpr(int(Column.PATCH_SIZE))
+_VERTICAL_FIRST = tl.constexpr(int(Column.VERTICAL_FIRST))
+_FIRST_ROW = tl.constexpr(int(Column.FIRST_ROW))
+_SCALE = tl.constexpr(1.0 / PIXEL_SCALE)
+
+
+@triton.jit
+def _place(region, axis, at, stride):
+    """Share of window coordinate `at` along `axis` in a byte's offset in the patch matrix."""
+    patch = tl.load(region + _PATCH_SIZE)
+    within = tl.where(axis == 0, 3, 3 * patch)
+    return row_part(region, axis, at // patch) * stride + at % patch * within
+
+
+@triton.jit(do_not_specialize=["count"])
+def resample_kernel(
+    regions, count, out, stride, ENTRY: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
+):
+    """A TILE × TILE window of one region → bytes of the patch matrix; at byte ENTRY of a row its bias entry (int32)."""
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    region = find_region(regions, count, tile)
+    tile -= tl.load(region + FIRST_TILE).to(tl.int32)
+    patch = tl.load(region + _PATCH_SIZE).to(tl.int32)
+    tiles_across = tl.cdiv(tl.load(region + _GRID_WIDTH).to(tl.int32) * patch, TILE)
+    outer_axis = 1 - tl.load(region + _VERTICAL_FIRST).to(tl.int32)
+    tile_x, tile_y = tile % tiles_across, tile // tiles_across
+    outer = tl.where(outer_axis == 0, tile_x, tile_y) * TILE + tl.arange(0, TILE)
+    inner = tl.where(outer_axis == 0, tile_y, tile_x) * TILE + tl.arange(0, TILE)
+    valid_o, valid_i = valid_size(region, outer_axis), valid_size(region, 1 - outer_axis)
+    red, green, blue = resample(region, outer_axis, outer, outer < valid_o, inner, inner < valid_i, CHUNK)
+
+    inside_o = outer < tl.load(region + _GRID_WIDTH + outer_axis) * patch
+    inside_i = inner < tl.load(region + _GRID_WIDTH + 1 - outer_axis) * patch
+    inside = inside_o[:, None] & inside_i[None, :]
+    offset_o, offset_i = _place(region, outer_axis, outer, stride), _place(region, 1 - outer_axis, inner, stride)
+    at = out + tl.load(region + _FIRST_ROW) * stride + (offset_o[:, None] + offset_i[None, :])
+    tl.store(at, (red + ZERO).to(tl.uint8), mask=inside)
+    tl.store(at + 1, (green + ZERO).to(tl.uint8), mask=inside)
+    tl.store(at + 2, (blue + ZERO).to(tl.uint8), mask=inside)
+    if ENTRY is not None:
+        rest_o, rest_i = valid_o - outer[:, None], valid_i - inner[None, :]
+        vertical = outer_axis == 1
+        entry = bias_entry(tl.where(vertical, rest_o, rest_i), tl.where(vertical, rest_i, rest_o), patch)
+        corner = (outer % patch == 0)[:, None] & (inner % patch == 0)[None, :]
+        tl.store((at + ENTRY).to(tl.pointer_type(tl.int32)), entry, mask=inside & corner)
+
+
+@triton.jit
+def embed_kernel(
+    patches,
+    weight,
+    bias,
+    out,
+    rows,
+    embed,
+    out_stride,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ENTRY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rows of bytes → tokens: out = (bytes − 128)/256 · weightᵀ + bias[entry of the row], rounded once."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    # Rows and columns beyond the end compute garbage of the last ones, which is not stored.
+    row = tl.minimum(m, rows - 1).to(tl.int64)
+    column = tl.minimum(n, embed - 1)
+    a = patches + row[:, None] * STRIDE + k[None, :]
+    b = weight + column[None, :] * K + k[:, None]
+    total = tl.zeros([BM, BN], tl.float32)
+    if PDL:
+        gdc_wait()
+    for start in range(0, K, BK):
+        inside = k < K - start
+        pixels = tl.load(a + start, mask=inside[None, :], other=ZERO)
+        operand = ((pixels.to(tl.float32) - ZERO) * _SCALE).to(weight.dtype.element_ty)
+        part = tl.load(b + start, mask=inside[:, None], other=0.0)
+        total = tl.dot(operand, part, total, input_precision="ieee")
+    entry = tl.load((patches + row * STRIDE + ENTRY).to(tl.pointer_type(tl.int32)))
+    total += tl.load(bias + entry[:, None] * embed + column[None, :])
+    target = out + m.to(tl.int64)[:, None] * out_stride + n[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < embed)[None, :])
+
+
+class Resampling(NamedTuple):
+    """Launch of `resample_kernel`: pixels a side of a tile, source pixels of one product, warps."""
+
+    tile: int
+    chunk: int
+    warps: int
+
+
+class Product(NamedTuple):
+    """Launch of `embed_kernel`: rows, columns and K of a block, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    k: int
+    warps: int
+    stages: int
+
+
+RESAMPLING = Resampling(32, 64, 4)
+PRODUCTS = {
+    "float32": Product(64, 64, 32, 4, 3),
+    "few rows": Product(64, 64, 64, 4, 4),
+    "many rows": Product(128, 128, 64, 8, 3),
+}
+FEW_ROWS = 4096
+
+
+
+def _guard(device: torch.device):
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _chains(device: torch.device) -> bool:
+    """Whether a launch may begin before the one it depends on has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _resample(
+    images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, out: Tensor, entry: int | None, chained: bool
+) -> None:
+    records, tiles = stage(images, plan, rows, row_bytes, RESAMPLING.tile, in_patches=False)
+    resample_kernel[(tiles,)](
+        records,
+        len(plan),
+        out,
+        out.stride(0),
+        ENTRY=entry,
+        TILE=RESAMPLING.tile,
+        CHUNK=RESAMPLING.chunk,
+        PDL=chained,
+        num_warps=RESAMPLING.warps,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+
+
+def roi_patches(images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int) -> Tensor:
+    device = images[0].device if images else plan.device
+    out = torch.empty((rows, row_bytes), dtype=torch.uint8, device=device)
+    if len(plan):
+        with _guard(device):
+            _resample(images, plan, rows, row_bytes, out, None, False)
+    return out
+
+
+def patch_row_layout(row_bytes: int) -> tuple[int, int]:
+    """(bytes between rows of the workspace, offset of a row's bias entry): 592 and 588 for a patch of 14 × 14."""
+    entry = -(-row_bytes // 4) * 4
+    return -(-(entry + 4) // 16) * 16, entry
+
+
+def _product(rows: int, dtype: torch.dtype) -> Product:
+    if dtype == torch.float32:
+        return PRODUCTS["float32"]
+    return PRODUCTS["few rows" if rows <= FEW_ROWS else "many rows"]
+
+
+def _embed(
+    images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor, out: Tensor
+) -> None:
+    """Write the tokens of `plan` to `out` [rows, E] by two launches."""
+    embed, row_bytes = weight.shape
+    if not weight.is_contiguous() or not bias.is_contiguous():
+        raise ValueError("weight and bias must be contiguous, as fold_patch_weight returns them")
+    if not len(plan) or not embed:
+        return
+    device = weight.device
+    stride, entry = patch_row_layout(row_bytes)
+    with _guard(device):
+        patches = torch.empty((rows, stride), dtype=torch.uint8, device=device)
+        chained = _chains(device)
+        _resample(images, plan, rows, row_bytes, patches, entry, chained)
+        block = _product(rows, weight.dtype)
+        options = {"launch_pdl": True} if chained else {}
+        embed_kernel[(triton.cdiv(rows, block.rows), triton.cdiv(embed, block.columns))](
+            patches,
+            weight,
+            bias,
+            out,
+            rows,
+            embed,
+            out.stride(0),
+            K=row_bytes,
+            STRIDE=stride,
+            ENTRY=entry,
+            BM=block.rows,
+            BN=block.columns,
+            BK=block.k,
+            PDL=chained,
+            num_warps=block.warps,
+            num_stages=block.stages,
+            **options,
+        )
+
+
+def roi_patch_embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor) -> Tensor:
+    out = weight.new_empty((rows, weight.shape[0]))
+    _embed(images, plan, rows, weight, bias, out)
+    return out
+
+
+def roi_patch_embed_into(
+    images: Sequence[Tensor], plan: Tensor, weight: Tensor, bias: Tensor, out: Tensor, row: int
+) -> None:
+    rows = sum(w * h for w, h in plan[:, Column.GRID_WIDTH : Column.GRID_HEIGHT + 1].tolist())
+    if not 0 <= row <= out.shape[0] - rows:
+        raise ValueError(f"rows {row}..{row + rows} do not fit out's {out.shape[0]} rows; enlarge out")
+    _embed(images, plan, rows, weight, bias, out[row : row + rows])
+
+
+implement("roi_patches", "triton", roi_patches)
+implement("roi_patch_embed", "triton", roi_patch_embed)
+implement("roi_patch_embed_into", "triton", roi_patch_embed_into)
