@@ -1,5 +1,6 @@
 # make demo        the main job: two looks at a real photo, ours beside the published procedure
 # make test        the test suite
+# make interpret   the Triton kernels in Triton's interpreter (part of make test)
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       the operators on this CPU against their alternatives
@@ -13,7 +14,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test test-full mutate bench gpu lint clean
+.PHONY: help demo test interpret test-full mutate bench gpu lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -21,8 +22,12 @@ help:
 demo: $(VENV)/.ready
 	$(BIN)/vpt demo $(DEMO_ARGS)
 
-test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
+test: $(VENV)/.ready lint interpret
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/triton $(TEST_ARGS)
+
+# In a process of its own: the interpreter is chosen when triton is imported, and then nothing compiles.
+interpret: $(VENV)/.ready
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/triton
 
 # Many more geometries, on the pinned Pillow and on the newest, whose pass order differs.
 test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready

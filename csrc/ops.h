@@ -13,12 +13,13 @@ void roi_patch_embed_into(
 Tensor control_cross_attention(
     Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
     OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
-    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias);
+    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
+    OptionalTensor score_weight, OptionalTensor score_bias);
 void control_cross_attention_into(
     Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
     OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
     Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
-    Tensor out, Tensor rows);
+    OptionalTensor score_weight, OptionalTensor score_bias, Tensor out, Tensor rows);
 
 Tensor append_visual_kv(
     Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,

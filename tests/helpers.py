@@ -14,7 +14,10 @@ from torch import Tensor
 SEED = int(os.environ.get("VPT_TEST_SEED", "20250224"))
 """Every random test derives its generators from this number, which pytest prints in its header."""
 
-BACKENDS = ("reference", "cpp")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""In a process with Triton's interpreter, the tests of `tests/kernels` that `tests/triton` imports run on it."""
+
+BACKENDS = ("triton",) if INTERPRETED else ("reference", "cpp")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 each_dtype = pytest.mark.parametrize("dtype", _DTYPES.values(), ids=_DTYPES)
@@ -23,6 +26,18 @@ each_model_dtype = pytest.mark.parametrize("dtype", list(_DTYPES.values())[:2], 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+REQUIRED = tuple(filter(None, os.environ.get("VPT_REQUIRE", "").split(",")))
+"""Tools without which tests must fail, not skip: names separated by commas, e.g. VPT_REQUIRE=triton,nvcc,ninja."""
+
+
+def require(tool: str, problem: str | None) -> None:
+    """Skip the module or test that needs `tool`, saying why; fail where VPT_REQUIRE names it. None: it is there."""
+    if problem is not None and tool in REQUIRED:
+        raise RuntimeError(f"VPT_REQUIRE names {tool}, but {problem}")
+    if problem is not None:
+        pytest.skip(f"{tool}: {problem}", allow_module_level=True)
 
 
 def numbers(*key: object) -> np.random.Generator:

@@ -89,7 +89,8 @@ def _reason(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
     return None
 
 
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# A folder that happens to be called triton has no origin.
+_TRITON_INSTALLED = getattr(importlib.util.find_spec("triton"), "origin", None) is not None
 _NOTHING: Mapping[str, str] = {}
 
 

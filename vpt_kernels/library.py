@@ -17,7 +17,7 @@ BACKENDS = ("cuda", "triton", "cpp", "reference")
 _CONTROL = (
     "Tensor features, Tensor? control, Tensor? cu_seqlens, Tensor? feature_norm_weight, Tensor? feature_norm_bias, "
     "Tensor? feature_weight, Tensor? feature_bias, Tensor condition_norm_weight, Tensor condition_norm_bias, "
-    "Tensor condition_weight, Tensor condition_bias"
+    "Tensor condition_weight, Tensor condition_bias, Tensor? score_weight, Tensor? score_bias"
 )
 _APPEND = (
     "Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, "

@@ -284,7 +284,8 @@ void run(const Call& c, const Target& target) {
 Tensor control_cross_attention(
     Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
     OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
-    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias) {
+    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
+    OptionalTensor, OptionalTensor) {
   const Call call{features,         control,           cu_seqlens,           feature_norm_weight,
                   feature_norm_bias, feature_weight,   feature_bias,         condition_norm_weight,
                   condition_norm_bias, condition_weight, condition_bias};
@@ -298,7 +299,7 @@ void control_cross_attention_into(
     Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
     OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
     Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
-    Tensor out, Tensor rows) {
+    OptionalTensor, OptionalTensor, Tensor out, Tensor rows) {
   const Call call{features,         control,           cu_seqlens,           feature_norm_weight,
                   feature_norm_bias, feature_weight,   feature_bias,         condition_norm_weight,
                   condition_norm_bias, condition_weight, condition_bias};

@@ -395,5 +395,27 @@ def test_fold_accepts_any_layout(form):
     inverse = [order.index(i) for i in range(len(order))]
     moved["feature"] = weight.permute(order).contiguous().permute(inverse), params["feature"][1]
     moved["condition"] = params["condition"][0].T.contiguous().T, params["condition"][1]
-    for a, b in zip(fold_projector(form, **moved).tensors(), fold_projector(form, **params).tensors(), strict=True):
+    folded = (fold_projector(form, **given, score=True) for given in (moved, params))
+    for a, b in zip(*(projector.tensors() for projector in folded), strict=True):
         assert_same_bits(a, b)
+
+
+@each_dtype
+@pytest.mark.parametrize("form", ("linear", "conv"))
+def test_score_maps_give_the_score(dtype, form):
+    """LN(x)·u + β with u, β from the folded maps is f·k, up to the float32 of what is stored."""
+    params = parameters(form, 40, 12, dtype)
+    assert fold_projector(form, **params, score=False).score_weight is None
+    projector = fold_projector(form, **params, score=True)
+    assert {projector.score_weight.dtype, projector.score_bias.dtype} == {torch.float32}
+    weight, bias = projector.feature_weight.double(), projector.feature_bias.double()
+    n = normal(40, key="n").double()
+    k = projector.condition_weight.double() @ n + projector.condition_bias.double()
+    x = normal(weight.shape[1], key="x").double()
+    *u, beta = projector.score_weight.double() @ n + projector.score_bias.double()
+    score = (torch.stack(u) * x).sum() + beta
+    torch.testing.assert_close(score, (weight @ x + bias) @ k, rtol=1e-5, atol=1e-5)
+
+
+def test_identity_has_no_score_maps():
+    assert fold_projector("identity", **parameters("identity", 12), score=True).score_weight is None

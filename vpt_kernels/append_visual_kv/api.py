@@ -163,7 +163,7 @@ def append_visual_kv(
         layout: "NHD" or "HND", the order of rows (N), heads (H) and head_dim (D) in the caches.
         k_scale, v_scale: float32, one number or one per kv head, with float8 caches only: what is stored is x / scale,
             rounded once and saturated to ±448.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
         The rotated q, a new contiguous [T, query heads, head_dim]. The rotation is computed in float32, rounded once.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vpt_kernels.backends import bind
+from vpt_kernels.backends import CAPABILITIES, bind
 from vpt_kernels.checks import (
     CHECK_VALUES,
     require_disjoint,
@@ -24,8 +24,10 @@ FORMS = ("linear", "conv", "identity")
 class ControlProjector:
     """A conditioned projector's weights in the layout the kernels read; made by `fold_projector`.
 
-    The feature tensors are None in the "identity" form. `feature_weight` is [H, D] ("linear") or [H, 16·C]
-    ("conv", columns in (ky, kx, c) order).
+    The feature tensors are None in the "identity" form. `feature_weight` W is [H, D] ("linear") or [H, 16·C]
+    ("conv", columns in (ky, kx, c) order; D = 16·C below). With the feature bias b and the condition's W_c and b_c,
+    `score_weight` is [WᵀW_c; bᵀW_c], float32 [D + 1, H], and `score_bias` [Wᵀb_c; b·b_c], float32 [D + 1]: from
+    n = LayerNorm(control) they give a token's score, see README.md. None where no backend reads them.
     """
 
     feature_norm_weight: Tensor | None
@@ -36,6 +38,8 @@ class ControlProjector:
     condition_norm_bias: Tensor
     condition_weight: Tensor
     condition_bias: Tensor
+    score_weight: Tensor | None = None
+    score_bias: Tensor | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -51,6 +55,8 @@ class ControlProjector:
             self.condition_norm_bias,
             self.condition_weight,
             self.condition_bias,
+            self.score_weight,
+            self.score_bias,
         )
 
 
@@ -61,6 +67,7 @@ def fold_projector(
     condition: tuple[Tensor, Tensor],
     feature_norm: tuple[Tensor, Tensor] | None = None,
     feature: tuple[Tensor, Tensor] | None = None,
+    score: bool | None = None,
 ) -> ControlProjector:
     """Arrange a published projector's parameters for `control_cross_attention`.
 
@@ -70,6 +77,9 @@ def fold_projector(
         condition_norm, condition: (weight, bias) of `layernorm_condition` [H] and `linear_condition` [H, H].
         feature_norm, feature: (weight, bias) of `layernorm_feature` and of `linear_feature` [H, D] or
             `conv_feature` [H, C, 4, 4]; required unless form is "identity", which must not have them.
+        score: also fold the maps from LayerNorm(control) to a token's score, which the Triton backend of "linear" and
+            "conv" reads: 4·(D + 1)·(H + 1) bytes, computed in float64. None: where Triton runs, that is for parameters
+            on a GPU. Say True for parameters that are moved to one later.
 
     Raises:
         ValueError: unknown form, missing or superfluous parameters, shapes or dtypes that do not fit.
@@ -106,7 +116,21 @@ def fold_projector(
     kinds = {(t.dtype, t.device) for t in projector.tensors() if t is not None}
     if len(kinds) != 1:
         raise ValueError(f"the projector's tensors have several dtypes or devices {kinds}; convert them to one")
-    return projector
+    if score is None:
+        score = condition[0].device.type in CAPABILITIES["control_cross_attention"]["triton"].devices
+    return _with_score(projector) if score and folded is not None else projector
+
+
+def _with_score(projector: ControlProjector) -> ControlProjector:
+    """The projector with `score_weight` and `score_bias`, folded in float64 and rounded once to float32."""
+    names = ("feature_weight", "feature_bias", "condition_weight", "condition_bias")
+    weight, bias, condition, condition_bias = (getattr(projector, name).detach().double() for name in names)
+    rows = torch.cat([weight.T, bias[None]])
+    return replace(
+        projector,
+        score_weight=(rows @ condition).float(),
+        score_bias=(rows @ condition_bias).float(),
+    )
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -164,6 +188,19 @@ def _check(features: Tensor, control: Tensor | None, projector: ControlProjector
     return tokens
 
 
+_IN_CUDA = {"cuda": "it has the identity form only, without the library's GEMM: linear and conv run on triton"}
+_IN_TRITON = {"triton": "the projector was folded without its score maps: fold_projector(…, score=True)"}
+_NEITHER = {**_IN_CUDA, **_IN_TRITON}
+_NOTHING: dict[str, str] = {}
+
+
+def _declined(projector: ControlProjector, control: Tensor | None) -> dict[str, str]:
+    """The backends that cannot run this form, and why."""
+    if projector.feature_weight is None:
+        return _NOTHING
+    return _NEITHER if projector.score_weight is None and control is not None else _IN_CUDA
+
+
 def control_cross_attention(
     features: Tensor,
     control: Tensor | None,
@@ -184,7 +221,7 @@ def control_cross_attention(
         projector: from `fold_projector`.
         cu_seqlens: int32 or int64 [images + 1], where each image's tokens begin and end in [tokens, D] features;
             None means one image.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
         [tokens of all images, H] in the features' dtype, always a new tensor. On `cpp` the score and
@@ -198,7 +235,14 @@ def control_cross_attention(
     Source: `MinimalProjector`, `MinimalSamProjector`, `MinimalCLIPProjector` of arXiv 2502.17425's code.
     """
     _check(features, control, projector, cu_seqlens)
-    op = bind("control_cross_attention", "control_cross_attention", backend, features.device, features.dtype)
+    op = bind(
+        "control_cross_attention",
+        "control_cross_attention",
+        backend,
+        features.device,
+        features.dtype,
+        _declined(projector, control),
+    )
     return op(features, control, cu_seqlens, *projector.tensors())
 
 
@@ -239,5 +283,12 @@ def control_cross_attention_into(
         require_disjoint("features", features, "out", out)
         if CHECK_VALUES:
             require_slots("rows", rows, out.shape[0])
-    op = bind("control_cross_attention", "control_cross_attention_into", backend, features.device, features.dtype)
+    op = bind(
+        "control_cross_attention",
+        "control_cross_attention_into",
+        backend,
+        features.device,
+        features.dtype,
+        _declined(projector, control),
+    )
     op(features, control, cu_seqlens, *projector.tensors(), out, rows)

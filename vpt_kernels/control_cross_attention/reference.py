@@ -44,6 +44,7 @@ def control_cross_attention(
     condition_norm_bias: Tensor,
     condition_weight: Tensor,
     condition_bias: Tensor,
+    *scores: Tensor | None,
 ) -> Tensor:
     f = _features(features, feature_norm_weight, feature_norm_bias, feature_weight, feature_bias)
     if control is None:

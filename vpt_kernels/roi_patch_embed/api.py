@@ -128,7 +128,7 @@ def roi_patches(images: Sequence[Tensor], plan: RegionPlan, *, backend: str = "a
     Args:
         images: uint8 [height, width, 3] tensors of any sizes and strides, on one device.
         plan: from `plan_regions` with these images' sizes.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
         uint8 [plan.rows, p·p·3]: bytes of a patch in (y, x, channel) order, patches in (h/m, w/m, m, m) order, regions
@@ -155,7 +155,7 @@ def roi_patch_embed(
         images: uint8 [height, width, 3] tensors of any sizes and strides, on the weight's device.
         plan: from `plan_regions` with these images' sizes.
         embed: from `fold_patch_weight`.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
         [plan.rows, E] in `embed.weight.dtype`, rows as in `roi_patches`. The result equals
