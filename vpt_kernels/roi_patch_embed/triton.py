@@ -13,30 +13,31 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vpt_kernels.library import implement
-from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, Column
+from vpt_kernels.roi_patch_embed.geometry import Column
 from vpt_kernels.roi_patch_embed.triton_resample import (
     ZERO,
     bias_entry,
+    field,
     find_region,
+    multiply,
     resample,
     row_part,
     valid_size,
 )
-from vpt_kernels.roi_patch_embed.triton_staging import FIRST_TILE, stage
+from vpt_kernels.roi_patch_embed.triton_staging import FIRST_TILE, PITCH, stage
 
 _GRID_WIDTH = tl.constexpr(int(Column.GRID_WIDTH))
 _PATCH_SIZE = tl.constexpr(int(Column.PATCH_SIZE))
 _VERTICAL_FIRST = tl.constexpr(int(Column.VERTICAL_FIRST))
 _FIRST_ROW = tl.constexpr(int(Column.FIRST_ROW))
-_SCALE = tl.constexpr(1.0 / PIXEL_SCALE)
 
 
 @triton.jit
 def _place(region, axis, at, stride):
     """Share of window coordinate `at` along `axis` in a byte's offset in the patch matrix."""
-    patch = tl.load(region + _PATCH_SIZE)
+    patch = field(region, _PATCH_SIZE)
     within = tl.where(axis == 0, 3, 3 * patch)
-    return row_part(region, axis, at // patch) * stride + at % patch * within
+    return row_part(region, axis, at // patch).to(tl.int64) * stride + at % patch * within
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -48,29 +49,41 @@ def resample_kernel(
         gdc_launch_dependents()
     tile = tl.program_id(0)
     region = find_region(regions, count, tile)
-    tile -= tl.load(region + FIRST_TILE).to(tl.int32)
-    patch = tl.load(region + _PATCH_SIZE).to(tl.int32)
-    tiles_across = tl.cdiv(tl.load(region + _GRID_WIDTH).to(tl.int32) * patch, TILE)
-    outer_axis = 1 - tl.load(region + _VERTICAL_FIRST).to(tl.int32)
-    tile_x, tile_y = tile % tiles_across, tile // tiles_across
-    outer = tl.where(outer_axis == 0, tile_x, tile_y) * TILE + tl.arange(0, TILE)
-    inner = tl.where(outer_axis == 0, tile_y, tile_x) * TILE + tl.arange(0, TILE)
-    valid_o, valid_i = valid_size(region, outer_axis), valid_size(region, 1 - outer_axis)
-    red, green, blue = resample(region, outer_axis, outer, outer < valid_o, inner, inner < valid_i, CHUNK)
+    tile -= field(region, FIRST_TILE)
+    patch = field(region, _PATCH_SIZE)
+    outer_axis = 1 - field(region, _VERTICAL_FIRST)
+    inner_axis = 1 - outer_axis
+    tiles_across = tl.cdiv(field(region, _GRID_WIDTH) * patch, field(region, PITCH))
+    tile_o = tl.where(outer_axis == 0, tile % tiles_across, tile // tiles_across)
+    tile_i = tl.where(outer_axis == 0, tile // tiles_across, tile % tiles_across)
+    begin_o, begin_i = tile_o * field(region, PITCH + outer_axis), tile_i * field(region, PITCH + inner_axis)
+    # Tiles are as far apart as their taps' span allows; what lies beyond belongs to the next one.
+    end_o = tl.minimum(begin_o + field(region, PITCH + outer_axis), field(region, _GRID_WIDTH + outer_axis) * patch)
+    end_i = tl.minimum(begin_i + field(region, PITCH + inner_axis), field(region, _GRID_WIDTH + inner_axis) * patch)
+    valid_o, valid_i = valid_size(region, outer_axis), valid_size(region, inner_axis)
+    outer, inner = begin_o + tl.arange(0, TILE), begin_i + tl.arange(0, TILE)
+    pixels = resample(
+        region,
+        outer_axis,
+        outer,
+        outer < tl.minimum(valid_o, end_o),
+        inner,
+        inner < tl.minimum(valid_i, end_i),
+        CHUNK,
+    )
 
-    inside_o = outer < tl.load(region + _GRID_WIDTH + outer_axis) * patch
-    inside_i = inner < tl.load(region + _GRID_WIDTH + 1 - outer_axis) * patch
-    inside = inside_o[:, None] & inside_i[None, :]
-    offset_o, offset_i = _place(region, outer_axis, outer, stride), _place(region, 1 - outer_axis, inner, stride)
-    at = out + tl.load(region + _FIRST_ROW) * stride + (offset_o[:, None] + offset_i[None, :])
-    tl.store(at, (red + ZERO).to(tl.uint8), mask=inside)
-    tl.store(at + 1, (green + ZERO).to(tl.uint8), mask=inside)
-    tl.store(at + 2, (blue + ZERO).to(tl.uint8), mask=inside)
+    channel = tl.arange(0, 4 * TILE) // TILE
+    inner = begin_i + tl.arange(0, 4 * TILE) % TILE
+    inside = ((inner < end_i) & (channel < 3))[:, None] & (outer < end_o)[None, :]
+    offset_o = _place(region, outer_axis, outer, stride)
+    offset_i = _place(region, inner_axis, inner, stride) + channel
+    at = out + field(region, _FIRST_ROW).to(tl.int64) * stride + (offset_i[:, None] + offset_o[None, :])
+    tl.store(at, (pixels + ZERO).to(tl.uint8), mask=inside)
     if ENTRY is not None:
-        rest_o, rest_i = valid_o - outer[:, None], valid_i - inner[None, :]
+        rest_o, rest_i = (valid_o - outer)[None, :], (valid_i - inner)[:, None]
         vertical = outer_axis == 1
         entry = bias_entry(tl.where(vertical, rest_o, rest_i), tl.where(vertical, rest_i, rest_o), patch)
-        corner = (outer % patch == 0)[:, None] & (inner % patch == 0)[None, :]
+        corner = ((inner % patch == 0) & (channel == 0))[:, None] & (outer % patch == 0)[None, :]
         tl.store((at + ENTRY).to(tl.pointer_type(tl.int32)), entry, mask=inside & corner)
 
 
@@ -106,9 +119,8 @@ def embed_kernel(
     for start in range(0, K, BK):
         inside = k < K - start
         pixels = tl.load(a + start, mask=inside[None, :], other=ZERO)
-        operand = ((pixels.to(tl.float32) - ZERO) * _SCALE).to(weight.dtype.element_ty)
         part = tl.load(b + start, mask=inside[:, None], other=0.0)
-        total = tl.dot(operand, part, total, input_precision="ieee")
+        total = multiply(pixels.to(tl.int32) - ZERO, part, total)
     entry = tl.load((patches + row * STRIDE + ENTRY).to(tl.pointer_type(tl.int32)))
     total += tl.load(bias + entry[:, None] * embed + column[None, :])
     target = out + m.to(tl.int64)[:, None] * out_stride + n[None, :]
@@ -116,11 +128,12 @@ def embed_kernel(
 
 
 class Resampling(NamedTuple):
-    """Launch of `resample_kernel`: pixels a side of a tile, source pixels of one product, warps."""
+    """Launch of `resample_kernel`: pixels a side of a tile, source pixels of one product, warps, registers a thread."""
 
     tile: int
     chunk: int
     warps: int
+    registers: int
 
 
 class Product(NamedTuple):
@@ -133,7 +146,7 @@ class Product(NamedTuple):
     stages: int
 
 
-RESAMPLING = Resampling(32, 64, 4)
+RESAMPLING = Resampling(32, 32, 8, 128)
 PRODUCTS = {
     "float32": Product(64, 64, 32, 4, 3),
     "few rows": Product(64, 64, 64, 4, 4),
@@ -167,6 +180,7 @@ def _resample(
         CHUNK=RESAMPLING.chunk,
         PDL=chained,
         num_warps=RESAMPLING.warps,
+        maxnreg=RESAMPLING.registers,
         num_stages=1,
         enable_fp_fusion=False,
     )

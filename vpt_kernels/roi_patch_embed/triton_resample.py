@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vpt_kernels.roi_patch_embed.geometry import FILTERS, PIXEL_ZERO, Column
+from vpt_kernels.roi_patch_embed.geometry import FILTERS, PIXEL_SCALE, PIXEL_ZERO, Column
 from vpt_kernels.roi_patch_embed.triton_staging import FIRST_TILE, PIXELS, RECORD, STRIDES
 
 _LEFT = tl.constexpr(int(Column.LEFT))
@@ -29,13 +29,18 @@ _MERGE_SIZE = tl.constexpr(int(Column.MERGE_SIZE))
 _FIRST_ROW = tl.constexpr(int(Column.FIRST_ROW))
 _BILINEAR = tl.constexpr(FILTERS.index("bilinear"))
 ZERO = tl.constexpr(PIXEL_ZERO)
+_PIXEL = tl.constexpr(1.0 / PIXEL_SCALE)
 
 _BITS = tl.constexpr(32 - 8 - 2)
 _ONE = tl.constexpr(1 << 22)
 _HALF = tl.constexpr(1 << 21)
 _FAR = tl.constexpr(1 << 30)
-MAX_CHUNK = 64
-"""Most products that one float32 sum may hold: 64 · 2^11 · 2^7 = 2^24."""
+
+
+@triton.jit
+def field(region, column):
+    """A number of the region's record, as the 32 bits that it fits: 64-bit division is slow."""
+    return tl.load(region + column).to(tl.int32)
 
 
 @triton.jit
@@ -52,16 +57,16 @@ def find_region(regions, count, tile):
 @triton.jit
 def valid_size(region, axis):
     """Pixels of the window along `axis` that the resized image covers; the rest is padding."""
-    resized = tl.load(region + _RESIZED_WIDTH + axis) - tl.load(region + _WINDOW_LEFT + axis)
-    window = tl.load(region + _GRID_WIDTH + axis) * tl.load(region + _PATCH_SIZE)
-    return tl.minimum(resized, window).to(tl.int32)
+    resized = field(region, _RESIZED_WIDTH + axis) - field(region, _WINDOW_LEFT + axis)
+    window = field(region, _GRID_WIDTH + axis) * field(region, _PATCH_SIZE)
+    return tl.minimum(resized, window)
 
 
 @triton.jit
 def row_part(region, axis, patch):
     """Share of coordinate `patch` (in patches, along `axis`) in the output's row; the two axes' shares add up."""
-    merge = tl.load(region + _MERGE_SIZE)
-    width = tl.load(region + _GRID_WIDTH)
+    merge = field(region, _MERGE_SIZE)
+    width = field(region, _GRID_WIDTH)
     block = tl.where(axis == 0, merge * merge, width * merge)
     within = tl.where(axis == 0, 1, merge)
     return patch // merge * block + patch % merge * within
@@ -96,11 +101,11 @@ def _nearest(i, in_size, out_size):
 def _source(region, axis, i):
     """Offset in bytes, from the image's start, of coordinate i of the crop as it is after the NEAREST steps."""
     for step in tl.static_range(3):
-        out_size = tl.load(region + _NEAREST_WIDTH_3 - 2 * step + axis).to(tl.int32)
-        in_size = tl.load(region + _NEAREST_WIDTH_3 - 2 * step - 2 + axis).to(tl.int32)
+        out_size = field(region, _NEAREST_WIDTH_3 - 2 * step + axis)
+        in_size = field(region, _NEAREST_WIDTH_3 - 2 * step - 2 + axis)
         if in_size != out_size:
             i = _nearest(i, in_size, out_size)
-    return (i + tl.load(region + _LEFT + axis)) * tl.load(region + STRIDES + axis)
+    return (i + field(region, _LEFT + axis)) * tl.load(region + STRIDES + axis)
 
 
 @triton.jit
@@ -116,14 +121,14 @@ def _weight(tap, first, center, inverse, bilinear):
 @triton.jit
 def _taps(region, axis, at, valid):
     """First tap, number of taps, centre and weight sum of the outputs at window coordinates `at`; 1/filter scale."""
-    in_size = tl.load(region + _NEAREST_WIDTH_3 + axis).to(tl.int32)
-    out_size = tl.load(region + _RESIZED_WIDTH + axis).to(tl.int32)
-    bilinear = tl.load(region + _FILTER) == _BILINEAR
+    in_size = field(region, _NEAREST_WIDTH_3 + axis)
+    out_size = field(region, _RESIZED_WIDTH + axis)
+    bilinear = field(region, _FILTER) == _BILINEAR
     scale = in_size.to(tl.float64) / out_size.to(tl.float64)
     filter_scale = tl.where(scale < 1.0, 1.0, scale)
     inverse = 1.0 / filter_scale
     support = tl.where(bilinear, 1.0, 2.0) * filter_scale
-    center = ((at + tl.load(region + _WINDOW_LEFT + axis)).to(tl.float64) + 0.5) * scale
+    center = ((at + field(region, _WINDOW_LEFT + axis)).to(tl.float64) + 0.5) * scale
     first = tl.maximum((center - support + 0.5).to(tl.int32), 0)
     count = tl.minimum((center + support + 0.5).to(tl.int32), in_size) - first
     count = tl.where(valid, count, 0)
@@ -136,7 +141,7 @@ def _taps(region, axis, at, valid):
 @triton.jit
 def _band(region, start, begin, first, count, center, total, inverse, CHUNK: tl.constexpr):
     """int32 [CHUNK, outputs]: coefficients of source coordinates start… for every output; `begin` is the least first tap."""
-    bilinear = tl.load(region + _FILTER) == _BILINEAR
+    bilinear = field(region, _FILTER) == _BILINEAR
     row = start + tl.arange(0, CHUNK)[:, None] - first[None, :]
     band = tl.zeros(row.shape, tl.int32)
     last = tl.max(tl.where(count > 0, first, 0))
@@ -150,16 +155,13 @@ def _band(region, start, begin, first, count, center, total, inverse, CHUNK: tl.
 
 
 @triton.jit
-def _digits(band):
-    """band = low + 4096·high, both exact in float16."""
+def _filtered(pixels, band, total):
+    """total + (pixels + 128)·band, exactly; pixels float16 [M, CHUNK] are bytes minus 128."""
     low = ((band + 2048) & 4095) - 2048
-    return low.to(tl.float16), ((band - low) >> 12).to(tl.float16)
-
-
-@triton.jit
-def _exact_dot(a_low, a_high, b_low, b_high, total):
-    """total + a·b in integers; one operand is given by digits, the other twice."""
-    return total + tl.dot(a_low, b_low).to(tl.int32) + (tl.dot(a_high, b_high).to(tl.int32) << 12)
+    high = (band - low) >> 12
+    low_sum = tl.dot(pixels, low.to(tl.float16)).to(tl.int32)
+    high_sum = tl.dot(pixels, high.to(tl.float16)).to(tl.int32)
+    return total + low_sum + (high_sum << 12) + (tl.sum(band, axis=0) * ZERO)[None, :]
 
 
 @triton.jit
@@ -170,55 +172,61 @@ def _centred_byte(total):
 
 
 @triton.jit
-def _read(pointers, mask):
-    return (tl.load(pointers, mask=mask, other=ZERO).to(tl.int32) - ZERO).to(tl.float16)
-
-
-@triton.jit
 def resample(region, outer_axis, outer, outer_valid, inner, inner_valid, CHUNK: tl.constexpr):
-    """Pixels minus 128 at window coordinates outer × inner: three int32 tiles, red, green and blue; 0 where invalid."""
+    """Pixels at window coordinates inner × outer, minus 128.
+
+    Returns:
+        int32 [4·inner, outer], rows in (channel, inner) order; a fourth channel and invalid pixels are 0.
+    """
+    INNER: tl.constexpr = inner.shape[0]
+    OUTER: tl.constexpr = outer.shape[0]
     inner_axis = 1 - outer_axis
     first_o, count_o, center_o, total_o, inverse_o = _taps(region, outer_axis, outer, outer_valid)
     first_i, count_i, center_i, total_i, inverse_i = _taps(region, inner_axis, inner, inner_valid)
-    begin_o = tl.min(tl.where(count_o > 0, first_o, _FAR))
-    begin_i = tl.min(tl.where(count_i > 0, first_i, _FAR))
-    end_o, end_i = tl.max(tl.where(count_o > 0, first_o + count_o, 0)), tl.max(tl.where(count_i > 0, first_i + count_i, 0))
+    begin_o, end_o = tl.min(tl.where(outer_valid, first_o, _FAR)), tl.max(first_o + count_o)
+    begin_i, end_i = tl.min(tl.where(inner_valid, first_i, _FAR)), tl.max(first_i + count_i)
+    end_o, end_i = tl.where(begin_o < _FAR, end_o, 0), tl.where(begin_i < _FAR, end_i, 0)
     image = tl.load(region + PIXELS).to(tl.pointer_type(tl.uint8))
-    channel = tl.load(region + STRIDES + 2)
-
-    red = tl.zeros([outer.shape[0], inner.shape[0]], tl.int32)
-    green, blue = red, red
+    lane = tl.arange(0, 4 * CHUNK)
+    channel = lane // CHUNK
+    # The first pass makes lines along the inner axis, in (channel, source coordinate of the outer axis) order.
+    image += channel * tl.load(region + STRIDES + 2)
+    out = tl.zeros([4 * INNER, OUTER], tl.int32)
     for o in range(begin_o, end_o, CHUNK):
-        band_o = tl.trans(_band(region, o, begin_o, first_o, count_o, center_o, total_o, inverse_o, CHUNK))
-        low_o, high_o = _digits(band_o)
-        at_o = o + tl.arange(0, CHUNK)
-        rows = image + _source(region, outer_axis, at_o)
-        line_r = tl.zeros([CHUNK, inner.shape[0]], tl.int32)
-        line_g, line_b = line_r, line_r
+        at_o = o + lane % CHUNK
+        lines = image + _source(region, outer_axis, at_o)
+        line = tl.zeros([4 * CHUNK, INNER], tl.int32)
         for i in range(begin_i, end_i, CHUNK):
-            band_i = _band(region, i, begin_i, first_i, count_i, center_i, total_i, inverse_i, CHUNK)
-            low_i, high_i = _digits(band_i)
             at_i = i + tl.arange(0, CHUNK)
-            pointers = rows[:, None] + _source(region, inner_axis, at_i)[None, :]
-            mask = (at_o < end_o)[:, None] & (at_i < end_i)[None, :]
-            # Bytes are centred so that sums stay below 2^24; what that takes away is added here.
-            offset = (tl.sum(band_i, axis=0) * ZERO)[None, :]
-            pixels = _read(pointers, mask)
-            line_r = _exact_dot(pixels, pixels, low_i, high_i, line_r + offset)
-            pixels = _read(pointers + channel, mask)
-            line_g = _exact_dot(pixels, pixels, low_i, high_i, line_g + offset)
-            pixels = _read(pointers + 2 * channel, mask)
-            line_b = _exact_dot(pixels, pixels, low_i, high_i, line_b + offset)
-        offset = (tl.sum(band_o, axis=1) * ZERO)[:, None]
-        line = _centred_byte(line_r).to(tl.float16)
-        red = _exact_dot(low_o, high_o, line, line, red + offset)
-        line = _centred_byte(line_g).to(tl.float16)
-        green = _exact_dot(low_o, high_o, line, line, green + offset)
-        line = _centred_byte(line_b).to(tl.float16)
-        blue = _exact_dot(low_o, high_o, line, line, blue + offset)
+            mask = ((at_o < end_o) & (channel < 3))[:, None] & (at_i < end_i)[None, :]
+            pixels = tl.load(lines[:, None] + _source(region, inner_axis, at_i)[None, :], mask=mask, other=ZERO)
+            pixels = (pixels.to(tl.int32) - ZERO).to(tl.float16)
+            band = _band(region, i, begin_i, first_i, count_i, center_i, total_i, inverse_i, CHUNK)
+            line = _filtered(pixels, band, line)
+        line = _centred_byte(line).to(tl.float16)
+        line = line.reshape(4, CHUNK, INNER).trans(0, 2, 1).reshape(4 * INNER, CHUNK)
+        band = _band(region, o, begin_o, first_o, count_o, center_o, total_o, inverse_o, CHUNK)
+        out = _filtered(line, band, out)
+    valid = tl.broadcast_to(inner_valid[None, :, None] & outer_valid[None, None, :], 4, INNER, OUTER)
+    return tl.where(valid.reshape(4 * INNER, OUTER), _centred_byte(out), 0)
 
-    valid = outer_valid[:, None] & inner_valid[None, :]
-    red = tl.where(valid, _centred_byte(red), 0)
-    green = tl.where(valid, _centred_byte(green), 0)
-    blue = tl.where(valid, _centred_byte(blue), 0)
-    return red, green, blue
+
+@triton.jit
+def multiply(pixels, weight, total):
+    """total + pixels/256 · weight; pixels are bytes minus 128, weight [K, N] is float32, bfloat16 or float16.
+
+    A float32 weight goes through the tensor cores in three bfloat16 parts, which hold its 24 bits: every product is exact.
+    Each call's sum starts afresh, because tensor cores truncate when they add: short sums, added in float32.
+    """
+    operand = pixels.to(tl.float32) * _PIXEL
+    if weight.dtype == tl.float32:
+        operand = operand.to(tl.bfloat16)
+        high = weight.to(tl.bfloat16)
+        rest = weight - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        part = tl.dot(operand, low)
+        part = tl.dot(operand, middle, part)
+        return total + tl.dot(operand, high, part)
+    else:
+        return tl.dot(operand.to(weight.dtype), weight, total)

@@ -13,12 +13,14 @@ from vpt_kernels.roi_patch_embed.geometry import FILTERS, MAX_SIZE, Column
 FIRST_TILE = tl.constexpr(Column.COUNT + 0)
 PIXELS = tl.constexpr(Column.COUNT + 1)
 STRIDES = tl.constexpr(Column.COUNT + 2)
-RECORD = tl.constexpr(Column.COUNT + 5)
-"""A record is int64: the plan's columns, the region's first tile, its image's address and byte strides (x, y, channel)."""
+PITCH = tl.constexpr(Column.COUNT + 5)
+RECORD = tl.constexpr(Column.COUNT + 7)
+"""A record is int64: the plan's columns, the region's first tile, its image's address and byte strides (x, y, channel),
+and the distance (x, y) of its tiles."""
 
 _CAPTURED: list[Tensor] = []
 """Pinned records that a CUDA graph's copy reads again in every replay. PyTorch does not say when a graph dies, and
-memory that is reused before then would send a replay to another call's addresses: about 232 bytes a region and
+memory that is reused before then would send a replay to another call's addresses: about 250 bytes a region and
 captured call stay with the process."""
 
 
@@ -29,7 +31,7 @@ def stage(
 
     Args:
         images, plan, rows, row_bytes: as the operators get them; `rows` −1 accepts any number.
-        tile: side of a square tile, in pixels or, if `in_patches`, in patches.
+        tile: side of a square tile, in pixels, of which it may use fewer; or, if `in_patches`, in patches.
 
     Returns:
         (records int64 [regions, RECORD] on the images' device, number of tiles). Nothing waits for the device.
@@ -45,9 +47,14 @@ def stage(
         image = images[region[c.IMAGE]]
         grid_w, grid_h = region[c.GRID_WIDTH], region[c.GRID_HEIGHT]
         stride_y, stride_x, channel = image.stride()
-        records += (*region, tiles, image.data_ptr(), stride_x, stride_y, channel)
-        unit = 1 if in_patches else region[c.PATCH_SIZE]
-        tiles += -(-grid_w * unit // tile) * -(-grid_h * unit // tile)
+        if in_patches:
+            unit, pitch_x, pitch_y = 1, tile, tile
+        else:
+            unit, radius = region[c.PATCH_SIZE], 4 if FILTERS[region[c.FILTER]] == "bicubic" else 2
+            pitch_x = _pitch(region[c.NEAREST_WIDTH_3] / region[c.RESIZED_WIDTH], radius, tile)
+            pitch_y = _pitch(region[c.NEAREST_HEIGHT_3] / region[c.RESIZED_HEIGHT], radius, tile)
+        records += (*region, tiles, image.data_ptr(), stride_x, stride_y, channel, pitch_x, pitch_y)
+        tiles += -(-grid_w * unit // pitch_x) * -(-grid_h * unit // pitch_y)
         first_row += grid_w * grid_h
     if rows >= 0 and rows != first_row:
         raise ValueError(f"the plan has {first_row} patches, not {rows}; use plan_regions")
@@ -60,6 +67,12 @@ def stage(
     if torch.cuda.is_current_stream_capturing():
         _CAPTURED.append(pinned)
     return pinned.to(device, non_blocking=True), tiles
+
+
+def _pitch(scale: float, support: int, tile: int) -> int:
+    """Outputs of a tile whose taps span at most `tile` source pixels, so that one product does; all where that is few."""
+    outputs = int((tile - 1 - support * max(scale, 1.0)) / scale) + 1
+    return min(outputs, tile) if 2 * outputs >= tile else tile
 
 
 def _check_region(row: Sequence[int], images: Sequence[Tensor], row_bytes: int, first_row: int, number: int) -> None:
