@@ -43,14 +43,7 @@ class Strip(NamedTuple):
     warps: int
 
 
-STRIP = Strip(4, 32, 64, 8)
-
-
-@triton.jit
-def _load_weight(weight, column, embed, along_o, along_i, channel, inside, P: tl.constexpr):
-    """[256, BN]: the weight's columns of one channel, in the order of the operand (outer, inner)."""
-    at = column[None, :] * (3 * P * P) + (along_o + along_i + channel)[:, None]
-    return tl.load(weight + at, mask=inside[:, None] & (column < embed)[None, :], other=0.0)
+STRIP = Strip(4, 32, 16, 8)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -83,12 +76,10 @@ def strip_kernel(
     inside_o, inside_i = (within < P) & (outer < valid_o), (within < P) & (inner < valid_i)
     pixels = resample(region, outer_axis, outer, inside_o, inner, inside_i, CHUNK)
 
-    # [4·inner, outer] → one [patches, outer · inner] operand per channel; patches in (outer, inner) order as well.
-    pixels = pixels.reshape(2, 2, SIDE, _SLOT, SIDE, _SLOT).permute(4, 2, 5, 3, 0, 1)
-    pixels = pixels.reshape(SIDE * SIDE, _SLOT * _SLOT, 2, 2)
-    first, second = tl.split(pixels)
-    red, blue = tl.split(first)
-    green, _ = tl.split(second)
+    # [channel, inner, outer] → [group, patch, k]: every warp owns the operand's share of one channel and half its rows
+    # (outer), and the weight's; patches and pixels in (outer, inner) order.
+    pixels = pixels.reshape(4, SIDE, _SLOT, SIDE, 2, _SLOT // 2).permute(0, 4, 3, 1, 5, 2)
+    pixels = pixels.reshape(8, SIDE * SIDE, _SLOT * _SLOT // 2)
 
     m = tl.arange(0, SIDE * SIDE)
     patch_o, patch_i = patch_o + m // SIDE, patch_i + m % SIDE
@@ -98,21 +89,18 @@ def strip_kernel(
     entry = bias_entry(tl.where(vertical, rest_o, rest_i), tl.where(vertical, rest_i, rest_o), P)
     row = field(region, _FIRST_ROW) + row_part(region, outer_axis, patch_o) + row_part(region, inner_axis, patch_i)
     target = out + row.to(tl.int64)[:, None] * out_stride
-    k = tl.arange(0, _SLOT * _SLOT)
-    along_o = k // _SLOT * tl.where(outer_axis == 0, 3, 3 * P)
-    along_i = k % _SLOT * tl.where(inner_axis == 0, 3, 3 * P)
-    inside = (k // _SLOT < P) & (k % _SLOT < P)
+    group, k = tl.arange(0, 8)[:, None], tl.arange(0, _SLOT * _SLOT // 2)[None, :]
+    channel, at_o, at_i = group // 2, group % 2 * (_SLOT // 2) + k // _SLOT, k % _SLOT
+    inside = ((channel < 3) & (at_o < P) & (at_i < P))[:, :, None]
+    at = channel + at_o * tl.where(outer_axis == 0, 3, 3 * P) + at_i * tl.where(inner_axis == 0, 3, 3 * P)
+    weight += at[:, :, None]
     for start in range(0, embed, BN):
         n = start + tl.arange(0, BN)
-        total = tl.load(
-            bias + entry[:, None] * embed + n[None, :], mask=stored[:, None] & (n < embed)[None, :], other=0.0
-        )
-        products = tl.zeros([SIDE * SIDE, BN], tl.float32)
-        products = multiply(red, _load_weight(weight, n, embed, along_o, along_i, 0, inside, P), products)
-        products = multiply(green, _load_weight(weight, n, embed, along_o, along_i, 1, inside, P), products)
-        products = multiply(blue, _load_weight(weight, n, embed, along_o, along_i, 2, inside, P), products)
-        total = (products + total).to(out.dtype.element_ty)
-        tl.store(target + n[None, :], total, mask=stored[:, None] & (n < embed)[None, :])
+        part = tl.load(weight + n * (3 * P * P), mask=inside & (n < embed), other=0.0)
+        total = tl.sum(multiply(pixels, part, tl.zeros([8, SIDE * SIDE, BN], tl.float32)), axis=0)
+        mask = stored[:, None] & (n < embed)[None, :]
+        total += tl.load(bias + entry[:, None] * embed + n[None, :], mask=mask, other=0.0)
+        tl.store(target + n[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
 def embed_in_one_launch(

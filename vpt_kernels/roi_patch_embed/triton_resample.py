@@ -2,8 +2,8 @@
 
 A pass along one axis is a product with a banded matrix of 22-bit coefficients. The matrix is built from float64
 arithmetic in Pillow's order (the launches switch contraction off), split into two 12-bit digits that float16 holds
-exactly, and multiplied on tensor cores: a product with a centred byte is at most 2^18, a sum of 64 of them at most 2^24,
-so every float32 sum is an exact integer. Pillow's rounding to a byte after each pass then happens in int32.
+exactly, and multiplied on tensor cores: a product with a centred byte is at most 2^18, a sum of up to 64 of them (a chunk)
+at most 2^24, so every float32 sum is an exact integer. Pillow's rounding to a byte after each pass then happens in int32.
 
 Both axes are treated alike. "Inner" is the axis that is resampled first (0: columns, 1: rows), "outer" the other one;
 the plan's columns come in (x, y) pairs, so that an axis is an offset.
