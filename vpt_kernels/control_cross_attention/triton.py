@@ -1,0 +1,367 @@
+"""Two launches: k, u and β of every image by one GEMV, then a GEMM that normalises as it reads and ends in rank one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vpt_kernels.launch import capability, on_device
+from vpt_kernels.library import implement
+
+GEMM_LAUNCHES = {
+    # BLOCK_M tokens, BLOCK_N outputs, BLOCK_K channels, num_warps, num_stages
+    "float32": (64, 64, 32, 4, 2),
+    "few tokens": (64, 64, 64, 4, 3),
+    "many tokens": (128, 128, 64, 8, 3),
+}
+"""Up to MANY_TOKENS − 1 tokens: one DINOv2 or SAM image (256 tokens) gives 96 programs of 64×64 at H = 1536, of
+128×128 only 24 for 132 multiprocessors. float32: IEEE products on the ordinary cores, in half the depth, for registers.
+From reasoning about an H100, not from measurements."""
+MANY_TOKENS = 1024
+CONDITION_LAUNCHES = {
+    # BLOCK_IMAGES, BLOCK_N rows, BLOCK_K, num_warps
+    "one image": (1, 8, 512, 4),
+    "images": (4, 4, 256, 4),
+}
+"""The maps are read once for every BLOCK_IMAGES images; 16 KB of float32 in flight per program."""
+IDENTITY_LAUNCHES = {
+    # largest H, BLOCK_M tokens, num_warps
+    "narrow": (2048, 1, 4),
+    "wide": (16384, 1, 8),
+}
+"""One program per token: 256 of them fill the chip, and no row waits for another."""
+
+EPS = tl.constexpr(1e-5)
+KERNEL = 4
+"""The conv form's patch side and stride."""
+
+
+@triton.jit
+def _merge_moments(mean, squares, count, x, is_x, added):
+    """Mean and sum of squared deviations of rows [R] after `added` more columns x [R, K]; no cancellation."""
+    chunk_mean = tl.sum(tl.where(is_x, x, 0.0), 1) / added
+    deviation = tl.where(is_x, x - chunk_mean[:, None], 0.0)
+    delta = chunk_mean - mean
+    total = count + added
+    mean += delta * (added / total)
+    squares += tl.sum(deviation * deviation, 1) + delta * delta * (count * added / total)
+    return mean, squares, total
+
+
+@triton.jit
+def _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED: tl.constexpr):
+    """The image of each token: the last one that begins at or before it."""
+    if RAGGED:
+        low = token * 0
+        high = low + images
+        for _ in range(steps):
+            middle = (low + high) // 2
+            begins = tl.load(cu_seqlens + middle * cu_stride).to(tl.int64) <= token
+            low = tl.where(begins, middle, low)
+            high = tl.where(begins, high, middle)
+        return low
+    else:
+        return token // per_image
+
+
+@triton.jit
+def _mapped_rows(
+    weight, bias, row, rows, hidden, control, image, images, control_stride, norm_weight, norm_bias, out, out_stride,
+    BLOCK_IMAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[image, row] = weight[row] · LayerNorm(control[image]) + bias[row], float32."""
+    column = tl.arange(0, BLOCK_K)
+    is_image, is_row = image < images, row < rows
+    mean = tl.zeros((BLOCK_IMAGES,), tl.float32)
+    squares = tl.zeros((BLOCK_IMAGES,), tl.float32)
+    count = 0.0
+    for start in range(0, hidden, BLOCK_K):
+        is_h = is_image[:, None] & (start + column < hidden)[None, :]
+        h = tl.load(control + image[:, None] * control_stride + (start + column)[None, :], mask=is_h, other=0.0)
+        added = tl.minimum(hidden - start, BLOCK_K).to(tl.float32)
+        mean, squares, count = _merge_moments(mean, squares, count, h.to(tl.float32), is_h, added)
+    inverse = tl.div_rn(tl.full((BLOCK_IMAGES,), 1.0, tl.float32), tl.sqrt_rn(squares / hidden + EPS))
+    total = tl.zeros((BLOCK_N, BLOCK_IMAGES), tl.float32)
+    for start in range(0, hidden, BLOCK_K):
+        is_column = start + column < hidden
+        is_h = is_image[:, None] & is_column[None, :]
+        is_w = is_row[:, None] & is_column[None, :]
+        w = tl.load(weight + row[:, None] * hidden + (start + column)[None, :], mask=is_w, other=0.0)
+        h = tl.load(control + image[:, None] * control_stride + (start + column)[None, :], mask=is_h, other=0.0)
+        scale = tl.load(norm_weight + start + column, mask=is_column, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias + start + column, mask=is_column, other=0.0).to(tl.float32)
+        n = (h.to(tl.float32) - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
+        # A masked column of an image whose moments are NaN must not reach the sum.
+        n = tl.where(is_h, n, 0.0)
+        total += tl.sum(w.to(tl.float32)[:, None, :] * n[None, :, :], 2)
+    total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + image[None, :] * out_stride + row[:, None], total, mask=is_row[:, None] & is_image[None, :])
+
+
+@triton.jit(do_not_specialize=["images"])
+def condition_kernel(
+    control, norm_weight, norm_bias, weight, bias, score_weight, score_bias, out, images, hidden, score_rows,
+    control_stride, out_stride,
+    PDL: tl.constexpr, BLOCK_IMAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [images, H + score_rows]: k, u, β. The first blocks of rows are k's; score_rows is 0 in the identity form."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    image = (tl.program_id(1) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)).to(tl.int64)
+    block = tl.program_id(0)
+    key_blocks = tl.cdiv(hidden, BLOCK_N)
+    if block < key_blocks:
+        row = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        _mapped_rows(
+            weight, bias, row, hidden, hidden, control, image, images, control_stride, norm_weight, norm_bias,
+            out, out_stride, BLOCK_IMAGES, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        row = ((block - key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        _mapped_rows(
+            score_weight, score_bias, row, score_rows, hidden, control, image, images, control_stride, norm_weight,
+            norm_bias, out + hidden, out_stride, BLOCK_IMAGES, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _features(base, channel, group, x_channel, x_height, x_width, mask, CONV: tl.constexpr):
+    """float32 [tokens, channels] of the tokens' LayerNorm group (ky, kx), or of their rows."""
+    if CONV:
+        base += (group // 4) * x_height + (group % 4) * x_width
+        place = base[:, None] + channel.to(tl.int64)[None, :] * x_channel
+    else:
+        place = base[:, None] + channel[None, :]
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"],
+)
+def project_kernel(
+    features, weight, bias, norm_weight, norm_bias, condition, cu_seqlens, rows, out,
+    tokens, per_image, images, steps, hidden, cells_across, x_image, x_token, x_channel, x_height, x_width,
+    condition_stride, cu_stride, rows_stride, out_rows, out_stride,
+    CHANNELS: tl.constexpr, CONV: tl.constexpr, RAGGED: tl.constexpr, CONDITIONED: tl.constexpr,
+    ONE_IMAGE: tl.constexpr, SCATTER: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[row of token] = f + (LN(x)·u + β)·k, f = LN(x)·Wᵀ + b; condition holds k, u, β of every image."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_token = token < tokens
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = output < hidden
+    groups: tl.constexpr = 16 if CONV else 1
+    chunks: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
+    image = _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED)
+    if CONV:
+        cell = token % per_image
+        base = image * x_image + (cell // cells_across) * (4 * x_height) + (cell % cells_across) * (4 * x_width)
+    elif RAGGED:
+        base = token * x_token
+    else:
+        base = (token // per_image) * x_image + (token % per_image) * x_token
+    x_rows = features + base
+
+    # The moments of all groups before the GEMM: this part needs nothing from the launch before.
+    group_index = tl.arange(0, groups)[None, :]
+    means = tl.zeros((BLOCK_M, groups), tl.float32)
+    inverses = tl.zeros((BLOCK_M, groups), tl.float32)
+    for group in range(groups):
+        mean = tl.zeros((BLOCK_M,), tl.float32)
+        squares = tl.zeros((BLOCK_M,), tl.float32)
+        count = 0.0
+        for chunk in tl.range(chunks, num_stages=3):
+            channel = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+            is_x = is_token[:, None] & (channel < CHANNELS)[None, :]
+            x = _features(x_rows, channel, group, x_channel, x_height, x_width, is_x, CONV)
+            added = tl.minimum(CHANNELS - chunk * BLOCK_K, BLOCK_K).to(tl.float32)
+            mean, squares, count = _merge_moments(mean, squares, count, x, is_x, added)
+        inverse = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.sqrt_rn(squares / CHANNELS + EPS))
+        means = tl.where(group_index == group, mean[:, None], means)
+        inverses = tl.where(group_index == group, inverse[:, None], inverses)
+
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    score = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(groups * chunks):
+        group = step // chunks
+        channel = (step % chunks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        is_channel = channel < CHANNELS
+        column = group * CHANNELS + channel
+        is_x = is_token[:, None] & is_channel[None, :]
+        x = _features(x_rows, channel, group, x_channel, x_height, x_width, is_x, CONV)
+        is_w = is_channel[:, None] & is_output[None, :]
+        place = output.to(tl.int64)[None, :] * (groups * CHANNELS) + column[:, None]
+        w = tl.load(weight + place, mask=is_w, other=0.0)
+        scale = tl.load(norm_weight + channel, mask=is_channel, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias + channel, mask=is_channel, other=0.0).to(tl.float32)
+        mean = tl.sum(tl.where(group_index == group, means, 0.0), 1)
+        inverse = tl.sum(tl.where(group_index == group, inverses, 0.0), 1)
+        n = (x - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
+        if CONDITIONED:
+            if ONE_IMAGE:
+                u = tl.load(condition + hidden + column, mask=is_channel, other=0.0)[None, :]
+            else:
+                u = tl.load(condition + image[:, None] * condition_stride + hidden + column[None, :], is_x, other=0.0)
+            score += tl.sum(n * u, 1)
+        total = tl.dot(n.to(w.dtype), w, total, input_precision="ieee")
+
+    total += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    if CONDITIONED:
+        beta = hidden + groups * CHANNELS
+        if ONE_IMAGE:
+            score += tl.load(condition + beta)
+            key = tl.load(condition + output, mask=is_output, other=0.0)[None, :]
+        else:
+            of_image = condition + image * condition_stride
+            score += tl.load(of_image + beta, mask=is_token, other=0.0)
+            is_key = is_token[:, None] & is_output[None, :]
+            key = tl.load(of_image[:, None] + output[None, :], mask=is_key, other=0.0)
+        total += score[:, None] * key
+    row = token
+    if SCATTER:
+        row = tl.load(rows + token * rows_stride, mask=is_token, other=-1).to(tl.int64)
+    is_stored = is_token & (row >= 0) & (row < out_rows)
+    place = out + row[:, None] * out_stride + output[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=is_stored[:, None] & is_output[None, :])
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"],
+)
+def identity_kernel(
+    features, condition, cu_seqlens, rows, out,
+    tokens, per_image, images, steps, hidden, x_image, x_token, condition_stride, cu_stride, rows_stride, out_rows,
+    out_stride,
+    RAGGED: tl.constexpr, CONDITIONED: tl.constexpr, SCATTER: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out[row of token] = x + (x·k)·k; whole rows stay in registers, so x is read once."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_token = token < tokens
+    channel = tl.arange(0, BLOCK_H)
+    is_x = is_token[:, None] & (channel < hidden)[None, :]
+    image = _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED)
+    if RAGGED:
+        base = token * x_token
+    else:
+        base = (token // per_image) * x_image + (token % per_image) * x_token
+    x = tl.load(features + base[:, None] + channel[None, :], mask=is_x, other=0.0)
+    row = token
+    if SCATTER:
+        row = tl.load(rows + token * rows_stride, mask=is_token, other=-1).to(tl.int64)
+    is_stored = is_token & (row >= 0) & (row < out_rows)
+    if CONDITIONED:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        f = x.to(tl.float32)
+        key = tl.load(condition + image[:, None] * condition_stride + channel[None, :], mask=is_x, other=0.0)
+        x = (f + tl.sum(f * key, 1)[:, None] * key).to(x.dtype)
+    tl.store(
+        out + row[:, None] * out_stride + channel[None, :], x, mask=is_stored[:, None] & (channel < hidden)[None, :]
+    )
+
+
+def _conditions(control: Tensor, weights: tuple[Tensor | None, ...], columns: int, pdl: bool) -> Tensor:
+    """k, u and β of every image: float32 [images, H + columns], columns D + 1, or 0 in the identity form."""
+    norm_weight, norm_bias, weight, bias, score_weight, score_bias = weights
+    images, hidden = control.shape
+    out = torch.empty((images, hidden + columns), dtype=torch.float32, device=control.device)
+    block_images, block_n, block_k, warps = CONDITION_LAUNCHES["one image" if images == 1 else "images"]
+    grid = (
+        triton.cdiv(hidden, block_n) + triton.cdiv(columns, block_n),
+        triton.cdiv(images, block_images),
+    )
+    condition_kernel[grid](
+        control, norm_weight, norm_bias, weight, bias, score_weight, score_bias, out, images, hidden, columns,
+        control.stride(0), out.stride(0),
+        PDL=pdl, BLOCK_IMAGES=block_images, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def _project(
+    out: Tensor,
+    rows: Tensor | None,
+    features: Tensor,
+    control: Tensor | None,
+    cu_seqlens: Tensor | None,
+    feature_norm_weight: Tensor | None,
+    feature_norm_bias: Tensor | None,
+    feature_weight: Tensor | None,
+    feature_bias: Tensor | None,
+    *condition_weights: Tensor | None,
+) -> None:
+    hidden = condition_weights[2].shape[0]
+    conv = features.dim() == 4
+    channels = features.shape[1 if conv else -1]
+    cells_across = features.shape[3] // KERNEL if conv else 0
+    per_image = cells_across * (features.shape[2] // KERNEL) if conv else features.shape[-2]
+    tokens = features.shape[0] * per_image if features.dim() > 2 else per_image
+    images = features.shape[0] if features.dim() > 2 else 1
+    if cu_seqlens is not None:
+        images = cu_seqlens.shape[0] - 1
+    if not tokens or not out.shape[0]:
+        return
+    columns = 0 if feature_weight is None else feature_weight.shape[1] + 1
+    conditioned = control is not None
+    pdl = conditioned and capability(features) >= 90
+    strides = features.stride()
+    # A single image of 2-D features has no stride of its own.
+    x_image, x_token = (0, strides[0]) if features.dim() == 2 else strides[:2]
+    scatter = rows is not None
+    shared = {
+        "RAGGED": cu_seqlens is not None, "CONDITIONED": conditioned, "SCATTER": scatter, "PDL": pdl,
+        "launch_pdl": pdl,
+    }  # fmt: skip
+    with on_device(features):
+        condition = _conditions(control, condition_weights, columns, pdl) if conditioned else None
+        condition_stride = condition.stride(0) if conditioned else 0
+        cu_stride = cu_seqlens.stride(0) if cu_seqlens is not None else 0
+        rows_stride = rows.stride(0) if scatter else 0
+        if feature_weight is None:
+            _, block_m, warps = IDENTITY_LAUNCHES["narrow" if hidden <= IDENTITY_LAUNCHES["narrow"][0] else "wide"]
+            identity_kernel[(triton.cdiv(tokens, block_m),)](
+                features, condition, cu_seqlens, rows, out,
+                tokens, per_image, images, images.bit_length(), hidden, x_image, x_token, condition_stride, cu_stride,
+                rows_stride, out.shape[0], out.stride(0),
+                BLOCK_M=block_m, BLOCK_H=triton.next_power_of_2(hidden), num_warps=warps, **shared,
+            )  # fmt: skip
+            return
+        size = "float32" if features.dtype == torch.float32 else "few tokens" if tokens < MANY_TOKENS else "many tokens"
+        block_m, block_n, block_k, warps, stages = GEMM_LAUNCHES[size]
+        grid = (triton.cdiv(tokens, block_m), triton.cdiv(hidden, block_n))
+        project_kernel[grid](
+            features, feature_weight, feature_bias, feature_norm_weight, feature_norm_bias, condition, cu_seqlens,
+            rows, out,
+            tokens, per_image, images, images.bit_length(), hidden, cells_across,
+            x_image, x_token, *(strides[1:] if conv else (1, 0, 0)),
+            condition_stride, cu_stride, rows_stride, out.shape[0], out.stride(0),
+            CHANNELS=channels, CONV=conv, ONE_IMAGE=images == 1,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages, **shared,
+        )  # fmt: skip
+
+
+def control_cross_attention(*arguments: Tensor | None) -> Tensor:
+    features, weight = arguments[0], arguments[5]
+    if features.dim() == 4:
+        tokens = features.shape[0] * (features.shape[2] // KERNEL) * (features.shape[3] // KERNEL)
+    else:
+        tokens = features.shape[0] * (features.shape[1] if features.dim() == 3 else 1)
+    width = features.shape[-1] if weight is None else weight.shape[0]
+    out = torch.empty((tokens, width), dtype=features.dtype, device=features.device)
+    _project(out, None, *arguments)
+    return out
+
+
+def control_cross_attention_into(*arguments: Tensor | None) -> None:
+    *inputs, out, rows = arguments
+    _project(out, rows, *inputs)
+
+
+implement("control_cross_attention", "triton", control_cross_attention)
+implement("control_cross_attention_into", "triton", control_cross_attention_into)
