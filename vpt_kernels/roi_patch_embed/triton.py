@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vpt_kernels.launch import capability, on_device
 from vpt_kernels.library import implement
 from vpt_kernels.roi_patch_embed.geometry import Column
 from vpt_kernels.roi_patch_embed.triton_resample import (
@@ -46,7 +45,7 @@ def resample_kernel(
 ):
     """A TILE × TILE window of one region → bytes of the patch matrix; at byte ENTRY of a row its bias entry (int32)."""
     if PDL:
-        gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     region = find_region(regions, count, tile)
     tile -= field(region, FIRST_TILE)
@@ -112,10 +111,10 @@ def embed_kernel(
     row = tl.minimum(m, rows - 1).to(tl.int64)
     column = tl.minimum(n, embed - 1)
     a = patches + row[:, None] * STRIDE + k[None, :]
-    b = weight + column[None, :] * K + k[:, None]
+    b = weight + column.to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros([BM, BN], tl.float32)
     if PDL:
-        gdc_wait()
+        tl.extra.cuda.gdc_wait()
     for start in range(0, K, BK):
         inside = k < K - start
         pixels = tl.load(a + start, mask=inside[None, :], other=ZERO)
@@ -156,16 +155,6 @@ FEW_ROWS = 4096
 
 
 
-def _guard(device: torch.device):
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _chains(device: torch.device) -> bool:
-    """Whether a launch may begin before the one it depends on has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _resample(
     images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, out: Tensor, entry: int | None, chained: bool
 ) -> None:
@@ -190,7 +179,7 @@ def roi_patches(images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: in
     device = images[0].device if images else plan.device
     out = torch.empty((rows, row_bytes), dtype=torch.uint8, device=device)
     if len(plan):
-        with _guard(device):
+        with on_device(out):
             _resample(images, plan, rows, row_bytes, out, None, False)
     return out
 
@@ -216,11 +205,10 @@ def _embed(
         raise ValueError("weight and bias must be contiguous, as fold_patch_weight returns them")
     if not len(plan) or not embed:
         return
-    device = weight.device
     stride, entry = patch_row_layout(row_bytes)
-    with _guard(device):
-        patches = torch.empty((rows, stride), dtype=torch.uint8, device=device)
-        chained = _chains(device)
+    with on_device(weight):
+        patches = torch.empty((rows, stride), dtype=torch.uint8, device=weight.device)
+        chained = capability(weight) >= 90
         _resample(images, plan, rows, row_bytes, patches, entry, chained)
         block = _product(rows, weight.dtype)
         options = {"launch_pdl": True} if chained else {}
