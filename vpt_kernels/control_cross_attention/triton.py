@@ -251,16 +251,16 @@ def identity_kernel(
     else:
         base = (token // per_image) * x_image + (token % per_image) * x_token
     x = tl.load(features + base[:, None] + channel[None, :], mask=is_x, other=0.0)
-    row = token
-    if SCATTER:
-        row = tl.load(rows + token * rows_stride, mask=is_token, other=-1).to(tl.int64)
-    is_stored = is_token & (row >= 0) & (row < out_rows)
     if CONDITIONED:
         if PDL:
             tl.extra.cuda.gdc_wait()
         f = x.to(tl.float32)
         key = tl.load(condition + image[:, None] * condition_stride + channel[None, :], mask=is_x, other=0.0)
         x = (f + tl.sum(f * key, 1)[:, None] * key).to(x.dtype)
+    row = token
+    if SCATTER:
+        row = tl.load(rows + token * rows_stride, mask=is_token, other=-1).to(tl.int64)
+    is_stored = is_token & (row >= 0) & (row < out_rows)
     tl.store(
         out + row[:, None] * out_stride + channel[None, :], x, mask=is_stored[:, None] & (channel < hidden)[None, :]
     )
