@@ -127,12 +127,11 @@ def embed_kernel(
 
 
 class Resampling(NamedTuple):
-    """Launch of `resample_kernel`: pixels a side of a tile, source pixels of one product, warps, registers a thread."""
+    """Launch of `resample_kernel`: pixels a side of a tile, source pixels of one product, warps."""
 
     tile: int
     chunk: int
     warps: int
-    registers: int
 
 
 class Product(NamedTuple):
@@ -145,7 +144,7 @@ class Product(NamedTuple):
     stages: int
 
 
-RESAMPLING = Resampling(32, 32, 8, 128)
+RESAMPLING = Resampling(32, 32, 8)
 PRODUCTS = {
     "float32": Product(64, 64, 32, 4, 3),
     "few rows": Product(64, 64, 64, 4, 4),
@@ -169,7 +168,6 @@ def _resample(
         CHUNK=RESAMPLING.chunk,
         PDL=chained,
         num_warps=RESAMPLING.warps,
-        maxnreg=RESAMPLING.registers,
         num_stages=1,
         enable_fp_fusion=False,
     )

@@ -198,9 +198,10 @@ def resample(region, outer_axis, outer, outer_valid, inner, inner_valid, CHUNK: 
         line = tl.zeros([4 * CHUNK, INNER], tl.int32)
         for i in range(begin_i, end_i, CHUNK):
             at_i = i + tl.arange(0, CHUNK)
-            mask = ((at_o < end_o) & (channel < 3))[:, None] & (at_i < end_i)[None, :]
-            pixels = tl.load(lines[:, None] + _source(region, inner_axis, at_i)[None, :], mask=mask, other=ZERO)
-            pixels = (pixels.to(tl.int32) - ZERO).to(tl.float16)
+            mask = (at_i < end_i)[:, None] & ((at_o < end_o) & (channel < 3))[None, :]
+            # Where strides are unknown the compiler lets lanes run along the first dimension: the image's rows.
+            pixels = tl.load(lines[None, :] + _source(region, inner_axis, at_i)[:, None], mask=mask, other=ZERO)
+            pixels = (pixels.to(tl.int32) - ZERO).to(tl.float16).trans()
             band = _band(region, i, begin_i, first_i, count_i, center_i, total_i, inverse_i, CHUNK)
             line = _filtered(pixels, band, line)
         line = _centred_byte(line).to(tl.float16)
