@@ -2,12 +2,16 @@
 
     python -m tests.aot.compile OUT.json
 
-writes, per variant and target: registers, spilled bytes, shared memory, and the matrix instructions of the PTX.
+writes, per variant and target: registers, spilled bytes, shared memory, the matrix instructions and whether the kernel
+takes part in programmatic dependent launch. Results are kept under build/aot by the hash of what they depend on.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -19,7 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from tests.aot.kernels import TARGETS, VARIANTS, Variant
+from tests.aot.kernels import VARIANTS
+from tests.aot.variant import TARGETS, Variant
+
+CACHE = Path(__file__).resolve().parents[2] / "build" / "aot"
 
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 
@@ -67,15 +74,38 @@ def _resources(ptx: str, target: int) -> dict:
     return {"registers": int(re.search(r"Used (\d+) registers", said)[1]), "spilled": spilled}
 
 
-def main(out: Path) -> None:
+def digest(variant: Variant) -> str:
+    """Of everything the result depends on: the sources of the kernel's operator, the variant and the compiler."""
+    operator = Path(sys.modules[variant.kernel.__module__].__file__).parent
+    state = hashlib.sha256()
+    for path in (*sorted(operator.glob("*.py")), Path(__file__), Path(__file__).with_name("variant.py")):
+        state.update(path.read_bytes())
+    plain = dataclasses.replace(variant, kernel=variant.kernel.__name__)
+    state.update(f"{plain} {TARGETS} {triton.__version__}".encode())
+    return state.hexdigest()[:24]
+
+
+def results(index: int) -> dict[str, dict]:
+    """Per target, of the variant with this index; from the cache if nothing has changed."""
+    variant = VARIANTS[index]
+    path = CACHE / f"{digest(variant)}.json"
+    if path.exists():
+        return json.loads(path.read_text())
     found = {}
-    for variant in VARIANTS:
-        for target in TARGETS:
-            try:
-                found[f"{variant.name} sm_{target}"] = compile_variant(variant, target)
-            except Exception as error:  # noqa: BLE001  (the test reports every failure, not the first)
-                found[f"{variant.name} sm_{target}"] = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    out.write_text(json.dumps(found, indent=1))
+    for target in TARGETS:
+        try:
+            found[str(target)] = compile_variant(variant, target)
+        except Exception as error:  # noqa: BLE001  (the tests report every failure, not the first)
+            return {str(t): {"error": f"sm_{target}: {type(error).__name__}: {error}"[:2000]} for t in TARGETS}
+    path.write_text(json.dumps(found))
+    return found
+
+
+def main(out: Path) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.Pool(2) as pool:
+        found = pool.map(results, range(len(VARIANTS)), chunksize=1)
+    out.write_text(json.dumps({variant.name: result for variant, result in zip(VARIANTS, found)}))
 
 
 if __name__ == "__main__":

@@ -95,10 +95,13 @@ def _restore(original: Callable) -> Callable:
 
 
 _patched: set[str] = set()
+executed: set[str] = set()
+"""Names of the kernels and device functions that have run in this process."""
 
 
 def _call(self: InterpretedFunction, *arguments: object, **named: object) -> object:
     """A device function. Replacing triton.language costs milliseconds: once per module and launch, not per call."""
+    executed.add(self.fn.__name__)
     if self.fn.__module__ not in _patched:
         _patched.add(self.fn.__module__)
         interpreter._patch_lang(self.fn)
@@ -108,6 +111,7 @@ def _call(self: InterpretedFunction, *arguments: object, **named: object) -> obj
 def _launch(original: Callable) -> Callable:
     def launch(self, *arguments, **named):
         _patched.clear()
+        executed.add(self.fn.__name__)
         return original(self, *arguments, **named)
 
     return launch

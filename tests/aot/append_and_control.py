@@ -1,0 +1,95 @@
+"""The kernels of append_visual_kv and control_cross_attention as they are launched."""
+
+from __future__ import annotations
+
+from tests.aot.variant import Variant
+from vpt_kernels.append_visual_kv import triton as append
+from vpt_kernels.control_cross_attention import triton as control
+
+
+def _append(name: str, launch: tuple, kind: str, registers: int, **changes: object) -> Variant:
+    _, block_tokens, warps = launch
+    float8 = changes.pop("FLOAT8", False)
+    cache = "*u8" if float8 else f"*{kind}"
+    constants = {
+        "Q_HEADS": 12, "KV_HEADS": 2, "HEAD_DIM": 128, "HALF": 64, "SECTION_T": 16, "SECTION_H": 24, "SECTION_W": 24,
+        "INTERLEAVED": False, "PAGED": False, "FLOAT8": float8, "K_HEAD_SCALES": False, "V_HEAD_SCALES": False,
+        "BLOCK_TOKENS": block_tokens, "BLOCK_HEADS": append.BLOCK_HEADS, "BLOCK_HALF": 64, "BLOCK_REST": 1,
+        "BLOCK_DIM": 128,
+    } | changes  # fmt: skip
+    types = dict.fromkeys(("q", "q_out", "k", "v"), f"*{kind}") | dict.fromkeys(("k_cache", "v_cache"), cache)
+    types |= {"table": "*fp32", "positions": "*i64", "slots": "*i64"}
+    types |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if float8 else "constexpr")
+    unaligned = ("tokens", "table_rows", "capacity", "page_size", "positions_axis", "positions_token", "slots_token")
+    return Variant(
+        f"append {name}", append.append_kernel, constants, types, registers, 4096, warps, unaligned=unaligned,
+        options={"enable_fp_fusion": False},
+    )  # fmt: skip
+
+
+def _project(name: str, size: str, kind: str, registers: int, shared: int, **changes: object) -> Variant:
+    block_m, block_n, block_k, warps, stages = control.GEMM_LAUNCHES[size]
+    constants = {
+        "CHANNELS": 1024, "CONV": False, "RAGGED": False, "CONDITIONED": True, "ONE_IMAGE": True, "SCATTER": True,
+        "PDL": False, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+    } | changes  # fmt: skip
+    types = dict.fromkeys(("features", "weight", "bias", "norm_weight", "norm_bias", "out"), f"*{kind}")
+    types |= {"condition": "*fp32", "rows": "*i64"}
+    types["cu_seqlens"] = "*i32" if constants["RAGGED"] else "constexpr"
+    return Variant(
+        f"project {name}", control.project_kernel, constants, types, registers, shared, warps, stages,
+        unaligned=("tokens", "per_image", "images", "steps", "cells_across", "x_channel", "x_height", "x_width",
+                   "condition_stride", "cu_stride", "rows_stride", "out_rows"),
+        tensor_cores=kind != "fp32",
+    )  # fmt: skip
+
+
+def _condition(name: str, size: str, kind: str, registers: int) -> Variant:
+    images, block_n, block_k, warps = control.CONDITION_LAUNCHES[size]
+    constants = {"PDL": False, "BLOCK_IMAGES": images, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    types = dict.fromkeys(("control", "norm_weight", "norm_bias", "weight", "bias"), f"*{kind}")
+    types |= dict.fromkeys(("score_weight", "score_bias", "out"), "*fp32")
+    return Variant(
+        f"condition {name}", control.condition_kernel, constants, types, registers, 16384, warps,
+        unaligned=("images", "score_rows", "out_stride"),
+    )  # fmt: skip
+
+
+def _identity(name: str, size: str, kind: str, width: int, registers: int, **changes: object) -> Variant:
+    _, block_m, warps = control.IDENTITY_LAUNCHES[size]
+    constants = {
+        "RAGGED": True, "CONDITIONED": True, "SCATTER": True, "PDL": False, "BLOCK_M": block_m, "BLOCK_H": width,
+    } | changes  # fmt: skip
+    types = {"features": f"*{kind}", "condition": "*fp32", "cu_seqlens": "*i64", "rows": "*i64", "out": f"*{kind}"}
+    return Variant(
+        f"identity {name}", control.identity_kernel, constants, types, registers, 4096, warps,
+        unaligned=("tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"),
+    )  # fmt: skip
+
+
+VARIANTS = (
+    # Bytes in flight hide the latency of memory: at ≤ 64 registers 8 warps a scheduler fit, at ≤ 128 four.
+    _append("few bf16", append.LAUNCHES[0], "bf16", 128),
+    _append("middle bf16", append.LAUNCHES[1], "bf16", 128),
+    _append("many bf16", append.LAUNCHES[2], "bf16", 128),
+    _append("many fp32 paged", append.LAUNCHES[2], "fp32", 168, PAGED=True),
+    _append("many fp16 float8", append.LAUNCHES[2], "fp16", 168, PAGED=True, FLOAT8=True, K_HEAD_SCALES=True),
+    _append("partial interleaved", append.LAUNCHES[2], "bf16", 168, HALF=16, SECTION_T=4, SECTION_H=6, SECTION_W=6,
+            INTERLEAVED=True, HEAD_DIM=80, BLOCK_HALF=16, BLOCK_REST=64),
+    # The accumulator and the tile that is being normalised live in registers: one block of 4 warps may use them all.
+    _project("few bf16", "few tokens", "bf16", 255, 100 << 10),
+    _project("few fp16 ragged", "few tokens", "fp16", 255, 100 << 10, RAGGED=True, ONE_IMAGE=False),
+    _project("many bf16", "many tokens", "bf16", 255, 100 << 10),
+    _project("few bf16 conv", "few tokens", "bf16", 255, 100 << 10, CONV=True, CHANNELS=256),
+    _project("many bf16 conv", "many tokens", "bf16", 255, 100 << 10, CONV=True, CHANNELS=256),
+    _project("fp32", "float32", "fp32", 255, 100 << 10),
+    _project("fp32 conv", "float32", "fp32", 255, 100 << 10, CONV=True, CHANNELS=256, ONE_IMAGE=False),
+    _project("plain", "few tokens", "bf16", 255, 100 << 10, CONDITIONED=False, SCATTER=False),
+    _condition("one bf16", "one image", "bf16", 128),
+    _condition("images bf16", "images", "bf16", 168),
+    _condition("one fp32", "one image", "fp32", 128),
+    _identity("narrow bf16", "narrow", "bf16", 2048, 128),
+    _identity("wide bf16", "wide", "bf16", 4096, 128),
+    _identity("widest fp32", "wide", "fp32", 16384, 255),
+    _identity("plain", "wide", "fp16", 4096, 128, CONDITIONED=False),
+)  # fmt: skip

@@ -1,0 +1,74 @@
+"""Triton kernels compiled for sm_80, sm_90, sm_100 and sm_120: registers, spills, shared memory, instructions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import INTERPRETED, require
+
+if importlib.util.find_spec("triton.language") is None:
+    require("triton", "triton is not installed: pip install triton==3.6.0")
+elif INTERPRETED:
+    require("triton", "TRITON_INTERPRET=1 is set, and an interpreting process compiles nothing")
+
+from tests.aot.kernels import VARIANTS
+from tests.aot.variant import TARGETS, TENSOR_CORES
+
+ROOT = Path(__file__).resolve().parents[2]
+EACH = [(variant, target) for variant in VARIANTS for target in TARGETS]
+each_compilation = pytest.mark.parametrize("variant, target", EACH, ids=[f"{v.name} sm_{t}" for v, t in EACH])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The results, from a process of their own."""
+    out = tmp_path_factory.mktemp("aot") / "compiled.json"
+    command = [sys.executable, "-m", "tests.aot.compile", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+@each_compilation
+def test_resources(compiled, variant, target):
+    found = compiled[variant.name][str(target)]
+    assert "error" not in found, found
+    assert found["registers"] <= variant.registers, found
+    assert found["shared"] <= variant.shared, found
+    assert found["spilled"] == 0, found
+    # 227, 163 or 99 KB a multiprocessor: sm_120 has the least.
+    assert found["shared"] <= 99 * 1024, "sm_120 cannot launch this"
+
+
+@each_compilation
+def test_instructions(compiled, variant, target):
+    """16-bit products run on the tensor cores of the target's own kind; float32 ones, and all else, on none."""
+    found = compiled[variant.name][str(target)]
+    assert found["matrix"] == ([TENSOR_CORES[target]] if variant.tensor_cores else []), found
+
+
+@each_compilation
+def test_dependent_launch(compiled, variant, target):
+    """Where a kernel waits for the one before it, it does so from sm_90 on, where the hardware can."""
+    constants = variant.constants
+    chained = "PDL" in constants and constants.get("CONDITIONED", True)
+    assert compiled[variant.name][str(target)]["waits"] == (chained and target >= 90)
+
+
+def test_at_most_three_configurations():
+    """Per kernel: the launch tables are short enough to read, and nothing is tuned while it runs."""
+    for kernel in {variant.kernel.__name__ for variant in VARIANTS}:
+        shapes = set()
+        for variant in VARIANTS:
+            if variant.kernel.__name__ == kernel:
+                blocks = tuple(value for name, value in variant.constants.items() if name in variant.tuned)
+                shapes.add((blocks, variant.num_warps, variant.num_stages))
+        assert len(shapes) <= 3, (kernel, shapes)

@@ -1,0 +1,32 @@
+"""Nothing that runs on a GPU is left without evidence."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from tests.aot.enumeration import EXEMPT, jit_functions, reached
+from tests.helpers import INTERPRETED, require
+
+if importlib.util.find_spec("triton.language") is None:
+    require("triton", "triton is not installed: pip install triton==3.6.0")
+elif INTERPRETED:
+    require("triton", "TRITON_INTERPRET=1 is set, and an interpreting process compiles nothing")
+
+from tests.aot.kernels import VARIANTS
+
+
+@pytest.mark.parametrize("name", jit_functions())
+def test_every_triton_function_is_compiled(name):
+    """As a kernel of `tests.aot.kernels`, or inside one. That each is interpreted, `tests/triton` checks as it runs."""
+    assert name in EXEMPT or name in reached({variant.kernel.__name__ for variant in VARIANTS})
+
+
+def test_the_reader_of_sources_works():
+    assert {"append_kernel", "float8_bits", "project_kernel", "condition_kernel"} <= set(jit_functions())
+    assert "float8_bits" in reached({"append_kernel"}) and "project_kernel" not in reached({"append_kernel"})
+
+
+def test_exemptions_are_of_something():
+    assert set(EXEMPT) <= set(jit_functions()) and all(EXEMPT.values())

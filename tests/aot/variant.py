@@ -1,0 +1,34 @@
+"""One compilation of a Triton kernel as it is launched, and what it may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TARGETS = (80, 90, 100, 120)
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation; nothing may spill on any target.
+
+    Attributes:
+        constants: the constexpr arguments; `tuned` names those that a launch table chooses.
+        types: of arguments that are not int32; "constexpr" for None.
+        registers, shared: limits per thread and, in bytes, per block, on every target.
+        unaligned: arguments not known to be multiples of 16.
+        tensor_cores: its PTX must hold the target's matrix instruction; else it must hold none.
+    """
+
+    name: str
+    kernel: object
+    constants: dict[str, object]
+    types: dict[str, str]
+    registers: int
+    shared: int
+    num_warps: int = 4
+    num_stages: int = 3
+    unaligned: tuple[str, ...] = ()
+    tensor_cores: bool = False
+    tuned: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_TOKENS", "BLOCK_HEADS", "BLOCK_IMAGES")
+    options: dict[str, object] = field(default_factory=dict)
