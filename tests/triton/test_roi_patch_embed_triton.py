@@ -64,7 +64,9 @@ each_form = pytest.mark.parametrize("form", (in_two_launches, in_one_launch), id
 def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program costs the interpreter milliseconds whatever its size; one test keeps the shipped products."""
     if "shipped" not in request.node.name:
-        monkeypatch.setattr(two_launches, "PRODUCTS", dict.fromkeys(two_launches.PRODUCTS, Product(128, 128, 256, 4, 1)))
+        monkeypatch.setattr(
+            two_launches, "PRODUCTS", dict.fromkeys(two_launches.PRODUCTS, Product(128, 128, 256, 4, 1))
+        )
         monkeypatch.setattr(triton_fused, "STRIP", triton_fused.STRIP._replace(columns=128))
 
 
@@ -209,7 +211,10 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten._to_copy) and result.nbytes:
+        if (
+            function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten._to_copy)
+            and result.nbytes
+        ):
             self.sizes.append(result.nbytes)
         return result
 

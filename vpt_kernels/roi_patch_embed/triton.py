@@ -153,7 +153,6 @@ PRODUCTS = {
 FEW_ROWS = 4096
 
 
-
 def _resample(
     images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, out: Tensor, entry: int | None, chained: bool
 ) -> None:
@@ -194,9 +193,7 @@ def _product(rows: int, dtype: torch.dtype) -> Product:
     return PRODUCTS["few rows" if rows <= FEW_ROWS else "many rows"]
 
 
-def _embed(
-    images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor, out: Tensor
-) -> None:
+def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """Write the tokens of `plan` to `out` [rows, E] by two launches."""
     embed, row_bytes = weight.shape
     if not weight.is_contiguous() or not bias.is_contiguous():
