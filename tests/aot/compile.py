@@ -3,7 +3,8 @@
     python -m tests.aot.compile OUT.json
 
 writes, per variant and target: registers, spilled bytes, shared memory, the matrix instructions, whether products and
-sums were contracted and whether the kernel takes part in programmatic dependent launch. Results are kept under build/aot by the hash of what they depend on.
+sums were contracted and whether the kernel takes part in programmatic dependent launch.
+Results are kept under build/aot by the hash of what they depend on.
 """
 
 from __future__ import annotations

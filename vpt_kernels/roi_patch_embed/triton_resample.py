@@ -2,8 +2,9 @@
 
 A pass along one axis is a product with a banded matrix of 22-bit coefficients. The matrix is built from float64
 arithmetic in Pillow's order (the launches switch contraction off), split into two 12-bit digits that float16 holds
-exactly, and multiplied on tensor cores: a product with a centred byte is at most 2^18, a sum of up to 64 of them (a chunk)
-at most 2^24, so every float32 sum is an exact integer. Pillow's rounding to a byte after each pass then happens in int32.
+exactly, and multiplied on tensor cores: a product with a centred byte is at most 2^18, the sum of a chunk of at most 64
+of them at most 2^24, so every float32 sum is an exact integer. Pillow's rounding to a byte after each pass then happens
+in int32.
 
 Both axes are treated alike. "Inner" is the axis that is resampled first (0: columns, 1: rows), "outer" the other one;
 the plan's columns come in (x, y) pairs, so that an axis is an offset.
@@ -140,7 +141,7 @@ def _taps(region, axis, at, valid):
 
 @triton.jit
 def _band(region, start, begin, first, count, center, total, inverse, CHUNK: tl.constexpr):
-    """int32 [CHUNK, outputs]: coefficients of source coordinates start… for every output; `begin` is the least first tap."""
+    """int32 [CHUNK, outputs]: coefficients of the source coordinates from `start`; `begin` is the least first tap."""
     bilinear = field(region, _FILTER) == _BILINEAR
     row = start + tl.arange(0, CHUNK)[:, None] - first[None, :]
     band = tl.zeros(row.shape, tl.int32)
@@ -216,8 +217,9 @@ def resample(region, outer_axis, outer, outer_valid, inner, inner_valid, CHUNK: 
 def multiply(pixels, weight, total):
     """total + pixels/256 · weight; pixels are bytes minus 128, weight [K, N] is float32, bfloat16 or float16.
 
-    A float32 weight goes through the tensor cores in three bfloat16 parts, which hold its 24 bits: every product is exact.
-    Each call's sum starts afresh, because tensor cores truncate when they add: short sums, added in float32.
+    A float32 weight goes through the tensor cores in three bfloat16 parts, which hold its 24 bits, so that every product
+    is exact. Its sums start afresh in every call, because tensor cores truncate when they add: short sums, added in
+    float32. (On sm_100 Triton 3.6 computes float32 products in TF32 even where IEEE precision is asked for.)
     """
     operand = pixels.to(tl.float32) * _PIXEL
     if weight.dtype == tl.float32:

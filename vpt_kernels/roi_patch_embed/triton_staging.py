@@ -70,7 +70,7 @@ def stage(
 
 
 def _pitch(scale: float, support: int, tile: int) -> int:
-    """Outputs of a tile whose taps span at most `tile` source pixels, so that one product does; all where that is few."""
+    """Outputs of a tile whose taps span at most `tile` pixels, so that one product does; all where these are few."""
     outputs = int((tile - 1 - support * max(scale, 1.0)) / scale) + 1
     return min(outputs, tile) if 2 * outputs >= tile else tile
 
