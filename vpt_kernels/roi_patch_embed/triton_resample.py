@@ -217,8 +217,8 @@ def resample(region, outer_axis, outer, outer_valid, inner, inner_valid, CHUNK: 
 def multiply(pixels, weight, total):
     """total + pixels/256 · weight; pixels are bytes minus 128, weight [K, N] is float32, bfloat16 or float16.
 
-    A float32 weight goes through the tensor cores in three bfloat16 parts, which hold its 24 bits, so that every product
-    is exact. Its sums start afresh in every call, because tensor cores truncate when they add: short sums, added in
+    A float32 weight goes through the tensor cores in three bfloat16 parts, which hold its 24 bits: every product is
+    exact. Its sums start afresh in every call, because tensor cores truncate when they add: short sums, added in
     float32. (On sm_100 Triton 3.6 computes float32 products in TF32 even where IEEE precision is asked for.)
     """
     operand = pixels.to(tl.float32) * _PIXEL

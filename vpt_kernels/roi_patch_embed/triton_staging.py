@@ -18,6 +18,7 @@ RECORD = tl.constexpr(Column.COUNT + 7)
 """A record is int64: the plan's columns, the region's first tile, its image's address and byte strides (x, y, channel),
 and the distance (x, y) of its tiles."""
 
+_BICUBIC = FILTERS.index("bicubic")
 _CAPTURED: list[Tensor] = []
 """Pinned records that a CUDA graph's copy reads again in every replay. PyTorch does not say when a graph dies, and
 memory that is reused before then would send a replay to another call's addresses: about 250 bytes a region and
@@ -41,19 +42,39 @@ def stage(
     """
     records: list[int] = []
     first_row = tiles = 0
-    c = Column
+    shapes = [(*image.shape[:2], *image.stride(), image.data_ptr()) for image in images]
     for number, region in enumerate(plan.tolist()):
-        _check_region(region, images, row_bytes, first_row, number)
-        image = images[region[c.IMAGE]]
-        grid_w, grid_h = region[c.GRID_WIDTH], region[c.GRID_HEIGHT]
-        stride_y, stride_x, channel = image.stride()
+        # By position, in the order of `Column`: named look-ups would take most of the call.
+        (
+            image, _, _, left, top, width, height, w1, h1, w2, h2, w3, h3, out_w, out_h, kind, vertical_first,
+            window_left, window_top, grid_w, grid_h, patch, merge, row,
+        ) = region  # fmt: skip
+        # The kernels follow the table without looking, so nothing may pass that leads beyond a tensor.
+        if not (
+            0 <= image < len(shapes)
+            and 0 <= left <= shapes[image][1] - width
+            and 0 <= top <= shapes[image][0] - height
+            and min(width, height, w1, h1, w2, h2, w3, h3, out_w, out_h, grid_w, grid_h, patch, merge) > 0
+            and max(w1, h1, w2, h2, w3, h3, out_w, out_h, grid_w * patch, grid_h * patch) <= MAX_SIZE
+            and grid_w % merge == grid_h % merge == 0
+            and 3 * patch * patch == row_bytes
+            and row == first_row
+            and 0 <= kind < len(FILTERS)
+            and 0 <= vertical_first <= 1
+            and 0 <= window_left < out_w
+            and 0 <= window_top < out_h
+        ):
+            raise ValueError(
+                f"plan: row {number} is not a region of these images and this patch size; use plan_regions"
+            )
+        _, _, stride_y, stride_x, channel, address = shapes[image]
         if in_patches:
             unit, pitch_x, pitch_y = 1, tile, tile
         else:
-            unit, radius = region[c.PATCH_SIZE], 4 if FILTERS[region[c.FILTER]] == "bicubic" else 2
-            pitch_x = _pitch(region[c.NEAREST_WIDTH_3] / region[c.RESIZED_WIDTH], radius, tile)
-            pitch_y = _pitch(region[c.NEAREST_HEIGHT_3] / region[c.RESIZED_HEIGHT], radius, tile)
-        records += (*region, tiles, image.data_ptr(), stride_x, stride_y, channel, pitch_x, pitch_y)
+            support = 4 if kind == _BICUBIC else 2
+            unit, pitch_x, pitch_y = patch, _pitch(w3 / out_w, support, tile), _pitch(h3 / out_h, support, tile)
+        records += region
+        records += (tiles, address, stride_x, stride_y, channel, pitch_x, pitch_y)
         tiles += -(-grid_w * unit // pitch_x) * -(-grid_h * unit // pitch_y)
         first_row += grid_w * grid_h
     if rows >= 0 and rows != first_row:
@@ -73,28 +94,3 @@ def _pitch(scale: float, support: int, tile: int) -> int:
     """Outputs of a tile whose taps span at most `tile` pixels, so that one product does; all where these are few."""
     outputs = int((tile - 1 - support * max(scale, 1.0)) / scale) + 1
     return min(outputs, tile) if 2 * outputs >= tile else tile
-
-
-def _check_region(row: Sequence[int], images: Sequence[Tensor], row_bytes: int, first_row: int, number: int) -> None:
-    # The kernels follow the table without looking, so nothing may pass that leads beyond a tensor.
-    c = Column
-    if 0 <= row[c.IMAGE] < len(images):
-        height, width, _ = images[row[c.IMAGE]].shape
-        p, m = row[c.PATCH_SIZE], row[c.MERGE_SIZE]
-        sizes = row[c.NEAREST_WIDTH_1 : c.FILTER]
-        grid_w, grid_h = row[c.GRID_WIDTH], row[c.GRID_HEIGHT]
-        if (
-            0 <= row[c.LEFT] <= width - row[c.WIDTH]
-            and 0 <= row[c.TOP] <= height - row[c.HEIGHT]
-            and min(row[c.WIDTH], row[c.HEIGHT], *sizes, p, m, grid_w, grid_h) > 0
-            and max(*sizes, grid_w * p, grid_h * p) <= MAX_SIZE
-            and grid_w % m == grid_h % m == 0
-            and 3 * p * p == row_bytes
-            and row[c.FIRST_ROW] == first_row
-            and 0 <= row[c.FILTER] < len(FILTERS)
-            and 0 <= row[c.VERTICAL_FIRST] <= 1
-            and 0 <= row[c.WINDOW_LEFT] < row[c.RESIZED_WIDTH]
-            and 0 <= row[c.WINDOW_TOP] < row[c.RESIZED_HEIGHT]
-        ):
-            return
-    raise ValueError(f"plan: row {number} is not a region of these images and this patch size; use plan_regions")
