@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vpt_kernels.append_visual_kv.api import append_visual_kv
-from vpt_kernels.control_cross_attention.api import ControlProjector, control_cross_attention
+from vpt_kernels.control_cross_attention.api import ControlProjector, control_cross_attention, scored
 from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed, fold_patch_weight, roi_patch_embed
 from vpt_kernels.roi_patch_embed.geometry import RegionPolicy, plan_regions
 
@@ -61,7 +61,14 @@ class ControlCrossAttention(nn.Module):
     def __init__(self, projector: ControlProjector) -> None:
         super().__init__()
         for name in self._NAMES:
-            self.register_buffer(name, getattr(projector, name))
+            # The score maps follow from the weights: they are folded again wherever those go.
+            self.register_buffer(name, getattr(projector, name), persistent=not name.startswith("score"))
+
+    def _apply(self, function, recurse: bool = True) -> ControlCrossAttention:
+        super()._apply(function, recurse)
+        projector = scored(ControlProjector(*(getattr(self, name) for name in self._NAMES)))
+        self.score_weight, self.score_bias = projector.score_weight, projector.score_bias
+        return self
 
     def forward(self, features: Tensor, control: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
         """[tokens, H]; arguments as of `control_cross_attention`."""

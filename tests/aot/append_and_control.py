@@ -50,7 +50,7 @@ def _condition(name: str, size: str, kind: str, registers: int) -> Variant:
     types = dict.fromkeys(("control", "norm_weight", "norm_bias", "weight", "bias"), f"*{kind}")
     types |= dict.fromkeys(("score_weight", "score_bias", "out"), "*fp32")
     return Variant(
-        f"condition {name}", control.condition_kernel, constants, types, registers, 16384, warps,
+        f"condition {name}", control.condition_kernel, constants, types, registers, 4096, warps,
         unaligned=("images", "score_rows", "out_stride"),
     )  # fmt: skip
 
@@ -62,34 +62,40 @@ def _identity(name: str, size: str, kind: str, width: int, registers: int, **cha
     } | changes  # fmt: skip
     types = {"features": f"*{kind}", "condition": "*fp32", "cu_seqlens": "*i64", "rows": "*i64", "out": f"*{kind}"}
     return Variant(
-        f"identity {name}", control.identity_kernel, constants, types, registers, 4096, warps,
+        f"identity {name}", control.identity_kernel, constants, types, registers, 64, warps,
         unaligned=("tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"),
     )  # fmt: skip
 
 
 VARIANTS = (
-    # Bytes in flight hide the latency of memory: at ≤ 64 registers 8 warps a scheduler fit, at ≤ 128 four.
-    _append("few bf16", append.LAUNCHES[0], "bf16", 128),
-    _append("middle bf16", append.LAUNCHES[1], "bf16", 128),
-    _append("many bf16", append.LAUNCHES[2], "bf16", 128),
-    _append("many fp32 paged", append.LAUNCHES[2], "fp32", 168, PAGED=True),
-    _append("many fp16 float8", append.LAUNCHES[2], "fp16", 168, PAGED=True, FLOAT8=True, K_HEAD_SCALES=True),
-    _append("partial interleaved", append.LAUNCHES[2], "bf16", 168, HALF=16, SECTION_T=4, SECTION_H=6, SECTION_W=6,
+    # Bytes in flight hide the latency of memory. Up to 64 registers a multiprocessor holds 32 warps, each with a
+    # token's rows under way; float32 rows and the integer arithmetic of float8 need more, 16 warps must fit (128).
+    _append("few bf16", append.LAUNCHES[0], "bf16", 64),
+    _append("middle bf16", append.LAUNCHES[1], "bf16", 64),
+    _append("many bf16", append.LAUNCHES[2], "bf16", 64),
+    _append("many fp32 paged", append.LAUNCHES[2], "fp32", 80, PAGED=True),
+    _append("many fp16 float8", append.LAUNCHES[2], "fp16", 128, PAGED=True, FLOAT8=True, K_HEAD_SCALES=True),
+    _append("partial interleaved", append.LAUNCHES[2], "bf16", 64, HALF=16, SECTION_T=4, SECTION_H=6, SECTION_W=6,
             INTERLEAVED=True, HEAD_DIM=80, BLOCK_HALF=16, BLOCK_REST=64),
-    # The accumulator and the tile that is being normalised live in registers: one block of 4 warps may use them all.
-    _project("few bf16", "few tokens", "bf16", 255, 100 << 10),
-    _project("few fp16 ragged", "few tokens", "fp16", 255, 100 << 10, RAGGED=True, ONE_IMAGE=False),
-    _project("many bf16", "many tokens", "bf16", 255, 100 << 10),
-    _project("few bf16 conv", "few tokens", "bf16", 255, 100 << 10, CONV=True, CHANNELS=256),
-    _project("many bf16 conv", "many tokens", "bf16", 255, 100 << 10, CONV=True, CHANNELS=256),
-    _project("fp32", "float32", "fp32", 255, 100 << 10),
-    _project("fp32 conv", "float32", "fp32", 255, 100 << 10, CONV=True, CHANNELS=256, ONE_IMAGE=False),
-    _project("plain", "few tokens", "bf16", 255, 100 << 10, CONDITIONED=False, SCATTER=False),
-    _condition("one bf16", "one image", "bf16", 128),
-    _condition("images bf16", "images", "bf16", 168),
-    _condition("one fp32", "one image", "fp32", 128),
-    _identity("narrow bf16", "narrow", "bf16", 2048, 128),
-    _identity("wide bf16", "wide", "bf16", 4096, 128),
-    _identity("widest fp32", "wide", "fp32", 16384, 255),
-    _identity("plain", "wide", "fp16", 4096, 128, CONDITIONED=False),
+    # Accumulator and the tile being normalised live in registers. One image: two blocks of 4 warps a multiprocessor
+    # (192), so that one computes while the other waits. Many images gather u per row, conv gathers channels: 64-bit
+    # addresses of a whole tile, all the registers there are, without a spill. Shared memory: W and x, num_stages deep.
+    _project("few bf16", "few tokens", "bf16", 192, 50 << 10),
+    _project("few fp16 ragged", "few tokens", "fp16", 255, 50 << 10, RAGGED=True, ONE_IMAGE=False),
+    _project("many bf16", "many tokens", "bf16", 192, 97 << 10),
+    _project("few bf16 conv", "few tokens", "bf16", 255, 33 << 10, CONV=True, CHANNELS=256),
+    _project("many bf16 conv", "many tokens", "bf16", 255, 66 << 10, CONV=True, CHANNELS=256),
+    # 64×64 float32 accumulators and both operands of an outer product in 128 threads: all registers.
+    _project("fp32", "float32", "fp32", 255, 34 << 10),
+    _project("fp32 conv", "float32", "fp32", 255, 34 << 10, CONV=True, CHANNELS=256, ONE_IMAGE=False),
+    _project("plain", "few tokens", "bf16", 168, 50 << 10, CONDITIONED=False, SCATTER=False),
+    # A stream of weights: 80 registers leave 24 warps a multiprocessor. Shared memory only for the sums' exchange.
+    _condition("one bf16", "one image", "bf16", 80),
+    _condition("images bf16", "images", "bf16", 80),
+    _condition("one fp32", "one image", "fp32", 80),
+    # A row in registers: 4,096 numbers in 256 threads are 16 each, 16,384 are 64, twice with k.
+    _identity("narrow bf16", "narrow", "bf16", 2048, 64),
+    _identity("wide bf16", "wide", "bf16", 4096, 64),
+    _identity("widest fp32", "wide", "fp32", 16384, 168),
+    _identity("plain", "wide", "fp16", 4096, 32, CONDITIONED=False),
 )  # fmt: skip

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import conv2d
 
-from vpt_kernels import append_visual_kv, control_cross_attention, fold_projector, qwen2_vl_policy, rotary_table
+from vpt_kernels import (
+    append_visual_kv,
+    backends,
+    control_cross_attention,
+    fold_projector,
+    qwen2_vl_policy,
+    rotary_table,
+)
 from vpt_kernels.layers import AppendVisualKV, ControlCrossAttention, RoiPatchEmbed
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -45,3 +52,20 @@ def test_append_keeps_its_table_in_float32() -> None:
     expected = append_visual_kv(q, k, v, rotary_table(40, 64), positions, slots, *caches[2:], (8, 12, 12))
     assert torch.equal(rotated, expected)
     assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+
+
+def test_score_maps_follow_the_weights(monkeypatch) -> None:
+    """Converted weights get maps of their own, in float32; they are no part of the state."""
+    monkeypatch.setitem(backends.CAPABILITIES["control_cross_attention"], "triton", backends._CPP)
+    pair, wide = (torch.rand(8), torch.randn(8)), (torch.randn(8, 8), torch.randn(8))
+    given = {"condition_norm": pair, "condition": wide, "feature_norm": (torch.rand(4), torch.randn(4))}
+    layer = ControlCrossAttention(fold_projector("linear", **given, feature=(torch.randn(8, 4), torch.randn(8))))
+    before = layer.score_weight.clone()
+    layer.bfloat16()
+    assert layer.score_weight.dtype == layer.score_bias.dtype == torch.float32
+    weights = torch.cat([layer.feature_weight.T, layer.feature_bias[None]]).double()
+    assert torch.equal(layer.score_weight, (weights @ layer.condition_weight.double()).float())
+    assert not torch.equal(layer.score_weight, before)
+    assert not any(name.startswith("score") for name in layer.state_dict())
+    monkeypatch.undo()
+    assert layer.float().score_weight is None

@@ -26,6 +26,19 @@ def problem() -> str | None:
     return None
 
 
+# The interpreter's own use of numpy; what matters of it would be an error or a wrong result.
+WARNINGS = (
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton",
+    "ignore:invalid value encountered:RuntimeWarning:triton",
+    "ignore:overflow encountered:RuntimeWarning:triton",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
 PROBLEM = problem()
 if PROBLEM is None:
     from tests.triton import bf16_interpreter

@@ -8,12 +8,14 @@ from tests.kernels.test_append_formats import *  # noqa: F403
 from tests.kernels.test_append_layouts import *  # noqa: F403
 from tests.kernels.test_append_variants import *  # noqa: F403
 from tests.kernels.test_append_visual_kv import *  # noqa: F403
+from vpt_kernels.append_visual_kv import triton
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program costs the interpreter milliseconds whatever its size; the shipped blocks have a test of their own."""
-    from vpt_kernels.append_visual_kv import triton
-
+    """A program costs the interpreter milliseconds whatever its size; the shipped blocks have tests of their own."""
     monkeypatch.setattr(triton, "LAUNCHES", ((None, 64, 1),))
-    monkeypatch.setattr(triton, "BLOCK_HEADS", 4)
+
+
+# These are about no backend, and tests/kernels runs them.
+del test_rotary_table_is_transformers, test_rotary_table_of_one_position_and_other_theta  # noqa: F821

@@ -116,21 +116,23 @@ def fold_projector(
     kinds = {(t.dtype, t.device) for t in projector.tensors() if t is not None}
     if len(kinds) != 1:
         raise ValueError(f"the projector's tensors have several dtypes or devices {kinds}; convert them to one")
+    return scored(projector, score)
+
+
+def scored(projector: ControlProjector, score: bool | None = None) -> ControlProjector:
+    """The projector with its score maps folded anew from its weights, or without them; `score` as in `fold_projector`.
+
+    For weights that were converted or moved after folding. Computed in float64, rounded once to float32.
+    """
+    weight = projector.condition_weight
     if score is None:
-        score = condition[0].device.type in CAPABILITIES["control_cross_attention"]["triton"].devices
-    return _with_score(projector) if score and folded is not None else projector
-
-
-def _with_score(projector: ControlProjector) -> ControlProjector:
-    """The projector with `score_weight` and `score_bias`, folded in float64 and rounded once to float32."""
+        score = weight.device.type in CAPABILITIES["control_cross_attention"]["triton"].devices
+    if not score or projector.feature_weight is None:
+        return replace(projector, score_weight=None, score_bias=None)
     names = ("feature_weight", "feature_bias", "condition_weight", "condition_bias")
     weight, bias, condition, condition_bias = (getattr(projector, name).detach().double() for name in names)
     rows = torch.cat([weight.T, bias[None]])
-    return replace(
-        projector,
-        score_weight=(rows @ condition).float(),
-        score_bias=(rows @ condition_bias).float(),
-    )
+    return replace(projector, score_weight=(rows @ condition).float(), score_bias=(rows @ condition_bias).float())
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -192,12 +194,15 @@ _IN_CUDA = {"cuda": "it has the identity form only, without the library's GEMM: 
 _IN_TRITON = {"triton": "the projector was folded without its score maps: fold_projector(…, score=True)"}
 _NEITHER = {**_IN_CUDA, **_IN_TRITON}
 _NOTHING: dict[str, str] = {}
+_WIDEST_ROW = 16384
 
 
 def _declined(projector: ControlProjector, control: Tensor | None) -> dict[str, str]:
     """The backends that cannot run this form, and why."""
     if projector.feature_weight is None:
-        return _NOTHING
+        if projector.hidden_size <= _WIDEST_ROW:
+            return _NOTHING
+        return {"triton": f"rows of {projector.hidden_size} exceed the {_WIDEST_ROW} it keeps in registers"}
     return _NEITHER if projector.score_weight is None and control is not None else _IN_CUDA
 
 
