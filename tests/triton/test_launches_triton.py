@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from tests.helpers import assert_same_bits, each_dtype, normal
+from tests.kernels import test_append_formats
 from tests.kernels.append_inputs import make
 from tests.kernels.control_inputs import composition, fold, parameters
 from tests.kernels.test_append_visual_kv import check as check_append
@@ -157,6 +158,35 @@ def test_triton_is_asked_for_by_name_only():
     text = explain("append_visual_kv")
     assert "backend='auto': cpp" in text.splitlines()[0]
     assert any(line.split() == ["triton", "can", "run"] for line in text.splitlines())
+
+
+STEPS = ((1 << 32) + 48, (1 << 30) + 48)
+"""Elements from one index to the next: beyond 32 bits itself, and within them while two steps are not."""
+AXES = (("conv", 0), ("conv", 1), ("conv", 2), ("conv", 3), ("linear", 0), ("linear", 1))
+
+
+@pytest.mark.parametrize("step", STEPS, ids=("64-bit strides", "32-bit strides"))
+@pytest.mark.parametrize("form, axis", AXES)
+def test_features_that_wrap_at_32_bits(monkeypatch, form, axis, step):
+    """Offsets that, cut to 32 bits, would land inside the tensor or before it."""
+    monkeypatch.setattr(test_append_formats, "WRAPS", step)
+    shape = (3, 3, 8, 4) if form == "conv" else (3, 3, 3)
+    features, control, projector = normal(*shape, key="far"), normal(3, 24, key="c"), fold(form, 24, 3)
+    want = control_cross_attention(features, control, projector, backend="triton")
+    far = test_append_formats.wrapping(features, axis)
+    assert_same_bits(control_cross_attention(far, control, projector, backend="triton"), want)
+
+
+@pytest.mark.parametrize("name", ("q", "k", "v", "k_cache", "v_cache", "cos_sin", "positions"))
+def test_append_offsets_of_32_bit_strides(monkeypatch, name):
+    monkeypatch.setattr(test_append_formats, "WRAPS", STEPS[1])
+    call = make(4, (6, 3), 16, capacity=4, table_rows=5)
+    want = call.fresh()
+    rotated = want.run("triton")
+    far = replace(call, **{name: test_append_formats.wrapping(getattr(call, name), 0)})
+    assert_same_bits(far.run("triton"), rotated)
+    assert_same_bits(far.k_cache.contiguous(), want.k_cache)
+    assert_same_bits(far.v_cache.contiguous(), want.v_cache)
 
 
 def test_positions_outside_the_table_are_clamped():

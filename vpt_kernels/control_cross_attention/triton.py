@@ -130,7 +130,7 @@ def condition_kernel(
 def _features(base, channel, group, x_channel, x_height, x_width, mask, CONV: tl.constexpr):
     """float32 [tokens, channels] of the tokens' LayerNorm group (ky, kx), or of their rows."""
     if CONV:
-        base += (group // 4) * x_height + (group % 4) * x_width
+        base += tl.cast(group // 4, tl.int64) * x_height + tl.cast(group % 4, tl.int64) * x_width
         place = base[:, None] + channel.to(tl.int64)[None, :] * x_channel
     else:
         place = base[:, None] + channel[None, :]
@@ -158,7 +158,7 @@ def project_kernel(
     image = _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED)
     if CONV:
         cell = token % per_image
-        base = image * x_image + (cell // cells_across) * (4 * x_height) + (cell % cells_across) * (4 * x_width)
+        base = image * x_image + (cell // cells_across) * 4 * x_height + (cell % cells_across) * 4 * x_width
     elif RAGGED:
         base = token * x_token
     else:
