@@ -2,8 +2,9 @@
 
     python -m tests.aot.compile OUT.json
 
-writes, per variant and target: registers, spilled bytes, shared memory, the matrix instructions and whether the kernel
-takes part in programmatic dependent launch. Results are kept under build/aot by the hash of what they depend on.
+writes, per variant and target: registers, spilled bytes, shared memory, the matrix instructions, whether products and
+sums were contracted and whether the kernel takes part in programmatic dependent launch.
+Results are kept under build/aot by the hash of what they depend on.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def compile_variant(variant: Variant, target: int) -> dict:
         **_resources(compiled.asm["ptx"], target),
         "shared": compiled.metadata.shared,
         "matrix": sorted(set(MATRIX.findall(compiled.asm["ptx"]))),
+        "contracted": re.search(r"\bfma\.rn\.f(32|64)\b", compiled.asm["ptx"]) is not None,
         "waits": "griddepcontrol" in compiled.asm["ptx"],
     }
 

@@ -43,7 +43,7 @@ def test_resources(compiled, variant, target):
     assert "error" not in found, found
     assert found["registers"] <= variant.registers, found
     assert found["shared"] <= variant.shared, found
-    assert found["spilled"] == 0, found
+    assert found["spilled"] <= variant.spilled, found
     # 227, 163 or 99 KB a multiprocessor: sm_120 has the least.
     assert found["shared"] <= 99 * 1024, "sm_120 cannot launch this"
 
@@ -52,7 +52,16 @@ def test_resources(compiled, variant, target):
 def test_instructions(compiled, variant, target):
     """16-bit products run on the tensor cores of the target's own kind; float32 ones, and all else, on none."""
     found = compiled[variant.name][str(target)]
-    assert found["matrix"] == ([TENSOR_CORES[target]] if variant.tensor_cores else []), found
+    expected = {TENSOR_CORES[target]} if variant.tensor_cores else set()
+    expected |= {"mma.sync"} if variant.batched else set()
+    assert found["matrix"] == sorted(expected), found
+
+
+@each_compilation
+def test_contraction(compiled, variant, target):
+    """Where a·b + c must round twice, for coefficients or for bit-exact rotations, no fused instruction is left."""
+    if variant.options.get("enable_fp_fusion", True) is False:
+        assert not compiled[variant.name][str(target)]["contracted"]
 
 
 @each_compilation

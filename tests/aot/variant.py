@@ -10,7 +10,7 @@ TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation; nothing may spill on any target.
+    """One compilation; nothing may spill on any target unless `spilled` allows it, with the reason beside it.
 
     Attributes:
         constants: the constexpr arguments; `tuned` names those that a launch table chooses.
@@ -18,6 +18,8 @@ class Variant:
         registers, shared: limits per thread and, in bytes, per block, on every target.
         unaligned: arguments not known to be multiples of 16.
         tensor_cores: its PTX must hold the target's matrix instruction; else it must hold none.
+        batched: besides, it multiplies batches of matrices, which takes mma.sync on every target.
+        spilled: bytes stored and loaded by spills that are accepted, per thread.
     """
 
     name: str
@@ -30,5 +32,7 @@ class Variant:
     num_stages: int = 3
     unaligned: tuple[str, ...] = ()
     tensor_cores: bool = False
+    batched: bool = False
+    spilled: int = 0
     tuned: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_TOKENS", "BLOCK_HEADS", "BLOCK_IMAGES")
     options: dict[str, object] = field(default_factory=dict)
