@@ -48,6 +48,10 @@ if PROBLEM is None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """One visible skip per test where nothing can be interpreted; an error where that is required."""
+    for item in items:
+        # The launch tests and the other files keep float16 in make test; here it is a third of the time.
+        if item.path.name == "test_append_visual_kv_triton.py" and "float16" in item.name.split("[")[-1].split("-"):
+            item.add_marker(pytest.mark.slow)
     last = [item for item in items if item.path.name == "test_every_kernel.py"]
     items[:] = [item for item in items if item not in last]
     # What a part of the tests leaves out says nothing about all of them.

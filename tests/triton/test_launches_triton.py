@@ -207,6 +207,26 @@ def test_append_equals_the_cpu(dtype):
     assert_same_bits(call.v_cache, other.v_cache)
 
 
+@pytest.mark.parametrize("form", ("linear", "conv", "identity"))
+def test_scores_beyond_float16(form):
+    """f·k = 98,304 does not fit float16, the projected token 2,048 + 98,304/2 does: the score is float32."""
+    hidden, channels = 96, 3
+    given = {
+        "condition_norm": (torch.ones(hidden), torch.zeros(hidden)),
+        "condition": (torch.zeros(hidden, hidden), torch.full((hidden,), 0.5)),
+    }
+    if form != "identity":
+        shape = (hidden, channels, 4, 4) if form == "conv" else (hidden, channels)
+        given["feature_norm"] = torch.ones(channels), torch.zeros(channels)
+        given["feature"] = torch.zeros(shape), torch.full((hidden,), 2048.0)
+    projector = fold_projector(form, **{name: tuple(t.half() for t in pair) for name, pair in given.items()})
+    shape = {"linear": (2, 3, channels), "conv": (2, channels, 4, 8), "identity": (2, 3, hidden)}[form]
+    features, states = torch.full(shape, 2048, dtype=torch.float16), torch.zeros(2, hidden, dtype=torch.float16)
+    assert (control_cross_attention(features, states, projector, backend="triton") == 51200).all()
+    one = control_cross_attention(features[:1], states[:1], projector, backend="triton")
+    assert (one == 51200).all()
+
+
 def test_accuracy_without_control_is_that_of_the_product():
     """The LayerNorm prologue alone, at full width."""
     params = parameters("linear", 64, 1024, torch.bfloat16)

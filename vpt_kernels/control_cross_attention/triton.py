@@ -93,8 +93,6 @@ def _mapped_rows(
         scale = tl.load(norm_weight + start + column, mask=is_column, other=0.0).to(tl.float32)
         shift = tl.load(norm_bias + start + column, mask=is_column, other=0.0).to(tl.float32)
         n = (h.to(tl.float32) - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
-        # A masked column of an image whose moments are NaN must not reach the sum.
-        n = tl.where(is_h, n, 0.0)
         total += tl.sum(w.to(tl.float32)[:, None, :] * n[None, :, :], 2)
     total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
     tl.store(out + image[None, :] * out_stride + row[:, None], total, mask=is_row[:, None] & is_image[None, :])
