@@ -91,7 +91,7 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
     ("row of the output ignored", "cuda/roi_patch_embed.cu", "row + target.first_row", "target.first_row", TOKENS),
     (
         "LayerNorm eps 1e-6", "cuda/control_cross_attention.cuh",
-        "kLayerNormEps = 1e-5f", "kLayerNormEps = 1e-6f", CONTROL,
+        "kLayerNormEps = 1e-5f", "kLayerNormEps = 1e-6f", OWN,
     ),
     (
         "condition bias dropped", "cuda/control_cross_attention.cuh",
@@ -165,7 +165,7 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "float8 scaled by the reciprocal", "cuda/append_visual_kv.cuh",
-        "from_float<Stored>(to_float(x.at[i]) / scale)", "from_float<Stored>(to_float(x.at[i]) * (1.f / scale))", OWN,
+        "from_float<Stored>(to_float(x.at[i]) / scale)", "from_float<Stored>(to_float(x.at[i]) * (1.f / scale))", APPEND,
     ),
     ("V's stride taken from K", "cuda/append_visual_kv.cu", "p.v = heads(c.v,", "p.v = heads(c.k,", APPEND),
 ]  # fmt: skip

@@ -236,10 +236,11 @@ def test_scores_beyond_float16():
 
 
 @each_dtype
-def test_controls_far_from_zero(dtype):
-    """LayerNorm of a control around 1000 with a spread of 1: the mean of squares would cancel."""
+@pytest.mark.parametrize("mean, spread", ((1000, 1), (0, 0.003)), ids=("far from zero", "near its eps"))
+def test_layer_norm_of_the_control(dtype, mean, spread):
+    """Around 1000 with a spread of 1 the mean of squares would cancel; a variance of 1e-5 is as large as eps."""
     params = parameters("identity", 96, dtype=dtype)
-    features, control = normal(40, 96, key="f", dtype=dtype), (normal(1, 96, key="c") + 1000).to(dtype)
+    features, control = normal(40, 96, key="f", dtype=dtype), (normal(1, 96, key="c") * spread + mean).to(dtype)
     actual = control_cross_attention(features, control, fold_projector("identity", **params), backend="cuda")
     eager, oracle = composition(params, features, control, None, dtype), composition(params, features, control)
     assert_twice_as_good(actual, eager, oracle)

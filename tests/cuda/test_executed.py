@@ -38,8 +38,8 @@ def run(name: str, chosen: str) -> None:
     """Run a suite in a process of its own, where backend="cuda" is the CPU build."""
     files, _, without = SUITES[name]
     wanted = " and ".join(f"({part})" for part in (chosen, f"not ({without})" if without else "") if part)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.cuda.on_cpu", "--tb=short"]
-    command += [*files.split(), "-m", "not gpu", *(["-k", wanted] if wanted else [])]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "tests.cuda.on_cpu"]
+    command += ["--tb=short", *files.split(), "-m", "not gpu", *(["-k", wanted] if wanted else [])]
     environment = {**os.environ, "VPT_TEST_BACKENDS": "cuda"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     last = done.stdout.strip().splitlines()[-1:] or [""]
