@@ -165,7 +165,8 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "float8 scaled by the reciprocal", "cuda/append_visual_kv.cuh",
-        "from_float<Stored>(to_float(x.at[i]) / scale)", "from_float<Stored>(to_float(x.at[i]) * (1.f / scale))", APPEND,
+        "from_float<Stored>(to_float(x.at[i]) / scale)", "from_float<Stored>(to_float(x.at[i]) * (1.f / scale))",
+        APPEND,
     ),
     ("V's stride taken from K", "cuda/append_visual_kv.cu", "p.v = heads(c.v,", "p.v = heads(c.k,", APPEND),
 ]  # fmt: skip
