@@ -30,7 +30,7 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
         "const bool down_first = r.vertical_first != 0;\n  const WindowAxis axis_a",
         "const bool down_first = false;\n  const WindowAxis axis_a", PIXELS,
     ),
-    ("window's top ignored", "cuda/resample.cuh", "vertical ? r.window_top : r.window_left", "0", TOKENS),
+    ("window's top ignored", "cuda/resample.cuh", "vertical ? r.window_top : r.window_left", "0", PIXELS),
     (
         "NEAREST steps left out", "cuda/resample.cuh",
         "if (sizes[step] != sizes[step - 1]) i =", "if (sizes[step] < 0) i =", PIXELS,
@@ -41,8 +41,8 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "image offset cut to 32 bits", "cuda/resample.cuh",
-        "in + (layout.nearest ? source_a[first - low_a + t] : first + t) * stride_a",
-        "in + static_cast<int32_t>((layout.nearest ? source_a[first - low_a + t] : first + t) * stride_a)", PIXELS,
+        "crop + (layout.nearest ? source_b[line] : low_b + line) * stride_b",
+        "crop + static_cast<int32_t>((layout.nearest ? source_b[line] : low_b + line) * stride_b)", PIXELS,
     ),
     (
         "channel offset cut to 32 bits", "cuda/resample.cuh",

@@ -1,7 +1,7 @@
 // Runs the CUDA sources on a CPU, for tests: included before each of them when g++ compiles it. A block's threads are
 // fibers of one OS thread; __syncthreads and the shuffles hand over to a scheduler. Blocks run one after the other.
 //
-// What it finds: wrong results, a missing barrier (threads run from one barrier to the next in ascending order in even
+// What it finds: wrong results, a missing barrier (a warp runs as far as it can before another, in ascending order in even
 // blocks and in descending order in odd ones), barriers that not all threads reach, shuffles in divergent or partly
 // finished warps, writes beyond dynamic shared memory, use of it before it is written (it begins as 0xCD).
 // What it cannot find: races between blocks, alignment faults in vector accesses, anything about memory ordering or time.
@@ -102,18 +102,28 @@ inline void release(unsigned begin, unsigned end, State barrier) {
     if (fibers[i]->state == barrier) fibers[i]->state = State::kReady;
 }
 
+// Runs a warp for as long as it needs no other.
+inline bool run_warp(unsigned begin, unsigned threads, bool descending) {
+  const unsigned end = begin + kWarp < threads ? begin + kWarp : threads;
+  for (bool ran = false;; ran = true) {
+    bool ready = false;
+    for (unsigned n = 0; n < end - begin; ++n) {
+      const unsigned i = descending ? end - 1 - n : begin + n;
+      if (fibers[i]->state != State::kReady) continue;
+      resume(i);
+      ready = true;
+    }
+    if (!ready) return ran;
+    release(begin, end, State::kAtWarpBarrier);
+  }
+}
+
 inline void run_block(unsigned threads, bool descending) {
+  const unsigned warps = (threads + kWarp - 1) / kWarp;
   for (unsigned i = 0; i < threads; ++i) fibers[i]->state = State::kReady;
   for (;;) {
     bool ran = false, waits = false;
-    for (unsigned n = 0; n < threads; ++n) {
-      const unsigned i = descending ? threads - 1 - n : n;
-      if (fibers[i]->state != State::kReady) continue;
-      resume(i);
-      ran = true;
-    }
-    for (unsigned warp = 0; warp < threads; warp += kWarp)
-      release(warp, warp + kWarp < threads ? warp + kWarp : threads, State::kAtWarpBarrier);
+    for (unsigned n = 0; n < warps; ++n) ran |= run_warp(kWarp * (descending ? warps - 1 - n : n), threads, descending);
     release(0, threads, State::kAtBlockBarrier);
     for (unsigned i = 0; i < threads; ++i) waits |= fibers[i]->state != State::kDone;
     if (!waits) return;

@@ -114,6 +114,19 @@ def test_tiles_too_large_for_shared_memory(resample, size, fit, vertical_first, 
         assert_same_bits(found[0], patchify(torch.from_numpy(resized), 14, 1))
 
 
+@pytest.mark.parametrize("vertical_first", (False, True), ids=("hv", "vh"))
+def test_window_inside_what_passes_through_device_memory(vertical_first):
+    """The second pass begins in the middle of the source, so its lines are counted from the first one that it needs."""
+    size, fit = ((12000, 9), (56, 28)) if not vertical_first else ((9, 12000), (28, 56))
+    image = noise(*size, "steep window")
+    policy = RegionPolicy(lambda h, w: fit, 14, 1, window=(28, 28), anchor="center")
+    plan = plan_regions([size], [(0, 0, 0, size[1], size[0])], policy)
+    plan.table[:, Column.VERTICAL_FIRST] = int(vertical_first)
+    found: list[torch.Tensor] = []
+    assert launches(lambda: found.append(roi_patches([image], plan, backend="cuda"))) == (2, 1)
+    assert_same_bits(found[0], roi_patches([image], plan, backend="cpp"))
+
+
 @pytest.mark.parametrize("axis", (0, 1), ids=("tall", "wide"))
 @each_dtype
 def test_padding_of_both_paths(dtype, axis):
