@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.faults_cuda import CUDA_ROWS
+from tests.faults_triton import TRITON_ROWS
 
 
 @dataclass(frozen=True)
 class Fault:
     """`old`, which occurs once in `file`, becomes `new`.
 
-    backend is "reference", "cpp" or "cuda", whose tests must then fail, or "both" for code that the first two share.
+    backend is "reference", "cpp", "cuda" or "triton", whose tests must then fail, or "both" for code that the first two
+    share.
     """
 
     name: str
@@ -207,7 +209,7 @@ CONTROL_ROWS: list[Row] = [
     ),
     (
         "convolution columns (kx, ky, c)", "cpu/control_cross_attention.cpp",
-        "row + (ky * kKernel + kx) * channels", "row + (kx * kKernel + ky) * channels", CONTROL,
+        "(ky * kKernel + i % kKernel) * channels", "(i % kKernel * kKernel + ky) * channels", CONTROL,
     ),
     (
         "convolution columns (c, ky, kx)", "control_cross_attention/api.py",
@@ -405,10 +407,13 @@ def _fault(name: str, file: str, old: str, new: str, tests: str) -> Fault:
     if file.startswith("cuda/"):
         cases = (f"tests/cuda/test_executed.py::test_suite[{case}]" for case in tests.split(", "))
         return Fault(name, "cuda", f"csrc/{file}", old, new, tuple(cases))
+    if file.split("/")[-1].startswith("triton"):
+        paths = (f"tests/triton/{test}.py" for test in tests.split())
+        return Fault(name, "triton", f"vpt_kernels/{file}", old, new, tuple(paths))
     is_python = file.endswith(".py")
     backend = "both" if file.endswith(SHARED) else "reference" if is_python else "cpp"
     paths = (f"tests/{'native' if test == SIMD else 'kernels'}/{test}.py" for test in tests.split())
     return Fault(name, backend, f"{'vpt_kernels' if is_python else 'csrc'}/{file}", old, new, tuple(paths))
 
 
-FAULTS = tuple(_fault(*row) for row in ROI + CONTROL_ROWS + APPEND_ROWS + CUDA_ROWS)
+FAULTS = tuple(_fault(*row) for row in ROI + CONTROL_ROWS + APPEND_ROWS + CUDA_ROWS + TRITON_ROWS)

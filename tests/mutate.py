@@ -1,6 +1,6 @@
 """Applies one-line faults to a copy of the kernels, one at a time, and demands that the tests notice each.
 
-    python -m tests.mutate [--only NAME] [--backend reference|cpp|cuda|both]
+    python -m tests.mutate [--only NAME] [--backend reference|cpp|cuda|triton|both]
 
 A complete run writes `tests/mutations.md`. The exit status is 1 if a fault survives, does not build, or breaks the
 collection of the tests: only a test that fails has caught it.
@@ -24,7 +24,7 @@ from tests.faults import FAULTS, Fault
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests/mutations.md"
 LEFT_OUT = (".*", "*venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
-FILTERS = {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"], "cuda": [], "both": []}
+FILTERS = {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"], "cuda": [], "triton": [], "both": []}
 BUILD_SECONDS, TEST_SECONDS = 900, 900
 # pytest's exit status when tests failed; a crash, a usage error or a collection error has another.
 TESTS_FAILED = 1
@@ -41,10 +41,10 @@ class Tree:
         self.environment = {**os.environ, "PATH": tools, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(self.root)}
         self.environment.pop("VPT_KERNELS_CHECK", None)
 
-    def run(self, *arguments: str, timeout: int) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: int, **extra: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]
         merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.run(command, cwd=self.root, env=self.environment, timeout=timeout, **merged)
+        return subprocess.run(command, cwd=self.root, env=self.environment | extra, timeout=timeout, **merged)
 
     def build(self) -> str | None:
         """Compile what changed; return the compiler's words if there is no library afterwards."""
@@ -61,7 +61,8 @@ class Tree:
 
     def test(self, files: Iterable[str], backend: str) -> subprocess.CompletedProcess[str]:
         options = ["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
-        return self.run("-m", "pytest", *options, *FILTERS[backend], *files, timeout=TEST_SECONDS)
+        extra = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
+        return self.run("-m", "pytest", *options, *FILTERS[backend], *files, timeout=TEST_SECONDS, **extra)
 
     @contextmanager
     def broken(self, fault: Fault) -> Iterator[None]:
@@ -94,7 +95,7 @@ def sound(tree: Tree, faults: Iterable[Fault]) -> str | None:
     result = tree.run("-c", where, timeout=TEST_SECONDS)
     if result.stdout.strip() != f"{tree.root / 'vpt_kernels/backends.py'} None":
         return result.stdout
-    for backend in ("reference", "cpp", "cuda"):
+    for backend in ("reference", "cpp", "cuda", "triton"):
         files = dict.fromkeys(test for fault in faults if fault.backend in (backend, "both") for test in fault.tests)
         result = tree.test(files, backend) if files else result
         if result.returncode:

@@ -8,7 +8,7 @@ from vpt_kernels.control_cross_attention import triton as control
 
 
 def _append(name: str, launch: tuple, kind: str, registers: int, **changes: object) -> Variant:
-    _, block_tokens, warps = launch
+    block_tokens, warps = launch
     float8 = changes.pop("FLOAT8", False)
     cache = "*u8" if float8 else f"*{kind}"
     constants = {
@@ -56,7 +56,7 @@ def _condition(name: str, size: str, kind: str, registers: int) -> Variant:
 
 
 def _identity(name: str, size: str, kind: str, width: int, registers: int, **changes: object) -> Variant:
-    _, block_m, warps = control.IDENTITY_LAUNCHES[size]
+    block_m, warps = control.IDENTITY_LAUNCHES[size]
     constants = {
         "RAGGED": True, "CONDITIONED": True, "SCATTER": True, "PDL": False, "BLOCK_M": block_m, "BLOCK_H": width,
     } | changes  # fmt: skip
@@ -70,13 +70,14 @@ def _identity(name: str, size: str, kind: str, width: int, registers: int, **cha
 VARIANTS = (
     # Bytes in flight hide the latency of memory. Up to 64 registers a multiprocessor holds 32 warps, each with a
     # token's rows under way; float32 rows and the integer arithmetic of float8 need more, 16 warps must fit (128).
-    _append("few bf16", append.LAUNCHES[0], "bf16", 64),
-    _append("middle bf16", append.LAUNCHES[1], "bf16", 64),
-    _append("many bf16", append.LAUNCHES[2], "bf16", 64),
-    _append("many fp32 paged", append.LAUNCHES[2], "fp32", 80, PAGED=True),
-    _append("many fp16 float8", append.LAUNCHES[2], "fp16", 128, PAGED=True, FLOAT8=True, K_HEAD_SCALES=True),
-    _append("partial interleaved", append.LAUNCHES[2], "bf16", 64, HALF=16, SECTION_T=4, SECTION_H=6, SECTION_W=6,
-            INTERLEAVED=True, HEAD_DIM=80, BLOCK_HALF=16, BLOCK_REST=64),
+    _append("few bf16", append.LAUNCHES["few tokens"], "bf16", 64),
+    _append("middle bf16", append.LAUNCHES["some tokens"], "bf16", 64),
+    _append("many bf16", append.LAUNCHES["many tokens"], "bf16", 64),
+    _append("many fp32 paged", append.LAUNCHES["many tokens"], "fp32", 80, PAGED=True),
+    _append("many fp16 float8", append.LAUNCHES["many tokens"], "fp16", 128, PAGED=True, FLOAT8=True,
+            K_HEAD_SCALES=True),
+    _append("partial interleaved", append.LAUNCHES["many tokens"], "bf16", 64, HALF=16, SECTION_T=4, SECTION_H=6,
+            SECTION_W=6, INTERLEAVED=True, HEAD_DIM=80, BLOCK_HALF=16, BLOCK_REST=64),
     # Accumulator and the tile being normalised live in registers. One image: two blocks of 4 warps a multiprocessor
     # (192), so that one computes while the other waits. Many images gather u per row, conv gathers channels: 64-bit
     # addresses of a whole tile, all the registers there are, without a spill. Shared memory: W and x, num_stages deep.

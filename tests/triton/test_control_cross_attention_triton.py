@@ -35,7 +35,7 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, gemm: tuple, condition: int) -> 
     monkeypatch.setattr(
         triton, "CONDITION_LAUNCHES", {"one image": (1, condition, 512, 4), "images": (4, condition, 512, 4)}
     )
-    monkeypatch.setattr(triton, "IDENTITY_LAUNCHES", {"narrow": (2048, 64, 4), "wide": (16384, 64, 8)})
+    monkeypatch.setattr(triton, "IDENTITY_LAUNCHES", {"narrow": (64, 4), "wide": (64, 8)})
 
 
 @pytest.fixture(autouse=True)

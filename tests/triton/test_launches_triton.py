@@ -29,10 +29,10 @@ from vpt_kernels.control_cross_attention import triton as control
 
 
 @each_dtype
-@pytest.mark.parametrize("line", range(len(append.LAUNCHES)))
-def test_append_tables(monkeypatch, dtype, line):
+@pytest.mark.parametrize("size", append.LAUNCHES)
+def test_append_tables(monkeypatch, dtype, size):
     """Each line of the table, on more than one block of tokens and of heads, none of them full."""
-    monkeypatch.setattr(append, "LAUNCHES", ((None, *append.LAUNCHES[line][1:]),))
+    monkeypatch.setattr(append, "LAUNCHES", dict.fromkeys(append.LAUNCHES, append.LAUNCHES[size]))
     check_append(make(11, (5, 5), 24, rotary_dim=16, dtype=dtype, capacity=20), "triton")
 
 
@@ -41,7 +41,7 @@ def test_append_of_a_size_uses_its_line(tokens):
     call = make(tokens, (2, 1), capacity=80)
     with Launches() as launches:
         call.run("triton")
-    block = next(line[1] for line in append.LAUNCHES if line[0] is None or tokens <= line[0])
+    block, _ = append.LAUNCHES["few tokens" if tokens <= 64 else "some tokens"]
     assert launches.grids == [("append_kernel", (-(-tokens // block), 2))]
 
 
@@ -146,7 +146,7 @@ def test_a_projector_without_score_maps_is_declined(form):
 
 
 def test_identity_rows_that_do_not_fit_registers_are_declined(monkeypatch):
-    assert control_api._WIDEST_ROW == control.IDENTITY_LAUNCHES["wide"][0]
+    assert control_api._WIDEST_ROW == control.WIDEST
     monkeypatch.setattr(control_api, "_WIDEST_ROW", 16)
     with pytest.raises(BackendUnavailable, match=r"17.*16"):
         control_cross_attention(normal(2, 17, key="x"), None, fold("identity", 17), backend="triton")

@@ -7,15 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vpt_kernels.launch import on_device
+from vpt_kernels.launch import on_device, tuned
 from vpt_kernels.library import implement
 
-LAUNCHES = (
-    # most tokens, BLOCK_TOKENS, num_warps
-    (64, 1, 1),
-    (2048, 2, 2),
-    (None, 8, 4),
-)
+SIZES = (("few tokens", 64), ("some tokens", 2048), ("many tokens", None))
+"""Size classes and the most tokens of each."""
+LAUNCHES = {
+    # BLOCK_TOKENS, num_warps
+    "few tokens": (1, 1),
+    "some tokens": (2, 2),
+    "many tokens": (8, 4),
+}
 """Few tokens: as many programs as there are rows to fill the chip. Many: enough bytes per program to hide the index
 loads, 8 tokens × 4 heads × 256 B = 8 KB in flight each. From reasoning about an H100, not from measurements."""
 BLOCK_HEADS = 4
@@ -210,7 +212,8 @@ def _launch(
     # An empty page must not make the kernel divide by zero; its capacity is 0 whatever it divides by.
     page_size = max(1, k_cache.shape[row])
     float8 = k_scale is not None
-    _, block_tokens, warps = next(line for line in LAUNCHES if line[0] is None or tokens <= line[0])
+    size = next(name for name, most in SIZES if most is None or tokens <= most)
+    block_tokens, warps = tuned(q, "append_kernel", size, LAUNCHES[size])
     grid = (
         triton.cdiv(tokens, block_tokens),
         triton.cdiv(q_heads, BLOCK_HEADS) + triton.cdiv(kv_heads, BLOCK_HEADS),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vpt_kernels.launch import capability, on_device
+from vpt_kernels.launch import capability, on_device, tuned
 from vpt_kernels.library import implement
 
 GEMM_LAUNCHES = {
@@ -27,11 +27,13 @@ CONDITION_LAUNCHES = {
 }
 """The maps are read once for every BLOCK_IMAGES images; 16 KB of float32 in flight per program."""
 IDENTITY_LAUNCHES = {
-    # largest H, BLOCK_M tokens, num_warps
-    "narrow": (2048, 1, 4),
-    "wide": (16384, 1, 8),
+    # BLOCK_M tokens, num_warps
+    "narrow": (1, 4),
+    "wide": (1, 8),
 }
-"""One program per token: 256 of them fill the chip, and no row waits for another."""
+"""Up to NARROW channels, up to WIDEST. One program per token: 256 of them fill the chip, and no row waits for another.
+"""
+NARROW, WIDEST = 2048, 16384
 
 EPS = tl.constexpr(1e-5)
 KERNEL = 4
@@ -269,7 +271,8 @@ def _conditions(control: Tensor, weights: tuple[Tensor | None, ...], columns: in
     norm_weight, norm_bias, weight, bias, score_weight, score_bias = weights
     images, hidden = control.shape
     out = torch.empty((images, hidden + columns), dtype=torch.float32, device=control.device)
-    block_images, block_n, block_k, warps = CONDITION_LAUNCHES["one image" if images == 1 else "images"]
+    size = "one image" if images == 1 else "images"
+    block_images, block_n, block_k, warps = tuned(control, "condition_kernel", size, CONDITION_LAUNCHES[size])
     grid = (
         triton.cdiv(hidden, block_n) + triton.cdiv(columns, block_n),
         triton.cdiv(images, block_images),
@@ -322,7 +325,8 @@ def _project(
         cu_stride = cu_seqlens.stride(0) if cu_seqlens is not None else 0
         rows_stride = rows.stride(0) if scatter else 0
         if feature_weight is None:
-            _, block_m, warps = IDENTITY_LAUNCHES["narrow" if hidden <= IDENTITY_LAUNCHES["narrow"][0] else "wide"]
+            size = "narrow" if hidden <= NARROW else "wide"
+            block_m, warps = tuned(features, "identity_kernel", size, IDENTITY_LAUNCHES[size])
             identity_kernel[(triton.cdiv(tokens, block_m),)](
                 features, condition, cu_seqlens, rows, out,
                 tokens, per_image, images, images.bit_length(), hidden, x_image, x_token, condition_stride, cu_stride,
@@ -331,7 +335,7 @@ def _project(
             )  # fmt: skip
             return
         size = "float32" if features.dtype == torch.float32 else "few tokens" if tokens < MANY_TOKENS else "many tokens"
-        block_m, block_n, block_k, warps, stages = GEMM_LAUNCHES[size]
+        block_m, block_n, block_k, warps, stages = tuned(features, "project_kernel", size, GEMM_LAUNCHES[size])
         grid = (triton.cdiv(tokens, block_m), triton.cdiv(hidden, block_n))
         project_kernel[grid](
             features, feature_weight, feature_bias, feature_norm_weight, feature_norm_bias, condition, cu_seqlens,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vpt_kernels.launch import capability, on_device
+from vpt_kernels.launch import capability, on_device, tuned
 from vpt_kernels.library import implement
 from vpt_kernels.roi_patch_embed.geometry import Column
 from vpt_kernels.roi_patch_embed.triton_resample import (
@@ -156,17 +156,18 @@ FEW_ROWS = 4096
 def _resample(
     images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, out: Tensor, entry: int | None, chained: bool
 ) -> None:
-    records, tiles = stage(images, plan, rows, row_bytes, RESAMPLING.tile, in_patches=False)
+    launch = tuned(out, "resample_kernel", "all", RESAMPLING)
+    records, tiles = stage(images, plan, rows, row_bytes, launch.tile, in_patches=False)
     resample_kernel[(tiles,)](
         records,
         len(plan),
         out,
         out.stride(0),
         ENTRY=entry,
-        TILE=RESAMPLING.tile,
-        CHUNK=RESAMPLING.chunk,
+        TILE=launch.tile,
+        CHUNK=launch.chunk,
         PDL=chained,
-        num_warps=RESAMPLING.warps,
+        num_warps=launch.warps,
         num_stages=1,
         enable_fp_fusion=False,
     )
@@ -187,10 +188,9 @@ def patch_row_layout(row_bytes: int) -> tuple[int, int]:
     return -(-(entry + 4) // 16) * 16, entry
 
 
-def _product(rows: int, dtype: torch.dtype) -> Product:
-    if dtype == torch.float32:
-        return PRODUCTS["float32"]
-    return PRODUCTS["few rows" if rows <= FEW_ROWS else "many rows"]
+def _product(rows: int, weight: Tensor) -> Product:
+    size = "float32" if weight.dtype == torch.float32 else "few rows" if rows <= FEW_ROWS else "many rows"
+    return tuned(weight, "embed_kernel", size, PRODUCTS[size])
 
 
 def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -205,7 +205,7 @@ def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bi
         patches = torch.empty((rows, stride), dtype=torch.uint8, device=weight.device)
         chained = capability(weight) >= 90
         _resample(images, plan, rows, row_bytes, patches, entry, chained)
-        block = _product(rows, weight.dtype)
+        block = _product(rows, weight)
         options = {"launch_pdl": True} if chained else {}
         embed_kernel[(triton.cdiv(rows, block.rows), triton.cdiv(embed, block.columns))](
             patches,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vpt_kernels.launch import tuned
 from vpt_kernels.roi_patch_embed.geometry import FILTERS, Column
 from vpt_kernels.roi_patch_embed.triton_resample import (
     bias_entry,
@@ -115,7 +116,8 @@ def embed_in_one_launch(
     patch = bias.shape[1] - 1
     if patch > MAX_PATCH:
         raise ValueError(f"one launch: patch size {patch} exceeds {MAX_PATCH}; use two launches")
-    records, tiles = stage(images, plan, rows, row_bytes, STRIP.side, in_patches=True)
+    launch = tuned(weight, "strip_kernel", "all", STRIP)
+    records, tiles = stage(images, plan, rows, row_bytes, launch.side, in_patches=True)
     c = Column
     for region in plan.tolist():
         radius = 2 if FILTERS[region[c.FILTER]] == "bicubic" else 1
@@ -138,10 +140,10 @@ def embed_in_one_launch(
         embed,
         out.stride(0),
         P=patch,
-        SIDE=STRIP.side,
-        CHUNK=STRIP.chunk,
-        BN=STRIP.columns,
-        num_warps=STRIP.warps,
+        SIDE=launch.side,
+        CHUNK=launch.chunk,
+        BN=launch.columns,
+        num_warps=launch.warps,
         num_stages=1,
         enable_fp_fusion=False,
     )
