@@ -25,8 +25,12 @@ help:
 demo: $(VENV)/.ready
 	$(BIN)/vpt demo $(DEMO_ARGS)
 
-test: $(VENV)/.ready lint interpret
-	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton $(TEST_ARGS)
+# Both halves at once, one core each; the interpreter's report follows the other's.
+test: export OMP_WAIT_POLICY = passive
+test: $(VENV)/.ready lint
+	@mkdir -p build; $(MAKE) -s interpret >build/interpret.log 2>&1 & interpreted=$$!; \
+	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton $(TEST_ARGS); status=$$?; \
+	wait $$interpreted || status=1; cat build/interpret.log; exit $$status
 
 # In a process of its own: the interpreter is chosen when triton is imported, and then nothing compiles.
 interpret: $(VENV)/.ready
