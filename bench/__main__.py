@@ -1,4 +1,4 @@
-"""`python -m bench run | report | compare`."""
+"""`python -m bench run | report | compare | traces`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from bench import report as reports
+from bench import scaling
 from bench.environment import ROOT, machine
 from bench.rows import merge
 
@@ -85,9 +86,14 @@ def report(
     for file in files:
         result = reports.load(file)
         console.print(reports.terminal(result))
-        file.with_suffix(".md").write_text(reports.markdown(result))
+        text = reports.markdown(result)
+        if scaling.series(result):
+            text += "\n## How the cost grows\n\n" + scaling.markdown(result)
+        file.with_suffix(".md").write_text(text)
         charts.ratio_bars(result, folder / f"{file.stem}-ratios.svg")
         charts.roofline(result, folder / f"{file.stem}-roofline.svg")
+        charts.timeline(result, folder / f"{file.stem}-second-look.svg")
+        charts.scaling(result, folder / f"{file.stem}-scaling.svg")
     if readme:
         path = ROOT / "README.md"
         path.write_text(reports.replace_block(path.read_text(), reports.readme_block(committed())))
@@ -104,6 +110,15 @@ def compare(
     console.print(table)
     console.print(f"slower, wrong or missing: {', '.join(failures)}" if failures else "nothing became slower")
     raise typer.Exit(int(bool(failures)))
+
+
+@app.command()
+def traces(folder: Annotated[Path, typer.Argument(help="Where the set is written.")]) -> None:
+    """Write our operators as FlashInfer Trace definitions and workloads."""
+    from bench.traces import write
+
+    for path in write(folder):
+        console.print(str(path))
 
 
 def committed() -> dict[str, reports.Result]:

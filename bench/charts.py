@@ -1,7 +1,8 @@
-"""The pictures of `python -m bench report`: ratio bars, roofline, and what the second look costs."""
+"""The pictures of `python -m bench report`: ratio bars, roofline, scaling, and where a second look spends its time."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from bench.report import Result, is_ceiling, strongest  # noqa: E402
+from bench.scaling import series  # noqa: E402
 
 OURS, THEIRS, CEILING, INK = "#0072b2", "#999999", "#e69f00", "#222222"
 MARKERS = {"roi_patch_embed": "o", "roi_patches": "s", "control_cross_attention": "^", "append_visual_kv": "D"}
@@ -99,10 +101,101 @@ def roofline(result: Result, path: Path) -> None:
     axes.set_xlabel(f"operations per byte (hollow: bfloat16)      {_where(result)}", fontsize=8)
     axes.set_ylabel("operations per second")
     axes.set_title("Rooflines measured in the same run", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    if seen:
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _save(figure, path)
+
+
+STAGES = {
+    "crop+embed": ("#56b4e9", "crop, resize, embed"),
+    "ViT": ("#0072b2", "vision tower or re-encoder"),
+    "perceive": ("#cc79a7", "control state and projector"),
+    "append": ("#009e73", "language model: read the look"),
+    "rest": ("#bbbbbb", "rest"),
+}
+
+
+def timeline(result: Result, path: Path) -> bool:
+    """A bar a procedure, from the perception token to the first answer token; False if no row has stages."""
+    rows = [row for row in result["rows"] if row.get("timeline") and not row.get("sweep", {}).get("at")]
+    if not rows:
+        return False
+    bars = [
+        (row, name, stages)
+        for row in rows
+        for name, stages in sorted(row["timeline"].items(), key=lambda item: sum(item[1].values()))
+    ]
+    unknown = {stage for _, _, stages in bars for stage in stages} - STAGES.keys()
+    if unknown:
+        raise ValueError(f"the chart has no colour for the stages {sorted(unknown)}; add them to STAGES")
+    figure, axes = plt.subplots(figsize=(10, 0.42 * len(bars) + 1.7))
+    y, names, ticks = 0.0, [], []
+    for number, (row, name, stages) in enumerate(bars):
+        y -= 1.6 if number and row is not bars[number - 1][0] else 1
+        begin, ours = 0.0, sum(row["timeline"]["ours"].values())
+        for stage, milliseconds in stages.items():
+            axes.barh(y, milliseconds, left=begin, color=STAGES[stage][0], height=0.74)
+            begin += milliseconds
+        label = f" {begin:.0f} ms" + (f", {begin / ours:.1f}×" if name != "ours" else "")
+        axes.text(begin, y, label, va="center", fontsize=8, color=INK)
+        names.append(f"{row['shape'].rsplit(', ', 1)[0]}:  {name.split(',')[0]}")
+        ticks.append(y)
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
+    axes.set_title("From the perception token to the first answer token", loc="left", fontsize=11)
+    axes.set_xlabel(f"milliseconds      {_where(result)}", fontsize=8)
+    used = [stage for stage in STAGES if any(stage in stages for _, _, stages in bars)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=STAGES[stage][0]) for stage in used]
+    axes.legend(
+        handles,
+        [STAGES[stage][1] for stage in used],
+        frameon=False,
+        fontsize=8,
+        ncols=len(used),
+        loc="upper center",
+        bbox_to_anchor=(0.4, -0.55 / (0.42 * len(bars) + 0.9)),
+    )
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(left=False)
+    _save(figure, path)
+    return True
+
+
+def scaling(result: Result, path: Path) -> bool:
+    """A panel a series: milliseconds against its size, ours and every alternative; False if there is no series."""
+    found = series(result)
+    if not found:
+        return False
+    across = min(3, len(found))
+    down = -(-len(found) // across)
+    figure, panels = plt.subplots(down, across, figsize=(4.4 * across, 3.3 * down), squeeze=False)
+    for panel in panels.flat[len(found) :]:
+        panel.set_visible(False)
+    others = [THEIRS, CEILING, "#cc79a7", "#56b4e9", "#009e73"]
+    for panel, one in zip(panels.flat, found):
+        # No conversation yet is the size 0, which a logarithm has no place for.
+        sizes = [max(size, 0.25 * one.sizes[1]) for size in one.sizes]
+        for colour, (name, times) in zip(others, one.alternatives.items()):
+            panel.plot(sizes, times, color=colour, linewidth=1.2, label=name)
+        panel.plot(sizes, one.ours, color=OURS, linewidth=2.2, marker="o", markersize=4, label="ours")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(sizes, [str(size) for size in one.sizes], fontsize=7)
+        panel.minorticks_off()
+        panel.set_title("\n".join(textwrap.wrap(one.name, 62)), loc="left", fontsize=8)
+        panel.set_xlabel(one.axis, fontsize=8)
+        panel.set_ylabel("ms", fontsize=8)
+        panel.tick_params(axis="y", labelsize=7)
+        panel.legend(frameon=False, fontsize=6.5)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    figure.supxlabel(_where(result), fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+    return True
 
 
 def _save(figure: Any, path: Path) -> None:

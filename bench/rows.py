@@ -84,6 +84,8 @@ def measure(case: Case, benchmark: Any) -> Row:
         "host_us": host_microseconds(case.ours[0], case.device) if case.device == "cuda" else None,
         "workspace": case.workspace,
         **({"settings": case.settings} if case.settings else {}),
+        **({"sweep": asdict(case.sweep)} if case.sweep else {}),
+        **({"timeline": case.timeline()} if case.timeline else {}),
         "alternatives": {},
     }
     for name in case.alternatives:

@@ -1,5 +1,7 @@
 """What is measured, as data. `quick` rows make up `make bench`; the others join in `make bench-full`.
 
+Rows with a `sweep` show how the cost grows along it: the field of that name runs while all others stay.
+
 Images and crops are those of Qwen2-VL and of Visual Perception Tokens: photos, documents of 1700×2200, photos of 12
 megapixels; looks of at most 512 pixels a side give 54 to 324 tokens. "2b" and "7b" are the language models' widths.
 """
@@ -37,6 +39,11 @@ class Roi:
     max_pixels: int | None = None
     new_geometry: bool = True
     quick: bool = True
+    sweep: str = ""
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
 
     @property
     def shape(self) -> str:
@@ -54,6 +61,7 @@ class Control:
     lm: str
     dtype: str
     quick: bool = True
+    sweep: str = ""
 
     @property
     def shape(self) -> str:
@@ -71,6 +79,7 @@ class Append:
     page_size: int = 0
     in_place: bool = False
     quick: bool = True
+    sweep: str = ""
 
     @property
     def shape(self) -> str:
@@ -80,11 +89,20 @@ class Append:
 
 @dataclass(frozen=True)
 class SecondLook:
-    """A forced look of `preset` (random weights), measured from the trigger token to the first answer token."""
+    """A forced look of `preset` (random weights), measured from the trigger token to the first answer token.
+
+    history: tokens of conversation before the question, which the cache holds.
+    """
 
     preset: str
     look: str
+    history: int = 0
     quick: bool = True
+    sweep: str = ""
+
+    @property
+    def shape(self) -> str:
+        return f"{self.look}, {self.preset}{f', after {self.history} tokens' if self.history else ''}"
 
 
 PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)
@@ -94,12 +112,15 @@ ROI = (
     *(Roi(*PHOTO, 1, dtype, max_pixels=12_845_056) for dtype in ("float32", "bfloat16")),
     *(Roi(*LARGE, 1, dtype, max_pixels=MEGAPIXEL) for dtype in ("float32", "bfloat16")),
     Roi(*PHOTO, 1, "float32", max_pixels=12_845_056, new_geometry=False),
-    *(Roi(*DOCUMENT, n, dtype, longest_edge=512) for dtype in ("float32", "bfloat16") for n in (1, 4)),
     *(
-        Roi(*image, n, dtype, longest_edge=512, quick=False)
+        Roi(*DOCUMENT, n, dtype, longest_edge=512, quick=n <= 4, sweep="regions")
         for dtype in ("float32", "bfloat16")
-        for image in (DOCUMENT, LARGE)
-        for n in (16, 64)
+        for n in (1, 4, 16, 64)
+    ),
+    *(Roi(*LARGE, n, dtype, longest_edge=512, quick=False) for dtype in ("float32", "bfloat16") for n in (16, 64)),
+    *(
+        Roi(side, side, 1, "float32", max_pixels=MEGAPIXEL, quick=False, sweep="pixels")
+        for side in (112, 224, 448, 896, 1792, 3584)
     ),
 )
 PATCHES = (
@@ -110,7 +131,9 @@ PATCHES = (
 )
 CONTROL = (
     *(Control("identity", 1, 252, lm, "float32") for lm in LMS),
-    *(Control(form, 1, 256, "2b", "float32") for form in ("linear", "conv")),
+    Control("linear", 1, 256, "2b", "float32", sweep="images"),
+    Control("conv", 1, 256, "2b", "float32"),
+    *(Control("linear", n, 256, "2b", "float32", quick=False, sweep="images") for n in (2, 4, 8)),
     *(Control(form, 1, 252 if form == "identity" else 256, "2b", "bfloat16") for form in ("identity", "linear")),
     *(
         Control(form, images, 252 if form == "identity" else 256, lm, dtype, quick=False)
@@ -118,11 +141,14 @@ CONTROL = (
         for images in (1, 16)
         for lm in LMS
         for dtype in ("float32", "bfloat16")
-        if images == 16 or lm == "7b"
+        if (images == 16 or lm == "7b")
+        and (form, images, lm, dtype) not in (("linear", 16, "2b", "float32"), ("identity", 1, "7b", "float32"))
     ),
+    Control("linear", 16, 256, "2b", "float32", quick=False, sweep="images"),
 )
 APPEND = (
-    *(Append(n, "2b", "float32") for n in (1, 54, 270, 4096)),
+    *(Append(n, "2b", "float32", sweep="tokens") for n in (1, 54, 270, 4096)),
+    *(Append(n, "2b", "float32", capacity=65_536, quick=False, sweep="tokens") for n in (8, 1024, 16_384, 65_536)),
     Append(270, "2b", "float32", in_place=True),
     Append(4096, "2b", "float32", in_place=True),
     Append(270, "2b", "bfloat16"),
@@ -135,6 +161,11 @@ APPEND = (
 REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
 """Crops of 54 to 91 and of 324 tokens."""
 ENGINE = (
-    *(SecondLook("2b-slice", look) for look in (*REGIONS, "clip")),
+    *(SecondLook("2b-slice", look, sweep="history") for look in (*REGIONS, "clip")),
+    *(
+        SecondLook("2b-slice", look, history, quick=False, sweep="history")
+        for look in (*REGIONS, "clip")
+        for history in (1024, 4096)
+    ),
     *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
 )

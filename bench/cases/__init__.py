@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,34 @@ class WrongResult(AssertionError):
     """A call that is timed must first be right; the message says which one was not, and by how much."""
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Where a row stands in its series."""
+
+    axis: str
+    at: int
+    series: str
+
+
+def sweep(op: str, workload: Any) -> Sweep | None:
+    """The series of a workload along its `sweep`: all rows of the operator that differ in that field only."""
+    axis = workload.sweep
+    if not axis:
+        return None
+    hidden = {"quick", "sweep", "capacity", axis, *(("width", "height") if axis == "pixels" else ())}
+    fixed = [f"{name} {value}" for name, value in asdict(workload).items() if name not in hidden and value is not None]
+    return Sweep(axis, getattr(workload, axis), ", ".join([op, *fixed]))
+
+
 @dataclass
 class Case:
     """One row of a benchmark.
 
     ours, alternatives: calls that differ in their buffers or geometry only, taken in turn; an alternative that cannot
     run here is the reason instead. check: raises WrongResult unless ours and the alternatives agree. work: what a call
-    cannot avoid, or None where nothing simple says it. workspace: bytes one call of ours needs beside its inputs and
+    cannot avoid, or None where nothing simple says it. sweep: the quantity along which a series of rows differs, its
+    value, and what the series' rows have in common. timeline: after the timing, milliseconds of every stage, for ours
+    ("ours") and every alternative that knows them. workspace: bytes one call of ours needs beside its inputs and
     outputs, or None where it was not measured. calls: of the function in one call of ours. self_timed: every call
     returns the seconds that count, because only a part of it does.
     """
@@ -39,6 +61,8 @@ class Case:
     workspace: int | None = None
     calls: int = 1
     self_timed: bool = False
+    sweep: Sweep | None = None
+    timeline: Callable[[], dict[str, dict[str, float]]] | None = None
     settings: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -58,6 +82,20 @@ def require_close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> 
 def absent(package: str) -> str | None:
     """Why an alternative of this package cannot run, or None."""
     return None if find_spec(package) else f"{package} is not installed"
+
+
+def peer(
+    package: str, make: Callable[[Any], Call], sets: Sequence[Any], *, unusable: str | None = None
+) -> list[Call] | str:
+    """Calls of a package on every set of buffers, or why there are none; `unusable`: why none can be."""
+    if reason := absent(package) or unusable:
+        return reason
+    try:
+        calls = [make(one) for one in sets]
+        calls[0]()
+    except Exception as error:  # noqa: BLE001  (another release of a package must not cost us the row)
+        return f"{package} does not run: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    return calls
 
 
 def workspace(call: Call, device: str, outputs: int) -> int | None:

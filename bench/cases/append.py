@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.cases import TOLERANCES, Case, absent, require_close, workspace
+from bench.cases import TOLERANCES, Case, absent, peer, require_close, sweep, workspace
 from bench.rooflines import append_work
 from bench.timers import Call
 from bench.workloads import LMS, Append
@@ -124,6 +124,25 @@ def _flashinfer(buffers: Buffers) -> Call:
     return call
 
 
+def _liger(buffers: Buffers) -> Call:
+    """Liger's rotation by three position rows, then index_copy_ into the caches."""
+    from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb
+
+    rows = buffers.table[buffers.positions][:, None]  # [3, 1, tokens, rotary_dim]
+    cos, sin = (torch.cat([half, half], -1).to(buffers.q.dtype) for half in rows.chunk(2, -1))
+    caches = [cache.view(-1, *buffers.k.shape[1:]) for cache in (buffers.k_cache, buffers.v_cache)]
+
+    def call() -> Tensor:
+        # It rotates in place, and our inputs are used again.
+        q, k = (t.transpose(0, 1)[None].contiguous() for t in (buffers.q, buffers.k))
+        q, k = liger_multimodal_rotary_pos_emb(q, k, cos, sin, list(SECTIONS))
+        caches[0].index_copy_(0, buffers.slots, k[0].transpose(0, 1))
+        caches[1].index_copy_(0, buffers.slots, buffers.v)
+        return q[0].transpose(0, 1)
+
+    return call
+
+
 def build(workload: Append, device: str) -> Case:
     work = append_work(workload)
     sets = [Buffers(workload, device) for _ in range(1 + ROTATION_BYTES[device] // work.bytes)][:64]
@@ -146,9 +165,13 @@ def build(workload: Append, device: str) -> Case:
             alternatives[name] = missing or [_transformers(s, workload.capacity) for s in sets]
             if not missing:
                 checked["transformers"] = alternatives[name][0]
-        elif device == "cuda":
-            missing = absent("flashinfer")
-            alternatives["rotation + FlashInfer append"] = missing or [_flashinfer(s) for s in sets]
+        unusable = None if device == "cuda" else "needs a GPU"
+        if workload.page_size:
+            alternatives["rotation + FlashInfer append"] = peer("flashinfer", _flashinfer, sets, unusable=unusable)
+        alternatives["Liger M-RoPE + index_copy_"] = peer("liger_kernel", _liger, sets, unusable=unusable)
+        alternatives["flash_attn_with_kvcache"] = absent("flash_attn") or (
+            "attends in the same call, and turns a token by one position, not three"
+        )
 
     def check() -> None:
         expected = first.eager()
@@ -163,5 +186,6 @@ def build(workload: Append, device: str) -> Case:
     outputs = 0 if workload.in_place else first.q.numel() * first.q.element_size()
     op = "append_visual_kv_" if workload.in_place else "append_visual_kv"
     return Case(
-        op, workload.shape, workload.dtype, device, ours, alternatives, check, work, workspace(ours[0], device, outputs)
-    )
+        op, workload.shape, workload.dtype, device, ours, alternatives, check, work,
+        workspace(ours[0], device, outputs), sweep=sweep(op, workload),
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import TOLERANCES, Case, require_close, workspace
+from bench.cases import TOLERANCES, Case, require_close, sweep, workspace
 from bench.rooflines import control_work
 from bench.workloads import LMS, Control
 from vpt_kernels import control_cross_attention, fold_projector
@@ -86,4 +86,5 @@ def build(workload: Control, device: str) -> Case:
         check,
         work,
         workspace(ours[0], device, outputs),
+        sweep=sweep("control_cross_attention", workload),
     )

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, WrongResult, absent
+from bench.cases import Case, WrongResult, absent, sweep
 from bench.transformers_model import transformers_model
 from bench.workloads import SecondLook
 from vpt_model.checkpoint import random_state
@@ -25,12 +27,13 @@ from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.conversation import Chunk
 from vpt_model.demo import QUESTION, default_image
 from vpt_model.engine import Engine
-from vpt_model.events import Look, Token
+from vpt_model.events import Clock, Look, Stage, Token
 from vpt_model.model import Model
 from vpt_model.reference import PublishedProcedure
 from vpt_model.tokens import Tokenizer
 
-LONGEST_EDGE = 512
+LONGEST_EDGE, CAPACITY = 512, 8192
+CONTINUED = "transformers, cache continued with explicit positions"
 TOLERANCE = 1e-3
 """On logits of standard deviation 1; rounding moves them by 2e-5, a wrong step by 0.03 or more."""
 
@@ -58,7 +61,7 @@ class Procedures:
 def procedures(preset: str, kind: str) -> Procedures:
     config = replace(PRESETS[preset], kind=kind)
     tokenizer, state = Tokenizer.byte_level(config.vocab_size, kind), random_state(config)
-    engine = Recorder(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE)
+    engine = Recorder(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE, capacity=CAPACITY)
     return Procedures(engine, PublishedProcedure(config, state, tokenizer.ids, tokenizer), state)
 
 
@@ -78,7 +81,10 @@ class Problem:
         made = procedures(*self.names)
         self.engine, self.published, self.state = made.engine, made.published, made.state
         self.look, self.photo = workload.look, default_image()
+        # One token a byte: the conversation before the question is text that every procedure reads.
+        self.question = "x" * workload.history + QUESTION
         self.before = 0  # chunks fed before the trigger token
+        self.stages: dict[str, list[dict[str, float]]] = {}
 
     def ours(self) -> float:
         """Seconds from the trigger token to the first answer token."""
@@ -87,7 +93,7 @@ class Problem:
     def _ours(self) -> tuple[float, Tensor]:
         triggers, begin, looked = {self.engine.ids.region_end, self.engine.ids.action_start}, 0.0, False
         self.engine.fed = []
-        stream = self.engine.stream(self.photo, QUESTION, looks=[self.look], max_new_tokens=1, keep_logits=True)
+        stream = self.engine.stream(self.photo, self.question, looks=[self.look], max_new_tokens=1, keep_logits=True)
         for event in stream:
             if isinstance(event, Token) and looked:
                 seconds = time.perf_counter() - begin
@@ -97,14 +103,32 @@ class Problem:
                 self.before = len(self.engine.fed)
             looked |= isinstance(event, Look)
         *_, done = stream
+        self.saw("ours", seconds, done.answer.timings)
         return seconds, done.answer.logits[0]
 
     def publish(self) -> float:
         return self._publish()[0]
 
     def _publish(self) -> tuple[float, Tensor]:
-        answer = self.published.ask(self.photo, QUESTION, looks=[self.look], max_new_tokens=1, keep_logits=True)
+        answer = self.published.ask(self.photo, self.question, looks=[self.look], max_new_tokens=1, keep_logits=True)
+        self.saw("published procedure", answer.second_look_ms / 1e3, answer.timings)
         return answer.second_look_ms / 1e3, answer.logits[0]
+
+    def saw(self, name: str, seconds: float, timings: Sequence[Stage]) -> None:
+        """Remember the stages of one second look: all that follow the last decoded token, and the rest."""
+        last = max((i for i, stage in enumerate(timings) if stage.name == "decode"), default=-1)
+        stages: dict[str, float] = {}
+        for stage in timings[last + 1 :]:
+            stages[stage.name] = stages.get(stage.name, 0.0) + stage.milliseconds
+        stages["rest"] = max(0.0, seconds * 1e3 - sum(stages.values()))
+        self.stages.setdefault(name, []).append(stages)
+
+    def timeline(self) -> dict[str, dict[str, float]]:
+        """Medians over all calls, in the order in which the stages begin."""
+        return {
+            name: {stage: median(call.get(stage, 0.0) for call in calls) for stage in calls[-1]}
+            for name, calls in self.stages.items()
+        }
 
 
 class Continued:
@@ -121,10 +145,11 @@ class Continued:
         self.problem, self.state, self.ids = problem, problem.state, engine.ids
         self.model = transformers_twin(*problem.names)
         self.processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12_845_056)
+        self.clock = Clock(torch.device("cpu"))
         self.cache = DynamicCache(config=self.model.config.get_text_config())
         self.boxes = next(
             event.boxes
-            for event in engine.stream(problem.photo, QUESTION, looks=[problem.look], max_new_tokens=1)
+            for event in engine.stream(problem.photo, problem.question, looks=[problem.look], max_new_tokens=1)
             if isinstance(event, Look)
         )
         width, height = problem.photo.size
@@ -134,9 +159,11 @@ class Continued:
         self.length = self.cache.get_seq_length()
 
     def __call__(self) -> float:
+        self.clock = Clock(torch.device("cpu"))
         begin = time.perf_counter()
         self.look()
         seconds = time.perf_counter() - begin
+        self.problem.saw(CONTINUED, seconds, self.clock.stages)
         self.forget()
         return seconds
 
@@ -147,16 +174,20 @@ class Continued:
         """Logits of the first answer token."""
         *earlier, chunk = self.second
         for one in earlier:
-            state = self._forward(one, self._embed(one.tokens))
+            with nullcontext() if self.boxes else self.clock("perceive"):
+                state = self._forward(one, self._embed(one.tokens))
         if self.boxes:
-            embeds = self._embed(chunk.tokens, self._see(self.boxes))
+            features = self._see(self.boxes)
+            embeds = self._embed(chunk.tokens, features)
         else:
             embeds = self._embed(chunk.tokens)
             embeds[0] = state
-            embeds[torch.tensor(chunk.tokens) == self.ids.kind_pad] = self._project(state)
-        hidden = self._forward(chunk, embeds)
-        logits = self.model.lm_head(hidden)[0]
-        int(logits.argmax())
+            with self.clock("perceive"):
+                embeds[torch.tensor(chunk.tokens) == self.ids.kind_pad] = self._project(state)
+        with self.clock("append"):
+            hidden = self._forward(chunk, embeds)
+            logits = self.model.lm_head(hidden)[0]
+            int(logits.argmax())
         return logits
 
     def _see(self, boxes: Sequence[tuple[int, int, int, int]]) -> Tensor:
@@ -167,8 +198,10 @@ class Continued:
                 scale = LONGEST_EDGE / max(crop.size)
                 crop = crop.resize([int(side * scale) for side in crop.size], self.nearest)
             crops.append(crop)
-        inputs = self.processor(images=crops, return_tensors="pt")
-        return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        with self.clock("crop+embed"):
+            inputs = self.processor(images=crops, return_tensors="pt")
+        with self.clock("ViT"):
+            return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
 
     def _project(self, control: Tensor) -> Tensor:
         def layer(name: str) -> tuple[Tensor, Tensor]:
@@ -198,19 +231,18 @@ class Continued:
 def build(workload: SecondLook, device: str) -> Case:
     problem = Problem(workload)
     alternatives: dict[str, list[Callable[[], float]] | str] = {}
-    name = "transformers, cache continued with explicit positions"
     missing = absent("transformers")
     if workload.look in ("dino", "sam"):
         missing = "has no such re-encoder"
     continued = None if missing else Continued(problem)
-    alternatives[name] = missing or [continued]
+    alternatives[CONTINUED] = missing or [continued]
     alternatives["published procedure"] = [problem.publish]
 
     def check() -> None:
         _, ours = problem._ours()
         others = {"published procedure": problem._publish()[1]}
         if continued:
-            others[name] = continued.look()
+            others[CONTINUED] = continued.look()
             continued.forget()
         for other, logits in others.items():
             difference = (ours - logits).abs().max().item()
@@ -220,5 +252,7 @@ def build(workload: SecondLook, device: str) -> Case:
                     "a wrong row is not timed"
                 )
 
-    shape = f"{workload.look}, {workload.preset}"
-    return Case("second look", shape, "float32", device, [problem.ours], alternatives, check, None, self_timed=True)
+    return Case(
+        "second look", workload.shape, "float32", device, [problem.ours], alternatives, check, None, self_timed=True,
+        sweep=sweep("second look", workload), timeline=problem.timeline,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, absent, require_close, workspace
+from bench.cases import Case, absent, peer, require_close, sweep, workspace
 from bench.rooflines import patches_work, roi_work
 from bench.timers import Call
 from bench.workloads import Roi
@@ -19,6 +19,10 @@ from vpt_kernels import fold_patch_weight, plan_regions, qwen2_vl_policy, roi_pa
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 EMBED, PATCH = 1280, 14
 Box = tuple[int, int, int, int, int]
+
+
+def _interpolate(crop: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(crop, size, mode="bicubic", antialias=True)
 
 
 class Problem:
@@ -84,7 +88,9 @@ class Problem:
 
         return call
 
-    def resized(self, boxes: list[Box] | None = None) -> list[tuple[Tensor, int, int]]:
+    def resized(
+        self, boxes: list[Box] | None = None, resize: Callable[[Tensor, tuple[int, int]], Tensor] = _interpolate
+    ) -> list[tuple[Tensor, int, int]]:
         """torch's uint8 resize on the CPU, float32 on a GPU, of what remains after the NEAREST step; not bit-exact."""
         boxes, longest = boxes or self.boxes(), self.workload.longest_edge
         result = []
@@ -94,16 +100,28 @@ class Problem:
                 scale = longest / max(crop.shape[-2:])
                 crop = F.interpolate(crop, [int(side * scale) for side in crop.shape[-2:]], mode="nearest-exact")
             crop = crop if self.device == "cpu" else crop.float()
-            out = F.interpolate(crop, (rows * PATCH, columns * PATCH), mode="bicubic", antialias=True)
-            result.append((out[0], rows, columns))
+            result.append((resize(crop, (rows * PATCH, columns * PATCH))[0], rows, columns))
         return result
 
-    def interpolate(self, boxes: list[Box] | None = None, linear: Callable[..., Tensor] = F.linear) -> Tensor:
+    def interpolate(
+        self,
+        boxes: list[Box] | None = None,
+        linear: Callable[..., Tensor] = F.linear,
+        resize: Callable[[Tensor, tuple[int, int]], Tensor] = _interpolate,
+    ) -> Tensor:
         matrices = []
-        for pixels, rows, columns in self.resized(boxes):
+        for pixels, rows, columns in self.resized(boxes, resize):
             blocks = pixels.reshape(3, rows // 2, 2, PATCH, columns // 2, 2, PATCH).permute(1, 4, 2, 5, 3, 6, 0)
             matrices.append((blocks.reshape(rows * columns, -1).to(self.dtype) - 128) / 256)
         return linear(torch.cat(matrices), self.embed.weight).add_(self.embed.bias[0, -1].to(self.dtype))
+
+    def torchvision(self) -> Tensor:
+        from torchvision.transforms.v2 import InterpolationMode, functional
+
+        def resize(crop: Tensor, size: tuple[int, int]) -> Tensor:
+            return functional.resize(crop, list(size), InterpolationMode.BICUBIC, antialias=True)
+
+        return self.interpolate(resize=resize)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -122,6 +140,8 @@ def build(workload: Roi, device: str) -> Case:
         "F.interpolate, not exact, + F.linear": [problem.interpolate],
         "GEMM alone": [lambda: F.linear(operand, problem.embed.weight)],
     }
+    name = "torchvision's resize, not exact, + F.linear"
+    alternatives[name] = peer("torchvision", lambda one: one.torchvision, [problem])
     if workload.dtype == "float32" and device == "cpu" and torch.backends.mkldnn.is_available():
         # F.linear takes MKL for float32; oneDNN is faster on some processors, and less exact.
         alternatives["F.interpolate, not exact, + oneDNN"] = [lambda: problem.interpolate(linear=_onednn)]
@@ -152,6 +172,7 @@ def build(workload: Roi, device: str) -> Case:
         check,
         work,
         workspace(problem.ours, device, outputs),
+        sweep=sweep("roi_patch_embed", workload),
     )
 
 

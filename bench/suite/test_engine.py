@@ -13,6 +13,6 @@ from bench.cases import Case, engine
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter, disable_gc=True)
 
 
-@pytest.mark.parametrize("workload", workloads.ENGINE, ids=lambda w: f"{w.look}, {w.preset}")
+@pytest.mark.parametrize("workload", workloads.ENGINE, ids=lambda w: w.shape)
 def test_engine(workload: workloads.SecondLook, record: Callable[[Case], None]) -> None:
     record(engine.build(workload, "cpu"))
