@@ -91,6 +91,7 @@ def report(
             text += "\n## How the cost grows\n\n" + scaling.markdown(result)
         file.with_suffix(".md").write_text(text)
         charts.ratio_bars(result, folder / f"{file.stem}-ratios.svg")
+        charts.ratio_bars(result, folder / f"{file.stem}-strongest.svg", every=False)
         charts.roofline(result, folder / f"{file.stem}-roofline.svg")
         charts.timeline(result, folder / f"{file.stem}-second-look.svg")
         charts.scaling(result, folder / f"{file.stem}-scaling.svg")

@@ -33,12 +33,13 @@ def _where(result: Result) -> str:
     return f"{e.get('gpu') or e['cpu']}, {e['threads']} CPU threads, torch {e['torch']}, {e['date'][:10]}"
 
 
-def ratio_bars(result: Result, path: Path) -> None:
-    """How many times as fast as each alternative, one group of bars a row; the line at 1 is "equal"."""
+def ratio_bars(result: Result, path: Path, every: bool = True) -> None:
+    """How many times as fast as every alternative, or as the strongest, of each row; the line at 1 is "equal"."""
     bars: list[tuple[str, str, float, float, float]] = []
     for row in _timed(result):
+        best, _ = strongest(row)
         for name, other in row["alternatives"].items():
-            if "absent" not in other and not is_ceiling(name):
+            if "absent" not in other and not is_ceiling(name) and (every or name == best):
                 bars.append((row["name"].replace(" |", ","), name, other["ratio"], other["low"], other["high"]))
     figure, axes = plt.subplots(figsize=(11, 0.27 * len(bars) + 1.6))
     previous = None
@@ -60,7 +61,8 @@ def ratio_bars(result: Result, path: Path) -> None:
     axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axes.minorticks_off()
     axes.axvline(1, color=INK, linewidth=1)
-    axes.set_title("Times as fast as each alternative (line: 95 % interval)", loc="left", fontsize=11)
+    which = "every alternative" if every else "the strongest alternative"
+    axes.set_title(f"Times as fast as {which} (line: 95 % interval)", loc="left", fontsize=11)
     axes.set_xlabel(_where(result), fontsize=8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

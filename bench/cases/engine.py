@@ -115,8 +115,8 @@ class Problem:
         return answer.second_look_ms / 1e3, answer.logits[0]
 
     def saw(self, name: str, seconds: float, timings: Sequence[Stage]) -> None:
-        """Remember the stages of one second look: all that follow the last decoded token, and the rest."""
-        last = max((i for i, stage in enumerate(timings) if stage.name == "decode"), default=-1)
+        """Remember the stages of one second look: all that follow the first round, and the rest."""
+        last = max((i for i, stage in enumerate(timings) if stage.name in ("prefill", "decode")), default=-1)
         stages: dict[str, float] = {}
         for stage in timings[last + 1 :]:
             stages[stage.name] = stages.get(stage.name, 0.0) + stage.milliseconds
