@@ -96,7 +96,8 @@ def sound(tree: Tree, faults: Iterable[Fault]) -> str | None:
     if result.stdout.strip() != f"{tree.root / 'vpt_kernels/backends.py'} None":
         return result.stdout
     for backend in ("reference", "cpp", "cuda", "triton"):
-        files = dict.fromkeys(test for fault in faults if fault.backend in (backend, "both") for test in fault.tests)
+        mine = (backend, "both") if backend in ("reference", "cpp") else (backend,)
+        files = dict.fromkeys(test for fault in faults if fault.backend in mine for test in fault.tests)
         result = tree.test(files, backend) if files else result
         if result.returncode:
             return result.stdout
