@@ -92,9 +92,7 @@ class PatchReport:
             counted = sum(calls, Counter())
             ways = ", ".join(f"{count} {way}" for way, count in sorted(counted.items())) or "not called yet"
             lines.append(f"{pattern} ({kind}{_times(len(calls))}) -> {op}: {ways}")
-        reasons: dict[tuple[str, str], int] = Counter(
-            (_pattern(name), reason) for name, reason in self.skipped.items()
-        )
+        reasons: dict[tuple[str, str], int] = Counter((_pattern(name), reason) for name, reason in self.skipped.items())
         lines += [f"{pattern}{_times(count)} not replaced: {reason}" for (pattern, reason), count in reasons.items()]
         return "\n".join(lines) or "nothing to replace"
 

@@ -25,8 +25,7 @@ def _refuse_convolution(projection: nn.Module, kind: type[nn.Module], kernel: tu
         return "its projection has hooks, which one GEMM would skip"
     plain = (kernel, kernel, (0,) * len(kernel), (1,) * len(kernel), 1, 3)
     found = tuple(
-        getattr(projection, name)
-        for name in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels")
+        getattr(projection, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels")
     )
     if found != plain:
         return f"its convolution has (kernel, stride, padding, dilation, groups, channels) {found}; needed: {plain}"
@@ -64,7 +63,9 @@ def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[
 def _embed_bytes(module: nn.Module, patches: Tensor) -> Tensor:
     p = module.patch_size
     if patches.dim() != 2 or patches.shape[1] != 3 * p * p:
-        raise ValueError(f"uint8 patches have shape {tuple(patches.shape)}; they must be [N, {3 * p * p}], see roi_patches")
+        raise ValueError(
+            f"uint8 patches have shape {tuple(patches.shape)}; they must be [N, {3 * p * p}], see roi_patches"
+        )
     policy = RegionPolicy(lambda height, width: (height, width), patch_size=p)
     # Patches one below the other are an image of one column of patches, which needs no resampling.
     images = [part.reshape(-1, p, 3) for part in patches.split(MAX_SIZE // p)]
@@ -110,7 +111,9 @@ def embed_dinov2(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -
 def embed_sam(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> Tensor:
     """`forward` of SAM's patch embedding: [B, rows, columns, E] of images of exactly the model's size."""
     if tuple(pixel_values.shape[2:]) != tuple(module.image_size):
-        raise ValueError(f"pixel_values are {tuple(pixel_values.shape[2:])}; the model takes {tuple(module.image_size)}")
+        raise ValueError(
+            f"pixel_values are {tuple(pixel_values.shape[2:])}; the model takes {tuple(module.image_size)}"
+        )
     return embed_images(module, pixel_values, calls)
 
 

@@ -37,9 +37,7 @@ def lacks(module: nn.Module, *names: str) -> str | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether something watches this module's calls, which a replacement would skip."""
-    return any(
-        getattr(module, f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre")
-    )
+    return any(getattr(module, f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 _folded: WeakKeyDictionary[nn.Module, tuple[list[tuple], list[Tensor], Any]] = WeakKeyDictionary()
