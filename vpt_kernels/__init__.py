@@ -11,7 +11,9 @@ from vpt_kernels.control_cross_attention.api import (
     control_cross_attention_into,
     fold_projector,
 )
+from vpt_kernels.images import decode_image
 from vpt_kernels.patch.api import PatchReport, patch
+from vpt_kernels.processor import QwenVLImageProcessor
 from vpt_kernels.roi_patch_embed import reference as _roi_reference  # noqa: F401
 from vpt_kernels.roi_patch_embed.api import (
     FoldedPatchEmbed,
@@ -36,6 +38,7 @@ __all__ = [
     "ControlProjector",
     "FoldedPatchEmbed",
     "PatchReport",
+    "QwenVLImageProcessor",
     "RegionPlan",
     "RegionPolicy",
     "append_to_flashinfer_pages_",
@@ -45,6 +48,7 @@ __all__ = [
     "append_visual_kv_",
     "control_cross_attention",
     "control_cross_attention_into",
+    "decode_image",
     "dinov2_policy",
     "explain",
     "flashinfer_slots",

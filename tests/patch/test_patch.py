@@ -110,7 +110,7 @@ def test_dinov2_and_sam_say_the_same() -> None:
 
 @each_qwen
 def test_uint8_patches_and_embeddings(models, kind) -> None:
-    """A patched patch embedding also takes the uint8 patches of `roi_patches`, and what `roi_patch_embed` made of them."""
+    """A patched patch embedding also takes uint8 patches of `roi_patches`, and embeddings of `roi_patch_embed`."""
     embed = models[kind].model.visual.patch_embed
     image, p = noise(70, 90, kind), embed.patch_size
     plan = plan_regions([(70, 90)], [(0, 0, 0, 90, 70)], qwen2_vl_policy(patch_size=p))

@@ -165,8 +165,8 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
         known = ", ".join(sorted(kind for rule in RULES for kind in rule.classes))
         listed = "; ".join(f"{name or 'the model'} is skipped: {why}" for name, why in skipped.items())
         raise ValueError(
-            f"nothing in {type(model).__name__} can be replaced ({listed or 'no known class'}); known classes: {known}. "
-            "Pass strict=False to accept that"
+            f"nothing in {type(model).__name__} can be replaced ({listed or 'no known class'}); known classes: "
+            f"{known}. Pass strict=False to accept that"
         )
     for replacement in replaced:
         replacement.module.forward = replacement.forward

@@ -91,7 +91,7 @@ def _refuse_image(module: nn.Module) -> str | None:
 
 
 def embed_images(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> Tensor:
-    """Tokens [B, rows, columns, E] of float images [B, 3, H, W]; as in a convolution a remainder of pixels is left out."""
+    """Tokens [B, rows, columns, E] of images [B, 3, H, W]; a remainder of pixels is dropped, as by a convolution."""
     if pixel_values.shape[1] != module.num_channels:
         raise ValueError(f"pixel_values have {pixel_values.shape[1]} channels; the model's have {module.num_channels}")
     weight, (p, r) = module.projection.weight, module.patch_size

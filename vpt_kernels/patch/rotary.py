@@ -167,7 +167,7 @@ def _make_attention(original: Forward, calls: Counter[str]) -> Forward:
         output = exchanged(self, *inputs, **{**given, name: append, "position_embeddings": (append, append)})
         if append.query is not None:
             raise RuntimeError(
-                f"{type(self).__name__}.forward rotated q and did not update the cache: its layer {self.layer_idx} holds "
+                f"{type(self).__name__}.forward rotated q and did not update the cache: layer {self.layer_idx} got "
                 "nothing; report this version of transformers, and unpatch"
             )
         calls["append_visual_kv_"] += 1
