@@ -87,6 +87,35 @@ class SecondLook:
     quick: bool = True
 
 
+@dataclass(frozen=True)
+class DropInImage:
+    """One image to the patch embeddings of Qwen2-VL's tower, a new crop each call, at most `max_pixels` resized."""
+
+    width: int
+    height: int
+    max_pixels: int
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        return f"image to patch embeddings, {self.width}×{self.height}, ≤ {self.max_pixels / 1e6:.1f} Mpx"
+
+
+@dataclass(frozen=True)
+class DropInDecode:
+    """One decoded token of transformers' model of `preset` behind `context` ones in a "dynamic" or "static" cache."""
+
+    preset: str
+    cache: str
+    context: int
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        label = ", Python overhead" if self.preset == "tiny" else ""
+        return f"decode, {self.preset}{label}, {self.cache} cache, {self.context} tokens"
+
+
 PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)
 MEGAPIXEL = 14 * 14 * 4 * 1280
 
@@ -137,4 +166,10 @@ REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
 ENGINE = (
     *(SecondLook("2b-slice", look) for look in (*REGIONS, "clip")),
     *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
+)
+DROP_IN_IMAGES = (DropInImage(*PHOTO, 12_845_056), DropInImage(*LARGE, MEGAPIXEL))
+DROP_IN_DECODE = tuple(
+    DropInDecode(preset, cache, context, quick=preset == "tiny" or (context, cache) == (300, "dynamic"))
+    for preset, context in (("tiny", 256), ("2b-slice", 300), ("2b-slice", 4096))
+    for cache in ("dynamic", "static")
 )
