@@ -103,17 +103,18 @@ class DropInImage:
 
 @dataclass(frozen=True)
 class DropInDecode:
-    """One decoded token of transformers' model of `preset` behind `context` ones in a "dynamic" or "static" cache."""
+    """`tokens` decoded by transformers' model of `preset` behind `context` ones in a "dynamic" or "static" cache."""
 
     preset: str
     cache: str
     context: int
+    tokens: int = 4
     quick: bool = True
 
     @property
     def shape(self) -> str:
         label = ", Python overhead" if self.preset == "tiny" else ""
-        return f"decode, {self.preset}{label}, {self.cache} cache, {self.context} tokens"
+        return f"{self.tokens} tokens, {self.preset}{label}, {self.cache} cache of {self.context}"
 
 
 PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from vpt_kernels.checks import CHECK_VALUES, require_tensor
 
 LAYERS = ("StaticLayer", "DynamicLayer")
 """Classes of transformers' cache layers that `append_to_layer_` knows; sliding and quantised ones keep other rows."""
+
+MIN_SPARE = 16
+"""Rows that a dynamic layer's buffers have beyond its tokens when they are made; long ones have an eighth more."""
 
 
 def append_to_vllm_pages_(
@@ -182,7 +186,8 @@ def append_to_layer_(
 
     Returns:
         All keys and values of the layer, [batch, kv heads, length, head_dim], as `layer.update` returns them: a static
-        layer's buffers, a dynamic layer's new tensors (the ones it held before are left as they were).
+        layer's buffers, or a dynamic layer's keys so far, views of buffers with room for the next tokens, so that
+        not every token copies the cache. Rows that the layer gave out before are never written again.
 
     Raises:
         TypeError: another class of layer, which stores other rows, or wrong dtypes.
@@ -201,9 +206,14 @@ def append_to_layer_(
 
 def page_slots(batch: int, start: int | Tensor, count: int, page: int, device: torch.device) -> Tensor:
     """Slots of tokens start…start + count of every row of a batch whose row b is page b, int64 [batch · count]."""
-    token = torch.arange(count, device=device) + start
-    # A token that does not fit must not reach the next page.
-    token = torch.where(token < page, token, -batch * page)
+    if isinstance(start, int):
+        token = torch.arange(start, start + count, device=device)
+        if batch == 1:
+            return token
+    else:
+        token = torch.arange(count, device=device) + start
+        # A token that does not fit must not reach the next page.
+        token = torch.where(token < page, token, -batch * page)
     return (torch.arange(0, batch * page, page, device=device)[:, None] + token).flatten()
 
 
@@ -218,22 +228,24 @@ def append_rows_(
     """`append_to_layer_` of checked arguments; slots_of: `page_slots`, or one that remembers it for other layers."""
     q, k, v = qkv
     batch, count = k.shape[:2]
-    if type(layer).__name__ == "StaticLayer":
+    static = type(layer).__name__ == "StaticLayer"
+    if static:
         start = _room(layer, k, v)
         keys, values = layer.keys, layer.values
     else:
         start = layer.get_seq_length()
-        keys, values = (_longer(old, new, start) for old, new in ((layer.keys, k), (layer.values, v)))
+        keys, values = _grown(layer, k, v, start)
     slots = (page_slots if isinstance(start, Tensor) else slots_of)(batch, start, count, keys.shape[2], k.device)
     rows = (q.view(-1, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1))
     append_visual_kv_(*rows, *rotation, slots, keys, values, sections, layout="HND", **options)
-    if type(layer).__name__ == "StaticLayer":
+    if static:
         layer.cumulative_length.add_(count)
-    else:
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
-        layer.keys, layer.values = keys, values
-    return keys, values
+        return keys, values
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+    layer.keys, layer.values = keys[:, :, : start + count], values[:, :, : start + count]
+    _spare[layer] = (layer.keys, layer.values, keys, values)
+    return layer.keys, layer.values
 
 
 def _room(layer: Any, k: Tensor, v: Tensor) -> int | Tensor:
@@ -248,13 +260,37 @@ def _room(layer: Any, k: Tensor, v: Tensor) -> int | Tensor:
             )
     if not layer.is_initialized:
         layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
+    _require_batch(layer, k.shape[0])
     return length
 
 
-def _longer(old: Tensor | None, new: Tensor, length: int) -> Tensor:
-    """[batch, heads, length + tokens, head_dim] that begins with `old`, as torch.cat would; the rest is yet to come."""
-    batch, count, heads, head_dim = new.shape
-    whole = new.new_empty((batch, heads, length + count, head_dim))
+def _require_batch(layer: Any, batch: int) -> None:
+    if layer.keys.shape[0] != batch:
+        raise ValueError(f"the layer holds a batch of {layer.keys.shape[0]}, the tokens are of a batch of {batch}")
+
+
+_spare: WeakKeyDictionary[Any, tuple[Tensor, Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+"""What a dynamic layer was given last, and the longer buffers behind it."""
+
+
+def _grown(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, heads, ≥ length + tokens, head_dim] that begin with the layer's.
+
+    Rows that anyone has seen are never written again: the rows behind `length` are free only if the layer still holds
+    the very tensors that it was given by the last append; what was cropped, reordered or shared is copied.
+    """
+    batch, count, heads, head_dim = k.shape
     if length:
-        whole[:, :, :length] = old
+        _require_batch(layer, batch)
+    known = _spare.get(layer)
+    if known is not None and known[0] is layer.keys and known[1] is layer.values:
+        # A tensor made in inference mode must not be changed outside of it.
+        usable = torch.is_inference_mode_enabled() or not known[2].is_inference()
+        if usable and known[2].shape[2] >= length + count:
+            return known[2:]
+    spare = max(MIN_SPARE, length // 8) if type(layer).__name__ == "DynamicLayer" else 0
+    room = length + count + spare
+    whole = (k.new_empty((batch, heads, room, head_dim)), v.new_empty((batch, heads, room, head_dim)))
+    if length:
+        whole[0][:, :, :length], whole[1][:, :, :length] = layer.keys, layer.values
     return whole

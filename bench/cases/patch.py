@@ -1,4 +1,4 @@
-"""A patched model of transformers against itself: images to patch embeddings, and one decoded token."""
+"""A patched model of transformers against itself: images to patch embeddings, and a few decoded tokens."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _weights(preset: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 class _Decoder:
-    """transformers' Qwen2-VL behind a prompt of `context` tokens; every call decodes one token and forgets it again."""
+    """transformers' Qwen2-VL behind a prompt of `context` tokens; every call decodes some and forgets them."""
 
     def __init__(self, config: Any, state: dict[str, Tensor], workload: DropInDecode, device: str) -> None:
         from transformers import DynamicCache, StaticCache
@@ -86,17 +86,20 @@ class _Decoder:
 
         self.model = transformers_model(config, state, 0, 1).to(device)
         text = self.model.config.get_text_config()
-        capacity = workload.context + 8
+        capacity = workload.context + workload.tokens
         self.cache = DynamicCache(config=text) if workload.cache == "dynamic" else StaticCache(text, capacity)
         self.static, self.context, self.device = workload.cache == "static", workload.context, device
+        self.tokens = workload.tokens
 
     def prefill(self) -> None:
         self._forward(torch.arange(self.context, device=self.device) % 97, 0)
 
     def __call__(self) -> Tensor:
-        logits = self._forward(torch.tensor([7], device=self.device), self.context)
+        ids = torch.tensor([7], device=self.device)
+        for step in range(self.tokens):
+            logits = self._forward(ids, self.context + step)
         for layer in self.cache.layers:
-            layer.cumulative_length.sub_(1) if self.static else layer.crop(-1)
+            layer.cumulative_length.sub_(self.tokens) if self.static else layer.crop(-self.tokens)
         return logits
 
     def _forward(self, ids: Tensor, start: int) -> Tensor:
@@ -106,7 +109,7 @@ class _Decoder:
 
 
 def build_decode(workload: DropInDecode, device: str) -> Case:
-    """One token through two instances over the same weights, of which one is patched."""
+    """A few tokens through two instances over the same weights, of which one is patched."""
     missing = absent("transformers")
     name = "transformers, not patched"
     if missing:

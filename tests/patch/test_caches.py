@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import accumulate
 
 import pytest
@@ -152,6 +153,73 @@ def test_transformers_layers(kind: type) -> None:
         for keys, then in given:
             assert_same_bits(keys, then, "keys that the layer held before")
     assert mine.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+
+
+def appended(layer: DynamicLayer, count: int, key: object, batch: int = 1) -> None:
+    q, k, v, positions = tokens(batch * count, key)
+    append_to_layer_(*(x.unflatten(0, (batch, count)) for x in (q, k, v)), TABLE, positions, layer, SECTIONS)
+
+
+def test_a_dynamic_layer_is_not_copied_for_every_token() -> None:
+    layer = DynamicLayer()
+    appended(layer, 5, "first")
+    places = set()
+    for step in range(40):
+        appended(layer, 1, step)
+        places.add(layer.keys.data_ptr())
+    assert layer.get_seq_length() == 45 and len(places) == 3
+
+
+@pytest.mark.parametrize("way", ("crop", "share", "shallow copy", "deep copy", "roll back", "reorder"))
+def test_rows_that_were_given_out_stay(way: str) -> None:
+    """Two continuations of one beginning: neither sees the other's tokens, whatever they share."""
+    layer = DynamicLayer()
+    appended(layer, 5, "first")
+    begun = layer.keys
+    appended(layer, 2, "second")
+    other, seen = DynamicLayer(), layer.keys
+    then = seen.clone()
+    if way == "crop":
+        layer.crop(-1)
+        other = layer
+    elif way == "share":
+        other.lazy_initialization(seen, layer.values)
+        other.keys, other.values = layer.keys, layer.values
+    elif way == "shallow copy":
+        other = copy.copy(layer)
+    elif way == "deep copy":
+        other = copy.deepcopy(layer)
+    elif way == "roll back":
+        layer.keys, layer.values = begun, layer.values[:, :, :5]
+        other = layer
+    else:
+        layer.reorder_cache(torch.tensor([0]))
+        other = layer
+    appended(other, 3, "third")
+    theirs = other.keys.clone()
+    appended(layer, 3, "fourth")
+    assert_same_bits(seen, then, "what was given out before")
+    if other is not layer:
+        assert_same_bits(other.keys, theirs)
+        assert not torch.equal(layer.keys, other.keys)
+
+
+def test_inference_mode_may_end_between_two_tokens() -> None:
+    layer = DynamicLayer()
+    with torch.inference_mode():
+        appended(layer, 5, "first")
+        then = layer.keys.clone()
+    with torch.no_grad():
+        appended(layer, 1, "second")
+    assert torch.equal(layer.keys[:, :, :5], then)
+
+
+def test_another_batch_is_refused() -> None:
+    for layer in (DynamicLayer(), StaticLayer(max_cache_len=8)):
+        appended(layer, 2, "first")
+        with pytest.raises(ValueError, match="the layer holds a batch of 1, the tokens are of a batch of 2"):
+            appended(layer, 2, "second", batch=2)
+        assert int(layer.get_seq_length()) == 2
 
 
 def test_a_full_static_layer_is_left_alone() -> None:

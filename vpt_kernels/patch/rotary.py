@@ -40,8 +40,8 @@ class Rotations(tuple):
             half = cos.shape[-1] // 2
             table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
             tokens = cos.shape[-3] * cos.shape[-2]
-            row = torch.arange(table.shape[0], device=cos.device).view(-1, tokens)
-            self._rotation = (table, row.expand(3, -1))
+            row = torch.arange(table.shape[0], device=cos.device)
+            self._rotation = (table, row.expand(3, -1) if cos.dim() == 3 else row.view(3, tokens))
         return self._rotation
 
 
