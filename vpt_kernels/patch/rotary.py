@@ -8,7 +8,6 @@ attention itself, is the model's code, whatever its version.
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -30,7 +29,13 @@ class Rotations(tuple):
     _rotation: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
-        self.slots = cache(page_slots)
+        self._slots: dict[tuple, Tensor] = {}
+
+    def slots(self, *place: Any) -> Tensor:
+        """`page_slots`, whose arguments are the same in every layer."""
+        if place not in self._slots:
+            self._slots[place] = page_slots(*place)
+        return self._slots[place]
 
     @property
     def rotation(self) -> tuple[Tensor, Tensor]:
