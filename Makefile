@@ -3,6 +3,7 @@
 # make interpret   the Triton kernels in Triton's interpreter (part of make test)
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
 # make test-hub    the layers that the Hugging Face `kernels` library maps, with its own loader (part of test-full)
+# make docs        the pages of docs/ that follow from the code
 # make dist        sdist, and from it the wheel of this platform, in dist/
 # make test-dist   the wheel in an empty environment, without the source tree: every operator, `vpt env`, `vpt demo`
 # make types       the public API under mypy and pyright
@@ -24,7 +25,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test interpret test-full test-hub dist test-dist types mutate bench bench-full gpu lint clean
+.PHONY: help demo test interpret test-full test-hub docs dist test-dist types mutate bench bench-full gpu lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -90,6 +91,9 @@ $(VENV)/.ready: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*
 $(VENV)/newest-pillow/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/newest-pillow --upgrade "$(NEW_PILLOW)"
 	touch $@
+
+docs: $(VENV)/.ready
+	$(BIN)/python docs/generate.py
 
 # The wheel is made from the unpacked sdist, so that a file missing from the one is missing from the other.
 dist: $(VENV)/.ready

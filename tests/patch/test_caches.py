@@ -163,11 +163,11 @@ def appended(layer: DynamicLayer, count: int, key: object, batch: int = 1) -> No
 def test_a_dynamic_layer_is_not_copied_for_every_token() -> None:
     layer = DynamicLayer()
     appended(layer, 5, "first")
-    places = set()
+    moves, place = 0, layer.keys.data_ptr()
     for step in range(40):
         appended(layer, 1, step)
-        places.add(layer.keys.data_ptr())
-    assert layer.get_seq_length() == 45 and len(places) == 3
+        moves, place = moves + (layer.keys.data_ptr() != place), layer.keys.data_ptr()
+    assert layer.get_seq_length() == 45 and moves == 2
 
 
 @pytest.mark.parametrize("way", ("crop", "share", "shallow copy", "deep copy", "roll back", "reorder"))
