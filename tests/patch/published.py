@@ -87,7 +87,7 @@ class Qwen2VLSdpaAttention(nn.Module):
             key_states, value_states = past_key_value.update(key_states, value_states, self.layer_idx, cache_kwargs)
         mask = torch.ones(query_states.shape[2], key_states.shape[2], dtype=torch.bool).tril(past)
         out = F.scaled_dot_product_attention(query_states, key_states, value_states, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None, past_key_value
 
 
 class LanguageModel(nn.Module):
@@ -104,9 +104,10 @@ class LanguageModel(nn.Module):
     def forward(self, embeds: Tensor, position_ids: Tensor, cache: DynamicCache | None):
         position_embeddings = self.rotary_emb(embeds, position_ids)
         for layer in self.layers:
-            embeds = embeds + layer["self_attn"](
+            out, _, cache = layer["self_attn"](
                 layer["norm"](embeds), past_key_value=cache, position_embeddings=position_embeddings
             )
+            embeds = embeds + out
         return self.norm(embeds), cache
 
 

@@ -176,7 +176,8 @@ def _make_attention(original: Forward, calls: Counter[str]) -> Forward:
                 "nothing; report this version of transformers, and unpatch"
             )
         calls["append_visual_kv_"] += 1
-        return output
+        # Before transformers 5 an attention hands its cache on.
+        return tuple(given[name] if part is append else part for part in output) if type(output) is tuple else output
 
     return forward
 
