@@ -17,8 +17,9 @@ def check(folder: Path) -> None:
     python, abi, platform = wheel.stem.split("-")[-3:]
     if (python, abi) != ("cp310", "abi3") or platform == "any":
         raise ValueError(f"{wheel.name} has the tag {python}-{abi}-{platform}; expected: cp310-abi3-<platform>")
-    modules = {path.relative_to(ROOT).as_posix() for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
-    missing = modules | {"vpt_kernels/py.typed", "vpt_kernels/_C.so"}
+    files = [path for name in FOLDERS for kind in ("*.py", "*.json", "py.typed") for path in (ROOT / name).rglob(kind)]
+    modules = {path.relative_to(ROOT).as_posix() for path in files}
+    missing = modules | {"vpt_kernels/_C.so"}
     with zipfile.ZipFile(wheel) as packed:
         missing -= set(packed.namelist())
         extra = [name for name in packed.namelist() if name.split("/")[0] not in FOLDERS and ".dist-info/" not in name]

@@ -131,9 +131,9 @@ def _layer(kv_cache: Any, index: int) -> Any:
         return "no cache"
     if getattr(kv_cache, "offloading", False):
         return "the cache is offloaded"
-    if hasattr(kv_cache, "key_cache") and type(kv_cache).__name__ == "DynamicCache":
-        return _LegacyLayer(kv_cache, index)
     layers = getattr(kv_cache, "layers", None)
+    if layers is None and hasattr(kv_cache, "key_cache") and type(kv_cache).__name__ == "DynamicCache":
+        return _LegacyLayer(kv_cache, index)
     if layers is None:
         return f"a {type(kv_cache).__name__} has no layers"
     grows = getattr(kv_cache, "layer_class_to_replicate", None)
@@ -168,8 +168,10 @@ def _make_attention(original: Forward, calls: Counter[str]) -> Forward:
         rotations = given["position_embeddings"]
         if not isinstance(rotations, Rotations):
             rotations = Rotations(rotations)
-        append = _Append(given[name], layer, rotations)
-        output = exchanged(self, *inputs, **{**given, name: append, "position_embeddings": (append, append)})
+        kv_cache = given[name]
+        append = given[name] = _Append(kv_cache, layer, rotations)
+        given["position_embeddings"] = (append, append)
+        output = exchanged(self, *inputs, **given)
         if append.query is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.forward rotated q and did not update the cache: layer {self.layer_idx} got "
@@ -177,7 +179,9 @@ def _make_attention(original: Forward, calls: Counter[str]) -> Forward:
             )
         calls["append_visual_kv_"] += 1
         # Before transformers 5 an attention hands its cache on.
-        return tuple(given[name] if part is append else part for part in output) if type(output) is tuple else output
+        if type(output) is tuple and any(part is append for part in output):
+            output = tuple(kv_cache if part is append else part for part in output)
+        return output
 
     return forward
 
