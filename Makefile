@@ -97,7 +97,7 @@ docs: $(VENV)/.ready
 
 # The wheel is made from the unpacked sdist, so that a file missing from the one is missing from the other.
 dist: $(VENV)/.ready
-	rm -rf dist build *.egg-info
+	rm -rf dist *.egg-info
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist dist/*.tar.gz
 	$(BIN)/python -m tests.wheel.contents dist

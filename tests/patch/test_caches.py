@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 
-from tests.helpers import assert_same_bits, normal, numbers
+from tests.helpers import assert_same_bits, each_backend, normal, numbers
 from vpt_kernels import (
     append_to_flashinfer_pages_,
     append_to_layer_,
@@ -155,9 +155,10 @@ def test_transformers_layers(kind: type) -> None:
     assert mine.get_mask_sizes(1) == theirs.get_mask_sizes(1)
 
 
-def appended(layer: DynamicLayer, count: int, key: object, batch: int = 1) -> None:
+def appended(layer: DynamicLayer, count: int, key: object, batch: int = 1, backend: str = "auto") -> None:
     q, k, v, positions = tokens(batch * count, key)
-    append_to_layer_(*(x.unflatten(0, (batch, count)) for x in (q, k, v)), TABLE, positions, layer, SECTIONS)
+    batched = [x.unflatten(0, (batch, count)) for x in (q, k, v)]
+    append_to_layer_(*batched, TABLE, positions, layer, SECTIONS, backend=backend)
 
 
 def test_a_dynamic_layer_is_not_copied_for_every_token() -> None:
@@ -204,13 +205,14 @@ def test_rows_that_were_given_out_stay(way: str) -> None:
         assert not torch.equal(layer.keys, other.keys)
 
 
-def test_inference_mode_may_end_between_two_tokens() -> None:
+@each_backend
+def test_inference_mode_may_end_between_two_tokens(backend: str) -> None:
     layer = DynamicLayer()
     with torch.inference_mode():
-        appended(layer, 5, "first")
+        appended(layer, 5, "first", backend=backend)
         then = layer.keys.clone()
     with torch.no_grad():
-        appended(layer, 1, "second")
+        appended(layer, 1, "second", backend=backend)
     assert torch.equal(layer.keys[:, :, :5], then)
 
 

@@ -183,6 +183,16 @@ def test_calls_that_the_kernels_cannot_serve_take_the_old_way(models) -> None:
         assert "original: no cache" in str(report)
 
 
+def test_a_compiled_model_takes_the_old_way(models) -> None:
+    text = models["qwen2_vl"].model.language_model
+    embeds = normal(1, 7, 64, key="compiled")
+    with torch.no_grad(), patch(text) as report:
+        before = text(inputs_embeds=embeds).last_hidden_state
+        compiled = torch.compile(text, backend="eager")(inputs_embeds=embeds).last_hidden_state
+    assert largest(compiled, before) < BOUND
+    assert report.calls["append_visual_kv_"] == report.calls["original: torch.compile"] == 2
+
+
 def test_caches_made_by_hand(models) -> None:
     """A cache without a configuration grows its layers; a full static one raises before it is written."""
     model = models["qwen2_vl"]
