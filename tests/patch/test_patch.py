@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from tests.helpers import assert_same_bits, noise, normal
 from tests.patch import foreign
@@ -89,6 +90,25 @@ def test_a_wrong_kernel_is_noticed(models, kind, monkeypatch) -> None:
     monkeypatch.setattr(Rotations, "rotation", property(shifted))
     with patch(model):
         assert largest(foreign.generate(model, given)[1], before) > 100 * BOUND
+
+
+@pytest.mark.parametrize("layout", ("a view of the projection", "heads first"))
+def test_queries_of_any_layout(layout: str) -> None:
+    """What the attention holds as q is rotated in place, wherever it lies."""
+    from vpt_kernels.patch.rotary import Rotations, _Append, _remember
+
+    q, k, v = (normal(2, 3, heads, 16, key=("layout", heads)) for heads in (4, 2, 2))
+    angles = normal(2, 3, 8, key="angles").repeat(1, 1, 2)
+    rotations = Rotations((angles.cos(), angles.sin()))
+    held = q.clone().transpose(1, 2)
+    if layout == "heads first":
+        held = held.contiguous()
+    append = _Append(DynamicCache(), DynamicLayer(), rotations)
+    assert _remember(held, k, append, append)[0] is held
+    append.update(k.transpose(1, 2), v.transpose(1, 2), 0)
+    low, high = q.chunk(2, -1)
+    expected = q * angles.cos()[:, :, None] + torch.cat([-high, low], -1) * angles.sin()[:, :, None]
+    assert append.query is None and largest(held.transpose(1, 2), expected) < 1e-6
 
 
 @each_qwen
