@@ -1,4 +1,4 @@
-"""A patched model on a GPU says what it said unpatched, on either cache; the processor's pixels are those of the CPU."""
+"""A patched model on a GPU says what it said unpatched, on either cache; the processor has the pixels of the CPU."""
 
 from __future__ import annotations
 
