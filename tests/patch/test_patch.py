@@ -166,18 +166,24 @@ def test_uint8_patches_and_embeddings(models, kind) -> None:
         embed(torch.zeros(3, 5, dtype=torch.uint8))
 
 
+def halved(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    return model
+
+
 @each_qwen
 def test_a_copy_of_a_patched_model_is_independent(models, kind) -> None:
     model = models[kind]
     given = foreign.prompt(model, foreign.ONE)
     before = foreign.generate(model, given)[1]
+    plain = halved(copy.deepcopy(model))
     with patch(model):
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.mul_(0.5)
+        other = halved(copy.deepcopy(model))
         changed = foreign.generate(other, given)[1]
         assert largest(foreign.generate(model, given)[1], before) < BOUND < largest(changed, before)
+    assert largest(changed, foreign.generate(plain, given)[1]) < BOUND
 
 
 def test_calls_that_the_kernels_cannot_serve_take_the_old_way(models) -> None:

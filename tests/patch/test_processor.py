@@ -58,6 +58,14 @@ def test_pixels_are_transformers(models, pictures, kind) -> None:
     assert_same_bits(ours.patches(pictures), levels(expected["pixel_values"], theirs))
 
 
+def test_blocks_of_another_size(models, pictures) -> None:
+    theirs = Qwen2VLImageProcessorPil(**LIMITS, merge_size=3)
+    ours = QwenVLImageProcessor.of(models["qwen2_vl"], theirs)
+    expected = theirs(images=pictures[0], return_tensors="pt")
+    assert torch.equal(ours(pictures[0])["image_grid_thw"], expected["image_grid_thw"])
+    assert_same_bits(ours.patches(pictures[0]), levels(expected["pixel_values"], theirs))
+
+
 @pytest.mark.parametrize("kind", foreign.QWEN)
 def test_a_model_says_the_same(models, pictures, kind) -> None:
     """`generate` with our embeddings and with transformers' pixel values; crops are crops of the picture."""
