@@ -1,4 +1,4 @@
-"""Models of transformers with the kernels in place against the same models without."""
+"""transformers' image processor and patch embedding with the kernels in place against themselves."""
 
 from __future__ import annotations
 
@@ -17,8 +17,3 @@ pytestmark = pytest.mark.benchmark(timer=clock(DEVICE), disable_gc=True)
 @pytest.mark.parametrize("workload", workloads.DROP_IN_IMAGES, ids=lambda w: w.shape)
 def test_images(workload: workloads.DropInImage, record: Callable[[Case], None]) -> None:
     record(patch.build_image(workload, DEVICE))
-
-
-@pytest.mark.parametrize("workload", workloads.DROP_IN_DECODE, ids=lambda w: w.shape)
-def test_decode(workload: workloads.DropInDecode, record: Callable[[Case], None]) -> None:
-    record(patch.build_decode(workload, DEVICE))
