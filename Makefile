@@ -2,6 +2,11 @@
 # make test        the test suite
 # make interpret   the Triton kernels in Triton's interpreter (part of make test)
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
+# make test-hub    the layers that the Hugging Face `kernels` library maps, with its own loader (part of test-full)
+# make docs        the pages of docs/ that follow from the code
+# make dist        sdist, and from it the wheel of this platform, in dist/
+# make test-dist   the wheel in an empty environment, without the source tree: every operator, `vpt env`, `vpt demo`
+# make types       the public API under mypy and pyright
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       operators and engine against their alternatives on this machine, quick set (3 minutes)
 # make bench-full  all workloads
@@ -11,13 +16,16 @@ TORCH ?= torch==2.13.0
 NEW_PILLOW ?= pillow==13.0.0
 # The tests read one file of it, Qwen's byte-pair vocabulary; its code and its dependencies are not wanted.
 QWEN_VOCABULARY ?= dashscope==2.0.2
+# Apart from the environment: transformers behaves differently where it finds this package.
+HUB_KERNELS ?= kernels==0.16.2 kernels-data==0.16.2 tomlkit==0.15.2
 VENV ?= .venv
 BIN := $(VENV)/bin
+TYPE_CHECKERS ?= mypy==2.4.1 pyright==1.1.414
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test interpret test-full mutate bench bench-full gpu lint clean
+.PHONY: help demo test interpret test-full test-hub docs dist test-dist types mutate bench bench-full gpu lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -42,6 +50,11 @@ test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
 	$(BIN)/python -m tests.kernels.pillow_parity --order hv --count 1000
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/cuda
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/triton
+	$(MAKE) test-hub
+
+# With that package also the tests of `patch`: the functions it exchanges are modules then.
+test-hub: $(VENV)/hub-kernels/.ready
+	PYTHONPATH=$(VENV)/hub-kernels VPT_REQUIRE=kernels $(BIN)/python -m pytest tests/hub tests/patch
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -81,6 +94,36 @@ $(VENV)/.ready: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*
 
 $(VENV)/newest-pillow/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/newest-pillow --upgrade "$(NEW_PILLOW)"
+	touch $@
+
+docs: $(VENV)/.ready
+	$(BIN)/python docs/generate.py
+
+# The wheel is made from the unpacked sdist, so that a file missing from the one is missing from the other.
+dist: $(VENV)/.ready
+	rm -rf dist *.egg-info
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist dist/*.tar.gz
+	$(BIN)/python -m tests.wheel.contents dist
+
+test-dist: dist
+	rm -rf $(VENV)/clean
+	$(PYTHON) -m venv $(VENV)/clean
+	$(VENV)/clean/bin/python -m pip install -q "$(TORCH)"
+	$(VENV)/clean/bin/python -m pip install -q "$$(ls dist/*.whl)[demo]"
+	cp tests/wheel/installed.py $(VENV)/clean/
+	cd $(VENV)/clean && bin/python -I installed.py
+
+types: $(VENV)/types/.ready
+	PYTHONPATH=$(VENV)/types $(BIN)/python -m mypy --config-file tests/types/mypy.ini tests/types/public_api.py
+	PYTHONPATH=$(VENV)/types $(BIN)/python -m pyright --pythonpath $(BIN)/python -p tests/types
+
+$(VENV)/types/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --target $(VENV)/types --upgrade $(TYPE_CHECKERS)
+	touch $@
+
+$(VENV)/hub-kernels/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/hub-kernels --upgrade $(HUB_KERNELS)
 	touch $@
 
 clean:

@@ -62,7 +62,12 @@ def extension() -> dict:
         module = CUDAExtension(sources=sources, **arguments)
     else:
         module = CppExtension(sources=sources, **arguments)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrContinue.with_options(no_python_abi_suffix=True)}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": BuildOrContinue.with_options(no_python_abi_suffix=True)},
+        # The extension calls torch only, never Python: one wheel serves every version.
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 if __name__ == "__main__":

@@ -105,6 +105,36 @@ class SecondLook:
         return f"{self.look}, {self.preset}{f', after {self.history} tokens' if self.history else ''}"
 
 
+@dataclass(frozen=True)
+class DropInImage:
+    """One image to the patch embeddings of Qwen2-VL's tower, a new crop each call, at most `max_pixels` resized."""
+
+    width: int
+    height: int
+    max_pixels: int
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        return f"image to patch embeddings, {self.width}×{self.height}, ≤ {self.max_pixels / 1e6:.1f} Mpx"
+
+
+@dataclass(frozen=True)
+class DropInDecode:
+    """`tokens` decoded by transformers' model of `preset` behind `context` ones in a "dynamic" or "static" cache."""
+
+    preset: str
+    cache: str
+    context: int
+    tokens: int = 4
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        label = ", Python overhead" if self.preset == "tiny" else ""
+        return f"{self.tokens} tokens, {self.preset}{label}, {self.cache} cache of {self.context}"
+
+
 PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)
 MEGAPIXEL = 14 * 14 * 4 * 1280
 
@@ -168,4 +198,10 @@ ENGINE = (
         for history in (1024, 4096)
     ),
     *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
+)
+DROP_IN_IMAGES = (DropInImage(*PHOTO, 12_845_056), DropInImage(*LARGE, MEGAPIXEL))
+DROP_IN_DECODE = tuple(
+    DropInDecode(preset, cache, context, quick=preset == "tiny" or (context, cache) == (300, "dynamic"))
+    for preset, context in (("tiny", 256), ("2b-slice", 300), ("2b-slice", 4096))
+    for cache in ("dynamic", "static")
 )

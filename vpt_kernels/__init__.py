@@ -3,6 +3,7 @@
 from vpt_kernels.append_visual_kv import reference as _append_reference  # noqa: F401  (registers the backend)
 from vpt_kernels.append_visual_kv.api import append_visual_kv, append_visual_kv_, rotary_table
 from vpt_kernels.backends import BackendUnavailable, explain
+from vpt_kernels.caches import append_to_flashinfer_pages_, append_to_layer_, append_to_vllm_pages_, flashinfer_slots
 from vpt_kernels.control_cross_attention import reference as _control_reference  # noqa: F401
 from vpt_kernels.control_cross_attention.api import (
     ControlProjector,
@@ -10,6 +11,9 @@ from vpt_kernels.control_cross_attention.api import (
     control_cross_attention_into,
     fold_projector,
 )
+from vpt_kernels.images import decode_image
+from vpt_kernels.patch.api import PatchReport, patch
+from vpt_kernels.processor import QwenVLImageProcessor
 from vpt_kernels.roi_patch_embed import reference as _roi_reference  # noqa: F401
 from vpt_kernels.roi_patch_embed.api import (
     FoldedPatchEmbed,
@@ -33,16 +37,24 @@ __all__ = [
     "BackendUnavailable",
     "ControlProjector",
     "FoldedPatchEmbed",
+    "PatchReport",
+    "QwenVLImageProcessor",
     "RegionPlan",
     "RegionPolicy",
+    "append_to_flashinfer_pages_",
+    "append_to_layer_",
+    "append_to_vllm_pages_",
     "append_visual_kv",
     "append_visual_kv_",
     "control_cross_attention",
     "control_cross_attention_into",
+    "decode_image",
     "dinov2_policy",
     "explain",
+    "flashinfer_slots",
     "fold_patch_weight",
     "fold_projector",
+    "patch",
     "plan_regions",
     "qwen2_vl_policy",
     "roi_patch_embed",

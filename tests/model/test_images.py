@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vpt_model.images import MAX_PIXELS, decode_image
+from vpt_kernels.images import MAX_PIXELS
+from vpt_model.images import decode_image
 
 
 def photo(mode: str = "RGB", size: tuple[int, int] = (13, 9)) -> Image.Image:

@@ -1,0 +1,180 @@
+"""Write the pages that follow from the code: `python docs/generate.py`; with --check only say whether they are current.
+
+api.md from signatures and docstrings, errors.md from what the code raises, support.md from the tables of backends and
+of modules that `patch` knows.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+NOTE = "<!-- Written by docs/generate.py; change the docstrings and run `make docs`. -->\n"
+MODULES = ("vpt_kernels", "vpt_kernels.layers", "vpt_kernels.hub", "vpt_model")
+RAISED = ("ValueError", "TypeError", "BackendUnavailable", "RuntimeError", "ImportError")
+
+
+def api() -> str:
+    lines = ["# API", "", NOTE]
+    for name in MODULES:
+        module = importlib.import_module(name)
+        lines += [f"## `{name}`", "", _text(inspect.getdoc(module) or ""), ""]
+        for public in _public(module):
+            thing = getattr(module, public)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                lines += [f"### `{public}`", "", *_signature(public, thing), _text(inspect.getdoc(thing) or ""), ""]
+            if inspect.isclass(thing):
+                lines += _methods(public, thing)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _public(module: ModuleType) -> list[str]:
+    listed = getattr(module, "__all__", None)
+    if listed is not None:
+        return sorted(listed, key=str.lower)
+    own = (name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__)
+    return sorted(name for name in own if not name.startswith("_"))
+
+
+def _signature(name: str, thing: object) -> list[str]:
+    try:
+        text = str(inspect.signature(thing))
+    except (TypeError, ValueError):
+        return []
+    # Where an address or a foreign class is a default, its text would differ from run to run.
+    text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>|<factory>", "…", text)
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
+    text = re.sub(r"^\((self|cls)(, )?", "(", text)
+    return ["```", *_wrapped(name + text), "```", ""]
+
+
+def _wrapped(text: str) -> list[str]:
+    if len(text) <= 116:
+        return [text]
+    head, _, rest = text.partition("(")
+    body, _, tail = rest.rpartition(")")
+    return [f"{head}(", *(f"    {part}," for part in re.split(r", (?=\**\w+[:=]|\*,|\*$)", body)), f"){tail}"]
+
+
+def _methods(owner: str, kind: type) -> list[str]:
+    lines = []
+    for name, member in vars(kind).items():
+        function = getattr(member, "__func__", getattr(member, "fget", member))
+        if (name.startswith("_") and name != "__call__") or not inspect.isfunction(function):
+            continue
+        documented = inspect.getdoc(function)
+        if documented:
+            shown = (
+                [f"`{owner}.{name}`", ""] if isinstance(member, property) else _signature(f"{owner}.{name}", function)
+            )
+            lines += [*shown, _text(documented), ""]
+    return lines
+
+
+def _text(docstring: str) -> str:
+    """A docstring as Markdown: its sections as they are, in a block of text."""
+    summary, _, rest = docstring.partition("\n\n")
+    return summary + (f"\n\n```text\n{rest.rstrip()}\n```" if rest.strip() else "")
+
+
+def errors() -> str:
+    lines = ["# Errors", "", NOTE]
+    lines += [
+        "What `vpt_kernels` raises; `{…}` stands for a value. A message says what was found, what is needed and what",
+        "to do. After an error nothing has been written: outputs, caches and models are as they were.",
+        "",
+    ]
+    for path in sorted((ROOT / "vpt_kernels").rglob("*.py")):
+        found = _raised(ast.parse(path.read_text()))
+        if found:
+            lines += [f"## `{path.relative_to(ROOT).as_posix()}`", "", "| error | message |", "|---|---|"]
+            lines += [f"| {kind} | {message} |" for kind, message in found]
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _raised(tree: ast.AST) -> list[tuple[str, str]]:
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
+            continue
+        kind = node.exc.func.id if isinstance(node.exc.func, ast.Name) else ""
+        message = _message(node.exc.args[0])
+        if kind in RAISED and message:
+            found.append((node.lineno, kind, message.replace("|", "\\|").replace("\n", " ")))
+    return [(kind, message) for _, kind, message in sorted(found)]
+
+
+def _message(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{…}" for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return _message(node.left) + _message(node.right)
+    return ""
+
+
+def support() -> str:
+    from vpt_kernels.backends import CAPABILITIES, INTERPRETED
+    from vpt_kernels.caches import LAYERS
+    from vpt_kernels.patch.api import NOT_REPLACED, RULES
+
+    if INTERPRETED:
+        raise SystemExit("unset TRITON_INTERPRET: it adds devices that only tests use")
+    lines = ["# Support matrix", "", NOTE]
+    lines += [
+        "What can run where. What has been verified, and how, stands in the [README](../README.md#support-matrix);",
+        "what a single operator accepts, in its own README.",
+        "",
+        "## Operators",
+        "",
+        'Backends in the order in which `backend="auto"` tries them; `vpt_kernels.explain(operator, …)` says the same',
+        "for the machine it runs on.",
+        "",
+        "| operator | backend | devices | dtypes |",
+        "|---|---|---|---|",
+    ]
+    for operator, backends in CAPABILITIES.items():
+        for name, capability in backends.items():
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in capability.dtypes)
+            devices = "any" if capability.devices is None else ", ".join(capability.devices)
+            lines.append(f"| `{operator}` | {name} | {devices} | {dtypes} |")
+    lines += ["", "## Modules that `patch` replaces", "", "| class | operator |", "|---|---|"]
+    lines += [f"| `{kind}` | `{rule.op}` |" for rule in RULES for kind in rule.classes]
+    lines += [
+        "",
+        f"Caches that can be appended to: layers of class {' and '.join(f'`{name}`' for name in LAYERS)}.",
+        "",
+    ]
+    lines += ["Not replaced, though they look like it:", "", "| class | why |", "|---|---|"]
+    lines += [f"| `{kind}` | {why} |" for kind, why in NOT_REPLACED.items()]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"api.md": api, "errors.md": errors, "support.md": support}
+
+
+def main() -> int:
+    stale = []
+    for name, page in PAGES.items():
+        path, text = FOLDER / name, page()
+        if not path.is_file() or path.read_text() != text:
+            stale.append(name)
+            if "--check" not in sys.argv[1:]:
+                path.write_text(text)
+    written = "stale" if "--check" in sys.argv[1:] else "written"
+    print(f"{written}: {', '.join(stale)}" if stale else "all pages are current")
+    return int(bool(stale) and "--check" in sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""`append_visual_kv_` on other stacks' caches: vLLM's and FlashInfer's pages, transformers' cache layers.
+
+Nothing here moves a key: each function says where the tokens go and calls the one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from vpt_kernels.append_visual_kv.api import LAYOUTS, append_visual_kv_
+from vpt_kernels.checks import CHECK_VALUES, require_tensor
+
+LAYERS = ("StaticLayer", "DynamicLayer")
+"""Classes of transformers' cache layers that `append_to_layer_` knows; sliding and quantised ones keep other rows."""
+
+MIN_SPARE = 16
+"""Rows that a dynamic layer's buffers have beyond its tokens when they are made; long ones have an eighth more."""
+
+
+def append_to_vllm_pages_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    kv_cache: Tensor | tuple[Tensor, Tensor],
+    slot_mapping: Tensor,
+    sections: tuple[int, int, int] = (16, 24, 24),
+    *,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Rotate q in place and append k and v to vLLM's pages: block `slot // block_size`, row `slot % block_size`.
+
+    Args:
+        q, k, v, cos_sin, positions, sections, interleaved, k_scale, v_scale, backend: as of `append_visual_kv_`.
+        kv_cache: [2, blocks, block_size, kv heads, head_dim], or the pair of its halves; updated in place.
+        slot_mapping: int32 or int64 [T]; −1 marks padding, whose k and v are not stored.
+
+    Raises:
+        ValueError: kv_cache is not a pair of caches; else as `append_visual_kv_`.
+
+    Source: vLLM's `reshape_and_cache_flash`.
+    """
+    if len(kv_cache) != 2:
+        raise ValueError(f"kv_cache holds {len(kv_cache)} tensors; it must hold two, the keys' and the values' pages")
+    k_cache, v_cache = kv_cache
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    append_visual_kv_(
+        q, k, v, cos_sin, positions, slot_mapping, k_cache, v_cache, sections,
+        interleaved=interleaved, **scales, backend=backend,
+    )  # fmt: skip
+
+
+def flashinfer_slots(
+    append_indptr: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    page_size: int,
+    tokens: int,
+) -> Tensor:
+    """Where FlashInfer's page table stores the last tokens of each request: slots, int64 [tokens].
+
+    Computed on the tensors' device without synchronisation.
+
+    Args:
+        append_indptr: int32 or int64 [requests + 1]; request i appends tokens append_indptr[i]…append_indptr[i + 1].
+        kv_indices: pages of all requests, one after the other.
+        kv_indptr: [requests + 1]; the pages of request i are kv_indices[kv_indptr[i]…kv_indptr[i + 1]].
+        kv_last_page_len: [requests], rows in use of each last page, *after* the append.
+        page_size: rows of a page. tokens: append_indptr[−1], which is on the device.
+
+    Returns:
+        Slots: page · page_size + row. Tokens beyond append_indptr[−1], and those of a request that has fewer
+        rows than new tokens, have slot −1: nothing is stored for them.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or devices, page_size < 1.
+
+    Source: FlashInfer's `append_paged_kv_cache` and `get_batch_indices_positions`.
+    """
+    named = {"append_indptr": append_indptr, "kv_indices": kv_indices}
+    named |= {"kv_indptr": kv_indptr, "kv_last_page_len": kv_last_page_len}
+    for name, tensor in named.items():
+        require_tensor(name, tensor, None, append_indptr.device, 1)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} is {tensor.dtype}; it must be int32 or int64")
+    requests = kv_last_page_len.shape[0]
+    if append_indptr.shape[0] != requests + 1 or kv_indptr.shape[0] != requests + 1:
+        raise ValueError(
+            f"append_indptr {tuple(append_indptr.shape)} and kv_indptr {tuple(kv_indptr.shape)} must be "
+            f"({requests + 1},): one more than the {requests} entries of kv_last_page_len"
+        )
+    if page_size < 1 or tokens < 0:
+        raise ValueError(f"page_size is {page_size} and tokens {tokens}; they must be at least 1 and 0")
+    if not requests or not kv_indices.shape[0]:
+        return torch.full((tokens,), -1, dtype=torch.int64, device=append_indptr.device)
+    token = torch.arange(tokens, device=append_indptr.device)
+    request = torch.searchsorted(append_indptr[1:].contiguous(), token, right=True)
+    padding = request >= requests
+    request = request.clamp(max=requests - 1)
+    pages = kv_indptr[1:] - kv_indptr[:-1]
+    length = (pages - 1) * page_size + kv_last_page_len
+    row = length[request] - append_indptr[1:][request] + token
+    padding |= (row < 0) | (row >= pages[request] * page_size)
+    page = kv_indices[(kv_indptr[request] + row.clamp(min=0) // page_size).clamp(0, kv_indices.shape[0] - 1)]
+    return torch.where(padding, -1, page.long() * page_size + row % page_size)
+
+
+def append_to_flashinfer_pages_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    paged_kv_cache: Tensor | tuple[Tensor, Tensor],
+    append_indptr: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    sections: tuple[int, int, int] = (16, 24, 24),
+    *,
+    kv_layout: str = "NHD",
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Rotate q in place and append k and v to FlashInfer's pages.
+
+    Args:
+        q, k, v, cos_sin, positions, sections, interleaved, k_scale, v_scale, backend: as of `append_visual_kv_`.
+        paged_kv_cache: the pair (keys, values), each [pages, page_size, kv heads, head_dim] ("NHD") or
+            [pages, kv heads, page_size, head_dim] ("HND"); or one tensor with a dimension of 2 behind the pages.
+        append_indptr, kv_indices, kv_indptr, kv_last_page_len: see `flashinfer_slots`.
+
+    Raises:
+        TypeError, ValueError: as `flashinfer_slots` and `append_visual_kv_`.
+    """
+    if kv_layout not in LAYOUTS:
+        raise ValueError(f"kv_layout is {kv_layout!r}; choose one of {LAYOUTS}")
+    pair = paged_kv_cache.unbind(1) if isinstance(paged_kv_cache, Tensor) else tuple(paged_kv_cache)
+    if len(pair) != 2 or pair[0].dim() != 4:
+        raise ValueError(
+            "paged_kv_cache must be a pair of [pages, …] tensors of 4 dimensions, or one [pages, 2, …] tensor of 5; "
+            f"it has {len(pair)} parts of {pair[0].dim() if pair else 0} dimensions"
+        )
+    page_size = pair[0].shape[1 if kv_layout == "NHD" else 2]
+    slots = flashinfer_slots(append_indptr, kv_indices, kv_indptr, kv_last_page_len, page_size, q.shape[0])
+    append_visual_kv_(
+        q, k, v, cos_sin, positions, slots, *pair, sections,
+        interleaved=interleaved, layout=kv_layout, k_scale=k_scale, v_scale=v_scale, backend=backend,
+    )  # fmt: skip
+
+
+def append_to_layer_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    layer: Any,
+    sections: tuple[int, int, int] = (16, 24, 24),
+    *,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rotate q in place and append k and v to one layer of transformers' `StaticCache` or `DynamicCache`.
+
+    Takes the place of a model's rotary embedding and `layer.update(k, v)`, and leaves the layer as `update` would.
+
+    Args:
+        q: [batch, tokens, query heads, head_dim]; k, v: [batch, tokens, kv heads, head_dim]. Views are fine: q's
+            last dimension must be contiguous, and its batch and tokens must merge into one dimension.
+        cos_sin, sections, interleaved, backend: as of `append_visual_kv_`.
+        positions: int32 or int64 [3, batch · tokens].
+        layer: `cache.layers[i]`, a `StaticLayer` or `DynamicLayer`.
+
+    Returns:
+        All keys and values of the layer, [batch, kv heads, length, head_dim], as `layer.update` returns them: a static
+        layer's buffers, or a dynamic layer's keys so far, views of buffers with room for the next tokens, so that
+        not every token copies the cache. Rows that the layer gave out before are never written again.
+
+    Raises:
+        TypeError: another class of layer, which stores other rows, or wrong dtypes.
+        ValueError: the tokens do not fit a static layer (on a GPU, where the length is not known without a
+            synchronisation, they are dropped instead), or wrong shapes. The layer holds what it held after an error.
+    """
+    kind = type(layer).__name__
+    if kind not in LAYERS:
+        raise TypeError(f"layer is a {kind}; it must be one of {LAYERS}, whose row i is token i")
+    require_tensor("q", q, None, None, 4)
+    require_tensor("k", k, None, None, 4)
+    require_tensor("v", v, None, None, 4)
+    options = {"interleaved": interleaved, "backend": backend}
+    return append_rows_(layer, (q, k, v), (cos_sin, positions), sections, options, page_slots)
+
+
+def page_slots(batch: int, start: int | Tensor, count: int, page: int, device: torch.device) -> Tensor:
+    """Slots of tokens start…start + count of every row of a batch whose row b is page b, int64 [batch · count]."""
+    if isinstance(start, int):
+        token = torch.arange(start, start + count, device=device)
+        if batch == 1:
+            return token
+    else:
+        token = torch.arange(count, device=device) + start
+        # A token that does not fit must not reach the next page.
+        token = torch.where(token < page, token, -batch * page)
+    return (torch.arange(0, batch * page, page, device=device)[:, None] + token).flatten()
+
+
+def append_rows_(
+    layer: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    rotation: tuple[Tensor, Tensor],
+    sections: tuple[int, int, int],
+    options: dict[str, Any],
+    slots_of: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`append_to_layer_` of checked arguments; slots_of: `page_slots`, or one that remembers it for other layers."""
+    q, k, v = qkv
+    batch, count = k.shape[:2]
+    static = type(layer).__name__ == "StaticLayer"
+    if static:
+        start = _room(layer, k, v)
+        keys, values = layer.keys, layer.values
+    else:
+        start = layer.get_seq_length()
+        keys, values = _grown(layer, k, v, start)
+    slots = (page_slots if isinstance(start, Tensor) else slots_of)(batch, start, count, keys.shape[2], k.device)
+    rows = (q.view(-1, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1))
+    append_visual_kv_(*rows, *rotation, slots, keys, values, sections, layout="HND", **options)
+    if static:
+        layer.cumulative_length.add_(count)
+        return keys, values
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+    layer.keys, layer.values = keys[:, :, : start + count], values[:, :, : start + count]
+    _spare[layer] = (layer.keys, layer.values, keys, values)
+    return layer.keys, layer.values
+
+
+def _room(layer: Any, k: Tensor, v: Tensor) -> int | Tensor:
+    """The length of a static layer that has room for k and v and, from its first tokens on, its buffers."""
+    length, count = layer.cumulative_length, k.shape[1]
+    if length.device.type == "cpu" or CHECK_VALUES:
+        length = int(length)
+        if length + count > layer.max_cache_len:
+            raise ValueError(
+                f"the static layer holds {length} of {layer.max_cache_len} tokens; {count} more do not fit: make the "
+                f"cache with max_cache_len ≥ {length + count}"
+            )
+    if not layer.is_initialized:
+        layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
+    _require_batch(layer, k.shape[0])
+    return length
+
+
+def _require_batch(layer: Any, batch: int) -> None:
+    if layer.keys.shape[0] != batch:
+        raise ValueError(f"the layer holds a batch of {layer.keys.shape[0]}, the tokens are of a batch of {batch}")
+
+
+_spare: WeakKeyDictionary[Any, tuple[Tensor, Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+"""What a dynamic layer was given last, and the longer buffers behind it."""
+
+
+def _grown(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, heads, ≥ length + tokens, head_dim] that begin with the layer's.
+
+    Rows that anyone has seen are never written again: the rows behind `length` are free only if the layer still holds
+    the very tensors that it was given by the last append; what was cropped, reordered or shared is copied.
+    """
+    batch, count, heads, head_dim = k.shape
+    if length:
+        _require_batch(layer, batch)
+    known = _spare.get(layer)
+    if known is not None and known[0] is layer.keys and known[1] is layer.values:
+        # A tensor made in inference mode must not be changed outside of it.
+        usable = torch.is_inference_mode_enabled() or not known[2].is_inference()
+        if usable and known[2].shape[2] >= length + count:
+            return known[2:]
+    spare = max(MIN_SPARE, length // 8) if type(layer).__name__ == "DynamicLayer" else 0
+    room = length + count + spare
+    whole = (k.new_empty((batch, heads, room, head_dim)), v.new_empty((batch, heads, room, head_dim)))
+    if length:
+        whole[0][:, :, :length], whole[1][:, :, :length] = layer.keys, layer.values
+    return whole

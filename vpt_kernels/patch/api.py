@@ -1,0 +1,173 @@
+"""`patch`: one call that makes a model of another library use the kernels, and one that undoes it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import MethodType, TracebackType
+
+from torch import nn
+
+from vpt_kernels.patch import embeds, projectors, rotary
+
+RULES = (*embeds.RULES, *projectors.RULES, *rotary.RULES)
+OPS = ("roi_patch_embed", "control_cross_attention", "append_visual_kv")
+"""What `patch` can be asked for: patch embeddings, the re-encoder's projectors, rotary embedding + cache update."""
+
+NOT_REPLACED = {
+    **dict.fromkeys(
+        ("VisionAttention", "VisionSdpaAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention"),
+        "it rotates without a cache: there is nothing to append",
+    ),
+    **dict.fromkeys(
+        ("PatchMerger", "Qwen2_5_VLPatchMerger", "Qwen3VLVisionPatchMerger"),
+        "a norm and an MLP without a control state: not the conditioned projector",
+    ),
+    "Projector": "a base class whose score multiplies the features: not the rank-one update",
+}
+"""Classes that look like a case for an operator and are none."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One module whose forward was replaced.
+
+    Attributes:
+        name: the module's name in the model. kind: its class. op: the operator that took over.
+        calls: how often each way was taken: an operator's name ("linear": one GEMM of PyTorch), or "original: reason"
+            where a call went to the module's own forward.
+    """
+
+    name: str
+    kind: str
+    op: str
+    module: nn.Module = field(repr=False)
+    forward: MethodType = field(repr=False)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class PatchReport:
+    """What `patch` replaced and what not, with counts of calls; undo with `unpatch()` or as a context manager.
+
+    Attributes:
+        replaced: one `Replacement` per module.
+        skipped: name of a module → why it was not replaced.
+    """
+
+    def __init__(self, replaced: list[Replacement], skipped: dict[str, str]) -> None:
+        self.replaced, self.skipped = tuple(replaced), skipped
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Calls of all replaced modules by the way they took; see `Replacement.calls`."""
+        return sum((replacement.calls for replacement in self.replaced), Counter())
+
+    def unpatch(self) -> None:
+        """Give every module its own forward again; a second call does nothing.
+
+        Raises:
+            ValueError: something else has replaced a forward since; undo that first. Nothing is undone then.
+        """
+        mine = [r for r in self.replaced if "forward" in vars(r.module)]
+        for replacement in mine:
+            if vars(replacement.module)["forward"] is not replacement.forward:
+                raise ValueError(f"{replacement.name} has another forward than patch gave it; undo that change first")
+        for replacement in mine:
+            del replacement.module.forward
+
+    def __enter__(self) -> PatchReport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unpatch()
+
+    def __str__(self) -> str:
+        """A table: modules that differ in their numbers only share a line."""
+        lines = []
+        for (pattern, kind, op), calls in _grouped(self.replaced).items():
+            counted = sum(calls, Counter())
+            ways = ", ".join(f"{count} {way}" for way, count in sorted(counted.items())) or "not called yet"
+            lines.append(f"{pattern} ({kind}{_times(len(calls))}) -> {op}: {ways}")
+        reasons: dict[tuple[str, str], int] = Counter((_pattern(name), reason) for name, reason in self.skipped.items())
+        lines += [f"{pattern}{_times(count)} not replaced: {reason}" for (pattern, reason), count in reasons.items()]
+        return "\n".join(lines) or "nothing to replace"
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name) or "(the model)"
+
+
+def _times(count: int) -> str:
+    return f" ×{count}" if count > 1 else ""
+
+
+def _grouped(replaced: Iterable[Replacement]) -> dict[tuple[str, str, str], list[Counter[str]]]:
+    groups: dict[tuple[str, str, str], list[Counter[str]]] = {}
+    for r in replaced:
+        groups.setdefault((_pattern(r.name), r.kind, r.op), []).append(r.calls)
+    return groups
+
+
+def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = True) -> PatchReport:
+    """Make a model of another library use the kernels; only this instance is changed, and `unpatch()` undoes it.
+
+    Replaces the `forward` of modules that it knows by class name and whose attributes and shapes fit:
+    patch embeddings and rotary embedding + KV-cache update of transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL, patch
+    embeddings of its DINOv2 and SAM vision encoder, and in the published `VPT_Qwen2VLForConditionalGeneration` also
+    the projectors. Weights, state dict, hooks of the replaced modules and class definitions stay as they are.
+
+    A call that the kernels cannot serve (gradients, a sliding or quantised cache, torch.compile) takes the module's
+    own forward; the report counts it with the reason.
+
+    Args:
+        model: any module; what it contains is searched.
+        ops: which of "roi_patch_embed", "control_cross_attention" and "append_visual_kv" may take over; default: all.
+        strict: raise if nothing was replaced.
+
+    Returns:
+        PatchReport, also a context manager that undoes the replacement at its end.
+
+    Raises:
+        TypeError: model is not a torch module.
+        ValueError: an unknown name in ops; with strict, nothing to replace. The model is untouched then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    wanted = OPS if ops is None else tuple(ops)
+    unknown = [name for name in wanted if name not in OPS]
+    if unknown or isinstance(ops, str):
+        raise ValueError(f"ops is {ops!r}; give a list with names out of {OPS}")
+    replaced: list[Replacement] = []
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        rule = next((rule for rule in RULES if kind in rule.classes), None)
+        if rule is None:
+            if kind in NOT_REPLACED:
+                skipped[name] = f"{kind}: {NOT_REPLACED[kind]}"
+            continue
+        reason = rule.refuse(module)
+        if "forward" in vars(module):
+            reason = "its forward was replaced before (by patch, or by another library's hooks)"
+        elif rule.op not in wanted:
+            reason = f"{rule.op} was not asked for"
+        if reason is not None:
+            skipped[name] = f"{kind}: {reason}"
+            continue
+        calls: Counter[str] = Counter()
+        forward = MethodType(rule.make(type(module).forward, calls), module)
+        replaced.append(Replacement(name, kind, rule.op, module, forward, calls))
+    if strict and not replaced:
+        known = ", ".join(sorted(kind for rule in RULES for kind in rule.classes))
+        listed = "; ".join(f"{name or 'the model'} is skipped: {why}" for name, why in skipped.items())
+        raise ValueError(
+            f"nothing in {type(model).__name__} can be replaced ({listed or 'no known class'}); known classes: "
+            f"{known}. Pass strict=False to accept that"
+        )
+    for replacement in replaced:
+        replacement.module.forward = replacement.forward
+    return PatchReport(replaced, skipped)

@@ -1,0 +1,139 @@
+"""Patch embeddings as one GEMM over the flattened weight, or from uint8 patches through `roi_patch_embed`."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpt_kernels.patch.rules import Forward, Rule, folded, hooked, lacks
+from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed, fold_patch_weight, roi_patch_embed
+from vpt_kernels.roi_patch_embed.geometry import MAX_SIZE, RegionPolicy, plan_regions
+
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NORMALISATION = {"PatchEmbed": CLIP, "Qwen2_5_VisionPatchEmbed": CLIP, "Qwen3VLVisionPatchEmbed": HALF}
+"""Mean and standard deviation of the pixels that each published tower was trained on."""
+
+
+def _refuse_convolution(projection: nn.Module, kind: type[nn.Module], kernel: tuple[int, ...]) -> str | None:
+    if type(projection) is not kind:
+        return f"its projection is a {type(projection).__name__}, not a plain {kind.__name__}"
+    if hooked(projection):
+        return "its projection has hooks, which one GEMM would skip"
+    plain = (kernel, kernel, (0,) * len(kernel), (1,) * len(kernel), 1, 3)
+    found = tuple(
+        getattr(projection, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels")
+    )
+    if found != plain:
+        return f"its convolution has (kernel, stride, padding, dilation, groups, channels) {found}; needed: {plain}"
+    return None
+
+
+def _refuse_flat(module: nn.Module) -> str | None:
+    missing = lacks(module, "proj", "patch_size", "temporal_patch_size", "in_channels", "embed_dim")
+    if missing:
+        return missing
+    kernel = (module.temporal_patch_size, module.patch_size, module.patch_size)
+    if not all(isinstance(size, int) for size in kernel):
+        return f"its patch sizes {kernel} are not integers"
+    return _refuse_convolution(module.proj, nn.Conv3d, kernel)
+
+
+def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[str]) -> Tensor:
+    """`forward` of the Qwen-VL family's patch embeddings.
+
+    hidden_states: normalised patches [N, 3·T·p·p] (any shape of as many numbers) as transformers' processor gives
+    them; or uint8 patches [N, p·p·3] of `roi_patches`; or embeddings [N, E] of `QwenVLImageProcessor`, which pass.
+    """
+    weight, bias, width = module.proj.weight, module.proj.bias, hidden_states.shape[-1]
+    if hidden_states.dtype == torch.uint8:
+        calls["roi_patch_embed"] += 1
+        return _embed_bytes(module, hidden_states)
+    inputs = weight[0].numel()
+    if hidden_states.dim() == 2 and width == module.embed_dim != inputs:
+        calls["embedded already"] += 1
+        return hidden_states.to(weight.dtype)
+    calls["linear"] += 1
+    return F.linear(hidden_states.reshape(-1, inputs).to(weight.dtype), weight.flatten(1), bias)
+
+
+def _embed_bytes(module: nn.Module, patches: Tensor) -> Tensor:
+    p = module.patch_size
+    if patches.dim() != 2 or patches.shape[1] != 3 * p * p:
+        raise ValueError(
+            f"uint8 patches have shape {tuple(patches.shape)}; they must be [N, {3 * p * p}], see roi_patches"
+        )
+    policy = RegionPolicy(lambda height, width: (height, width), patch_size=p)
+    # Patches one below the other are an image of one column of patches, which needs no resampling.
+    images = [part.reshape(-1, p, 3) for part in patches.split(MAX_SIZE // p)]
+    sizes = [tuple(image.shape[:2]) for image in images]
+    boxes = [(number, 0, 0, p, height) for number, (height, _) in enumerate(sizes) if height]
+    with torch.no_grad():
+        return roi_patch_embed(images, plan_regions(sizes, boxes, policy), _fold(module))
+
+
+def _fold(module: nn.Module) -> FoldedPatchEmbed:
+    weight, bias = module.proj.weight, module.proj.bias
+    mean, std = NORMALISATION[type(module).__name__]
+    tensors = [weight] if bias is None else [weight, bias]
+    return folded(module, tensors, lambda: fold_patch_weight(weight, mean, std, bias))
+
+
+def _refuse_image(module: nn.Module) -> str | None:
+    missing = lacks(module, "projection", "patch_size", "num_channels")
+    if missing:
+        return missing
+    size = tuple(module.patch_size)
+    return _refuse_convolution(module.projection, nn.Conv2d, size)
+
+
+def embed_images(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> Tensor:
+    """Tokens [B, rows, columns, E] of images [B, 3, H, W]; a remainder of pixels is dropped, as by a convolution."""
+    if pixel_values.shape[1] != module.num_channels:
+        raise ValueError(f"pixel_values have {pixel_values.shape[1]} channels; the model's have {module.num_channels}")
+    weight, (p, r) = module.projection.weight, module.patch_size
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // p, width // r
+    blocks = pixel_values[:, :, : rows * p, : columns * r].reshape(batch, channels, rows, p, columns, r)
+    calls["linear"] += 1
+    patches = blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, -1)
+    return F.linear(patches, weight.flatten(1), module.projection.bias)
+
+
+def embed_dinov2(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> Tensor:
+    """`forward` of DINOv2's patch embedding: [B, rows · columns, E]."""
+    return embed_images(module, pixel_values, calls).flatten(1, 2)
+
+
+def embed_sam(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> Tensor:
+    """`forward` of SAM's patch embedding: [B, rows, columns, E] of images of exactly the model's size."""
+    if tuple(pixel_values.shape[2:]) != tuple(module.image_size):
+        raise ValueError(
+            f"pixel_values are {tuple(pixel_values.shape[2:])}; the model takes {tuple(module.image_size)}"
+        )
+    return embed_images(module, pixel_values, calls)
+
+
+def _counted(function: Forward) -> Forward:
+    def make(original: Forward, calls: Counter[str]) -> Forward:
+        def forward(self: nn.Module, *inputs: Tensor, **named: Tensor) -> Tensor:
+            return function(self, *inputs, *named.values(), calls)
+
+        return forward
+
+    return make
+
+
+RULES = (
+    Rule("roi_patch_embed", tuple(NORMALISATION), _refuse_flat, _counted(embed_flat_patches)),
+    Rule("roi_patch_embed", ("Dinov2PatchEmbeddings",), _refuse_image, _counted(embed_dinov2)),
+    Rule(
+        "roi_patch_embed",
+        ("SamPatchEmbeddings",),
+        lambda module: _refuse_image(module) or lacks(module, "image_size"),
+        _counted(embed_sam),
+    ),
+)

@@ -1,0 +1,137 @@
+"""Image processor and patch embedding of the Qwen-VL family in one call, on the device of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpt_kernels.images import MAX_PIXELS, decode_image
+from vpt_kernels.patch.embeds import NORMALISATION
+from vpt_kernels.roi_patch_embed.api import fold_patch_weight, roi_patch_embed, roi_patches
+from vpt_kernels.roi_patch_embed.geometry import RegionPlan, plan_regions, qwen2_vl_policy
+
+BICUBIC = 3
+"""Pillow's number of the filter, as processors store it."""
+
+
+class QwenVLImageProcessor:
+    """PIL images, file bytes or uint8 pixels, whole or cropped → patch embeddings and `image_grid_thw`.
+
+    Pixels are those of transformers' Pillow-based processor with the installed Pillow, bit for bit; they are never
+    normalised nor stored as floats. The embeddings go where `pixel_values` go, into a model that `patch` was called on.
+
+    Args:
+        weight: [E, 3, T, p, p] of the patch embedding's convolution; bias: [E] or None. Folded now: make a new
+            processor when they change.
+        mean, std: per channel, of pixels scaled to 0…1.
+        min_pixels, max_pixels: limits of a resized image's area.
+        merge_size: side of the block of patches that becomes one token.
+        pass_order: "installed" resamples in the order of the installed Pillow, "hv" as Pillow ≤ 12.0 does.
+
+    Raises:
+        ValueError: shapes or limits that do not fit; or E = 3·T·p·p, which would make embeddings look like pixels.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        min_pixels: int = 56 * 56,
+        max_pixels: int = 12_845_056,
+        merge_size: int = 2,
+        pass_order: str = "installed",
+    ) -> None:
+        if not 0 < min_pixels <= max_pixels:
+            raise ValueError(f"min_pixels {min_pixels} and max_pixels {max_pixels} must be positive and in this order")
+        with torch.no_grad():
+            self.embed = fold_patch_weight(weight, mean, std, bias)
+        if weight[0].numel() == weight.shape[0]:
+            raise ValueError(
+                f"the weight {tuple(weight.shape)} has as many outputs as inputs: a model could not tell embeddings "
+                "from pixel values; use roi_patch_embed and call the vision tower's blocks"
+            )
+        patch_size = self.embed.patch_size
+        options = {"patch_size": patch_size, "merge_size": merge_size, "pass_order": pass_order}
+        self.policy = qwen2_vl_policy(min_pixels, max_pixels, **options)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, image_processor: Any = None, *, pass_order: str = "installed"
+    ) -> QwenVLImageProcessor:
+        """The processor of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model of transformers.
+
+        Args:
+            model: contains one patch embedding of the family; its weight's device and dtype are the embeddings'.
+            image_processor: transformers' processor, whose limits, mean, std and merge_size are taken over; default:
+                the published mean and std, and this class's limits.
+
+        Raises:
+            ValueError: the model has no such patch embedding or several, or the processor does something else.
+        """
+        found = [module for module in model.modules() if type(module).__name__ in NORMALISATION]
+        if len(found) != 1:
+            raise ValueError(
+                f"{type(model).__name__} has {len(found)} patch embeddings of {tuple(NORMALISATION)}; needed: one"
+            )
+        projection = found[0].proj
+        if image_processor is None:
+            mean, std = NORMALISATION[type(found[0]).__name__]
+            return cls(projection.weight, projection.bias, mean=mean, std=std, pass_order=pass_order)
+        expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
+        expected |= {"patch_size": projection.kernel_size[-1], "temporal_patch_size": projection.kernel_size[0]}
+        for name, value in expected.items():
+            if getattr(image_processor, name) != value:
+                raise ValueError(f"the image processor has {name} {getattr(image_processor, name)}; needed: {value}")
+        if abs(image_processor.rescale_factor * 255 - 1) > 1e-9:
+            raise ValueError(f"the image processor has rescale_factor {image_processor.rescale_factor}; needed: 1/255")
+        return cls(
+            projection.weight,
+            projection.bias,
+            mean=image_processor.image_mean,
+            std=image_processor.image_std,
+            min_pixels=image_processor.size["shortest_edge"],
+            max_pixels=image_processor.size["longest_edge"],
+            merge_size=image_processor.merge_size,
+            pass_order=pass_order,
+        )
+
+    def __call__(self, images: Any, boxes: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+        """Patch embeddings and grids, under the names of a model's arguments.
+
+        Args:
+            images: one image or a list: PIL images, paths, bytes of image files, or uint8 [height, width, 3] tensors
+                or arrays, see `decode_image`.
+            boxes: (image, left, top, right, bottom) in pixels per crop, right and bottom exclusive; default: every
+                whole image.
+
+        Returns:
+            {"pixel_values": embeddings [Σ patches, E], "image_grid_thw": int64 [boxes, 3] = (1, rows, columns)}, both
+            on the weight's device.
+
+        Raises:
+            TypeError, ValueError: an image that cannot be read, a box outside its image, an aspect ratio above 200.
+        """
+        pixels, plan = self._plan(images, boxes)
+        grids = [[1, *grid] for grid in plan.grids]
+        device = self.embed.weight.device
+        with torch.no_grad():
+            tokens = roi_patch_embed(pixels, plan, self.embed)
+        return {"pixel_values": tokens, "image_grid_thw": torch.tensor(grids, device=device).reshape(-1, 3)}
+
+    def patches(self, images: Any, boxes: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """The uint8 patches [Σ patches, p·p·3] behind the embeddings; arguments as of the call."""
+        return roi_patches(*self._plan(images, boxes))
+
+    def _plan(self, images: Any, boxes: Sequence[Sequence[int]] | None) -> tuple[list[Tensor], RegionPlan]:
+        listed = list(images) if isinstance(images, (list, tuple)) else [images]
+        pixels = [decode_image(image, MAX_PIXELS).to(self.embed.weight.device) for image in listed]
+        sizes = [(image.shape[0], image.shape[1]) for image in pixels]
+        if boxes is None:
+            boxes = [(number, 0, 0, width, height) for number, (height, width) in enumerate(sizes)]
+        return pixels, plan_regions(sizes, boxes, self.policy)
