@@ -15,7 +15,7 @@ from vpt_model.sampling import Sampler
 
 @dataclass
 class Turn:
-    """What the model generated in one round. `end`: "stop", "length", "capacity", or "action" (a look follows)."""
+    """What the model generated in one round. `end`: a finish reason of `Answer`, or "action" (a look follows)."""
 
     ids: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)

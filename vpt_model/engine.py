@@ -233,11 +233,15 @@ class Engine:
     def _run(self, user: list[int], **request: Any) -> Row:
         with self._conversation(**request) as talk:
             yield from self._prefill(talk, user)
-            turn = yield from self._decode(talk)
-            while (yield from self._look_again(talk, turn)):
-                turn = yield from self._decode(talk)
-            answer = self._answer(talk)
+            answer = yield from self._converse(talk)
         yield Done(answer)
+
+    def _converse(self, talk: Conversation) -> Generator[Event | Chunk, None, Answer]:
+        """Rounds of decoding and looking again, until one ends without a look."""
+        turn = yield from self._decode(talk)
+        while (yield from self._look_again(talk, turn)):
+            turn = yield from self._decode(talk)
+        return self._answer(talk)
 
     @contextmanager
     def _conversation(self, **request: Any) -> Iterator[Conversation]:
@@ -266,6 +270,13 @@ class Engine:
         forced = deque(talk.forced.popleft() if talk.forced else ())
         while not turn.end:
             token = forced.popleft() if forced else talk.choose(talk.logits)
+            if token is None:
+                turn.end = "nan"
+                talk.notices.append(
+                    f"the logits behind {talk.cache.length} tokens are NaN: check the weights, and use bfloat16 or "
+                    "float32 where float16 overflows"
+                )
+                break
             if token in self.ids.stop:
                 turn.end = "stop"
             elif token == self.ids.action_start and self._may_look(talk):
@@ -348,13 +359,19 @@ class Engine:
         return Look("region", boxes, grids, sum(counts), len(tokens))
 
     def _named_boxes(self, talk: Conversation, turn: Turn) -> tuple[Box, ...]:
-        if not self._may_look(talk):
+        if talk.image is None or turn.end == "nan":
             return ()
         try:
-            return self._boxes(talk.image, turn.ids)
+            boxes = self._boxes(talk.image, turn.ids)
         except ValueError as error:
-            talk.notices.append(f"no second look: {error}")
+            if self._may_look(talk):
+                talk.notices.append(f"no second look: {error}")
             return ()
+        if self._may_look(talk):
+            return boxes
+        if boxes and turn.end == "stop":
+            turn.end = "looks"
+        return ()
 
     def _boxes(self, image: Tensor, tokens: Sequence[int]) -> tuple[Box, ...]:
         height, width, _ = image.shape
@@ -406,5 +423,5 @@ class Engine:
             looks=talk.looks,
             timings=talk.clock.stages,
             notices=talk.notices,
-            logits=torch.stack(last.logits) if talk.keep_logits else None,
+            logits=torch.stack(last.logits) if last.logits else None,
         )
