@@ -171,7 +171,7 @@ class LanguageModel:
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
         gate, up = linear(x, layer.gate_up_weight).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, layer.down_weight)
+        return linear(F.silu(gate).mul_(up), layer.down_weight)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # Computed in float32 and, as in Qwen2-VL, rounded to the model's dtype before the weight multiplies it.

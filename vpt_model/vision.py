@@ -155,4 +155,4 @@ def _layer_norm(x: torch.Tensor, affine: Affine) -> torch.Tensor:
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    return (1.702 * x).sigmoid_().mul_(x)
