@@ -68,8 +68,8 @@ class Answer:
     first_text: what the first round printed; the same answer if there was no second look.
     finish_reason: "stop"; "length" (max_new_tokens); "capacity" (the cache is full or a look did not fit); "looks" (the
     answer names regions, but max_looks are taken); "nan" (the logits are not numbers, so no token followed).
-    notices: why a look that the model asked for was not taken, or what is wrong with the logits. logits: float32 [len(ids), vocab] when asked for,
-    row k the one that ids[k] was taken from.
+    notices: why a look that the model asked for was not taken, or what is wrong with the logits. logits: float32
+    [len(ids), vocab] when asked for, row k the one that ids[k] was taken from.
     """
 
     text: str

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vpt_kernels import RegionPolicy, fold_patch_weight, plan_regions, roi_patch_embed
+from vpt_model.attention import attend_within
 from vpt_model.config import ModelConfig
 from vpt_model.linear import linear
 from vpt_model.positions import vision_positions
@@ -137,11 +138,7 @@ class VisionTower:
         packed = linear(x, *block.qkv).view(-1, 3, self.config.num_heads, self.config.head_dim)
         q, k, v = packed.unbind(1)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        attended = [
-            F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image))[0].transpose(0, 1)
-            for image in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        ]
-        return linear(torch.cat(attended).flatten(1), *block.proj)
+        return linear(attend_within(q, k, v, lengths), *block.proj)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
