@@ -70,14 +70,14 @@ class Ragged:
             )  # fmt: skip
             stored = s.cache.length + s.end - s.begin
             if use_flash(q):
-                attended.append(_flash(query[None], keys[None], values[None], stored)[0])
+                attended.append(_flash(query[None], keys[None], values[None], stored)[0].flatten(1))
             else:
                 attended.append(_sdpa(query, keys[:stored], values[:stored], s.mask))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 class Padded:
-    """Of R conversations' new tokens, N rows each of which the last ones may be padding; nothing here is read back.
+    """Of R conversations' new tokens, N rows each of which the first ones may be padding; nothing here is read back.
 
     keys, values: [layers, slots, Hkv, D], shared by all conversations, `capacity` slots each. positions: [3, R · N].
     slots: [R · N], −1 for padding, which is neither stored nor seen. lengths: starts, past and counts of `attend`.
@@ -110,15 +110,15 @@ def attend(
 ) -> Tensor:
     """Attention of padded queries over caches in one buffer; no value is read by the host.
 
-    q: [R, N, Hq, D], of which the first `counts[r]` tokens of row r are real. keys, values: [slots, Hkv, D] with the
-    new tokens' already in place; row r's are `capacity` slots from `starts[r]` on, `past[r] + counts[r]` of them used.
-    starts, past, counts: int32 [R]. Token i of row r sees its first past[r] + i + 1 keys; nothing behind them reaches
-    it, not even NaN. Returns [R, N, Hq · D]; what stands in the rows of padding is undefined, and 0 unless flash-attn
-    wrote it, which also needs past + N ≤ capacity.
+    q: [R, N, Hq, D], of which the last `counts[r]` tokens of row r are real. keys, values: [slots, Hkv, D] with the new
+    tokens' already in place; row r's are `capacity` slots from `starts[r]` on, past[r] + counts[r] of them used.
+    starts, past, counts: int32 [R]. The first real token of row r sees past[r] + 1 keys, each further one another, the
+    last all that are used; nothing behind them reaches it, not even NaN. Padding stands in front so that its rows are
+    aligned as flash-attn's are. Returns [R, N, Hq · D], 0 for padding.
     """
     if use_flash(q):
         cached = [x.unflatten(0, (-1, capacity)) for x in (keys, values)]
-        return _flash(q, *cached, past + q.shape[1], starts // capacity).flatten(2)
+        return _flash(q, *cached, past + counts, starts // capacity).flatten(2)
     if q.is_cuda and find_spec("triton"):
         from vpt_model import attention_triton
 
@@ -166,16 +166,17 @@ def _composed(
 ) -> Tensor:
     """`attend` from PyTorch's operations, over whole rows of the cache: for the CPU, where the buckets are tested."""
     conversations, tokens, heads, dim = q.shape
-    slot, token = torch.arange(capacity, device=q.device), torch.arange(tokens, device=q.device)
+    slot = torch.arange(capacity, device=q.device)
+    token = torch.arange(tokens, device=q.device) - (tokens - counts)[:, None]  # [R, N], negative for padding
     used = (slot < (past + counts)[:, None])[:, :, None, None]  # [R, C, 1, 1]
     # A weight of 0 does not silence NaN: what is not used has to be removed.
     k, v = (torch.where(used, x[starts[:, None] + slot], 0).float() for x in (keys, values))  # [R, C, Hkv, D]
-    visible = slot <= (past[:, None] + token)[..., None]  # [R, N, C]
+    visible = slot <= (past[:, None] + token.clamp_min(0))[..., None]  # [R, N, C]
     rows = q.float().unflatten(2, (keys.shape[1], -1))  # [R, N, Hkv, group, D]
     scores = torch.einsum("rnhgd,rchd->rhgnc", rows, k) * dim**-0.5
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
     out = torch.einsum("rhgnc,rchd->rnhgd", weights, v).flatten(2)
-    return torch.where((token < counts[:, None])[..., None], out, 0).to(q.dtype)
+    return torch.where((token >= 0)[..., None], out, 0).to(q.dtype)
 
 
 @cache

@@ -24,8 +24,8 @@ class Launch(NamedTuple):
 
 
 DECODE = Launch(rows=16, keys=64, split=64, warps=4, stages=2)
-APPEND = Launch(rows=64, keys=64, split=512, warps=4, stages=2)
-FLOAT32 = Launch(rows=16, keys=32, split=128, warps=4, stages=1)
+APPEND = Launch(rows=64, keys=64, split=512, warps=8, stages=2)
+FLOAT32 = Launch(rows=16, keys=64, split=128, warps=8, stages=1)
 """One token: its few heads fill a quarter of a tile and the time is that of reading the keys, so as many programs as
 there are steps. Many tokens: enough programs without short splits, whose sums would have to be written and read again.
 From reasoning about an H100, not from measurements."""
@@ -70,14 +70,17 @@ def split_kernel(
     kv_head = tl.program_id(1) % KV_HEADS
     before = tl.load(past + conversation)
     count = tl.load(counts + conversation)
+    padding = tokens - count
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token, head = row // group, kv_head * group + row % group
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group, tokens - 1)
     # Past the last key that a query of this block sees nothing is read: what lies there may be anything.
-    seen = tl.minimum(before + tl.minimum(count, (block * BLOCK_M + BLOCK_M - 1) // group + 1), capacity)
+    seen = tl.minimum(before + last - padding + 1, capacity)
     begin = split * SPLIT
-    if (begin < seen) & (block * BLOCK_M // group < count):
+    if (begin < seen) & (last >= padding):
         d = tl.arange(0, BLOCK_D)
-        is_query = (token < count)[:, None] & (d < HEAD_DIM)[None, :]
+        is_real = (token >= padding) & (token < tokens)
+        is_query = is_real[:, None] & (d < HEAD_DIM)[None, :]
         place = conversation.to(tl.int64) * q_row + token.to(tl.int64) * q_token + head.to(tl.int64) * q_head
         x = tl.load(q + place[:, None] + d[None, :], mask=is_query, other=0.0)  # [M, D]
         first = tl.load(starts + conversation).to(tl.int64)
@@ -91,7 +94,7 @@ def split_kernel(
             at = keys + kv_head.to(tl.int64) * key_head + slot[None, :] * key_slot + d[:, None]
             k = tl.load(at, mask=is_key[None, :] & (d < HEAD_DIM)[:, None], other=0.0)  # [D, N]
             scores = tl.dot(x, k, input_precision="ieee") * scale
-            visible = is_key[None, :] & (key[None, :] <= before + token[:, None])
+            visible = is_key[None, :] & (key[None, :] <= before + (token - padding)[:, None])
             scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             # A query that sees none of these keys keeps -inf, which must not be subtracted from itself.
@@ -106,9 +109,10 @@ def split_kernel(
         # Rows are [conversation, token, head, split]; what no split of a query wrote, the merge does not read.
         out = ((conversation.to(tl.int64) * tokens + token) * Q_HEADS + head) * splits + split
         sees = total > 0
-        mixed = mixed / tl.where(sees, total, 1.0)[:, None]
+        total = tl.where(sees, total, 1.0)
+        mixed = mixed / total[:, None]
         tl.store(sums + out[:, None] * HEAD_DIM + d[None, :], mixed, mask=is_query)
-        tl.store(weights + out, top + tl.log2(total), mask=(token < count) & sees)
+        tl.store(weights + out, top + tl.log2(total), mask=is_real & sees)
 
 
 @triton.jit
@@ -130,9 +134,10 @@ def merge_kernel(
     place, head = tl.program_id(0), tl.program_id(1)
     conversation, token = place // tokens, place % tokens
     row = place.to(tl.int64) * Q_HEADS + head
-    visible = tl.load(past + conversation) + token + 1
+    padding = tokens - tl.load(counts + conversation)
+    visible = tl.load(past + conversation) + token - padding + 1
     active = tl.minimum((visible + SPLIT - 1) // SPLIT, splits)
-    active = tl.where(token < tl.load(counts + conversation), active, 0)
+    active = tl.where(token >= padding, active, 0)
     s = tl.arange(0, BLOCK_SPLITS)
     exponents = tl.load(weights + row * splits + s, mask=s < active, other=float("-inf"))
     top = tl.max(exponents, 0)
