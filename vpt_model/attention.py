@@ -170,7 +170,10 @@ def _composed(
     token = torch.arange(tokens, device=q.device) - (tokens - counts)[:, None]  # [R, N], negative for padding
     used = (slot < (past + counts)[:, None])[:, :, None, None]  # [R, C, 1, 1]
     # A weight of 0 does not silence NaN: what is not used has to be removed.
-    k, v = (torch.where(used, x[starts[:, None] + slot], 0).float() for x in (keys, values))  # [R, C, Hkv, D]
+    row = (starts[:, None] + slot).flatten()
+    k, v = (
+        torch.where(used, x.index_select(0, row).unflatten(0, (-1, capacity)), 0).float() for x in (keys, values)
+    )  # [R, C, Hkv, D]
     visible = slot <= (past[:, None] + token.clamp_min(0))[..., None]  # [R, N, C]
     rows = q.float().unflatten(2, (keys.shape[1], -1))  # [R, N, Hkv, group, D]
     scores = torch.einsum("rnhgd,rchd->rhgnc", rows, k) * dim**-0.5

@@ -39,6 +39,7 @@ class Conversation:
     last: int | None = None  # the token fed last, its hidden state [1, H] and what follows it, float32 [vocab]
     hidden: Tensor | None = None
     logits: Tensor | None = None
+    likeliest: Tensor | None = None  # `greedy(logits)` where the step that made them chose, too
     turns: list[Turn] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -46,13 +47,13 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that a conversation wants appended, with embeddings [T, H] and positions [3, T].
+    """Tokens that a conversation wants appended, at positions [3, T], with embeddings [T, H], or None for their own.
 
     Once fed, the conversation knows the last one's hidden state and, with `sample`, the logits of what follows.
     """
 
     talk: Conversation
     tokens: Sequence[int]
-    embeds: Tensor
+    embeds: Tensor | None
     positions: Tensor
     sample: bool

@@ -27,6 +27,7 @@ from vpt_model.cache import KVCache
 from vpt_model.config import ENCODERS
 from vpt_model.conversation import Chunk, Conversation, Turn
 from vpt_model.events import Answer, Box, Clock, Done, Event, Look, Reencode, Region, Token
+from vpt_model.graphs import Graphs
 from vpt_model.images import decode_image
 from vpt_model.model import Model
 from vpt_model.positions import mrope_positions
@@ -80,6 +81,20 @@ class Engine:
         self.keep_prefix = keep_prefix
         self.policy = qwen2_vl_policy(longest_edge=longest_edge, pass_order="hv")
         self._idle = [self.new_cache()]
+        self._graphs: Graphs | None = None
+
+    def warm_up(self) -> dict[str, float]:
+        """Capture CUDA graphs for the steps that recur; the seconds each one took. Nothing on a CPU.
+
+        The first steps of a fresh process are slow whoever takes them: kernels are compiled and memory is taken. What
+        fits no graph, and all that runs before this call, runs without, and chooses the same tokens. Takes the memory
+        of `vpt_model.graphs.ROWS` caches. Not while a stream is open.
+        """
+        if self.model.device.type != "cuda":
+            return {}
+        self._graphs = Graphs(self.model.language, self.capacity)
+        self._idle = list(self._graphs.caches)
+        return self._graphs.capture()
 
     def ask(
         self,
@@ -220,15 +235,18 @@ class Engine:
 
     def _feed(self, chunks: Sequence[Chunk]) -> None:
         """Every token passes the language model here, once: the chunks of all conversations in one ragged call."""
+        if self._graphs is not None and self._graphs.feed(chunks):
+            return
         lengths = [len(chunk.tokens) for chunk in chunks]
-        embeds, positions = torch.cat([c.embeds for c in chunks]), torch.cat([c.positions for c in chunks], dim=1)
+        embeds = torch.cat([self._embed(c.tokens) if c.embeds is None else c.embeds for c in chunks])
+        positions = torch.cat([c.positions for c in chunks], dim=1)
         hidden = self.model.language.forward(embeds, positions, [chunk.talk.cache for chunk in chunks], lengths)
         ends = list(accumulate(lengths))
         sampled = [hidden[end - 1 : end] for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
         logits = iter(self.model.language.logits(torch.cat(sampled)) if sampled else ())
         for chunk, end in zip(chunks, ends, strict=True):
             chunk.talk.last, chunk.talk.hidden = chunk.tokens[-1], hidden[end - 1 : end]
-            chunk.talk.logits = next(logits) if chunk.sample else None
+            chunk.talk.logits, chunk.talk.likeliest = next(logits) if chunk.sample else None, None
 
     def _run(self, user: list[int], **request: Any) -> Row:
         with self._conversation(**request) as talk:
@@ -269,7 +287,7 @@ class Engine:
         talk.turns.append(turn)
         forced = deque(talk.forced.popleft() if talk.forced else ())
         while not turn.end:
-            token = forced.popleft() if forced else talk.choose(talk.logits)
+            token = forced.popleft() if forced else talk.choose(talk.logits, talk.likeliest)
             if token is None:
                 turn.end = "nan"
                 talk.notices.append(
@@ -298,8 +316,7 @@ class Engine:
             if not turn.end:
                 with talk.clock("decode", tokens=1, lm_calls=1):
                     # The action token's own embedding is never used: its input is the state of the token before it.
-                    embeds = talk.hidden if token == self.ids.action else self._embed([token])
-                    yield self._chunk(talk, [token], embeds)
+                    yield self._chunk(talk, [token], talk.hidden if token == self.ids.action else None)
         return turn
 
     def _look_again(self, talk: Conversation, turn: Turn) -> Generator[Event | Chunk, None, bool]:
@@ -329,8 +346,7 @@ class Engine:
             return None
         features = perception.reencode(self.model, talk.image, talk.features, talk.clock)
         with talk.clock("perceive", tokens=1, lm_calls=1, features=count):
-            trigger = [self.ids.action_start]
-            yield self._chunk(talk, trigger, self._embed(trigger), sample=False)
+            yield self._chunk(talk, [self.ids.action_start], sample=False)
             control = self.control_state(talk.hidden)
             embeds = self._embed(tokens)
             embeds[0] = control[0]
@@ -405,7 +421,7 @@ class Engine:
         self,
         talk: Conversation,
         tokens: Sequence[int],
-        embeds: Tensor,
+        embeds: Tensor | None = None,
         grids: Sequence[tuple[int, int]] = (),
         sample: bool = True,
     ) -> Chunk:

@@ -39,8 +39,8 @@ VARIANTS = (
     # many as their shared memory allows on sm_90, so that reading never pauses.
     _split("decode bf16", attention.DECODE, "bf16", 80, 38 << 10),
     _split("decode fp16 7b", attention.DECODE, "fp16", 80, 38 << 10, Q_HEADS=28, KV_HEADS=4),
-    # Two stages of keys and values, and 64 rows of q: one block of 8 warps, with up to 255 registers a thread.
-    _split("append bf16", attention.APPEND, "bf16", 224, 81 << 10),
+    # Two stages of keys and values, and 64 rows of q: one block of 8 warps, which may have every register.
+    _split("append bf16", attention.APPEND, "bf16", 255, 81 << 10),
     # Outer products in 256 threads: two blocks a multiprocessor.
     _split("float32", attention.FLOAT32, "fp32", 128, 45 << 10),
     _merge("decode bf16", attention.DECODE, "bf16", 32),
