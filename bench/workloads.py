@@ -86,6 +86,23 @@ class SecondLook:
     look: str
     quick: bool = True
 
+    @property
+    def shape(self) -> str:
+        return f"{self.look}, {self.preset}"
+
+
+@dataclass(frozen=True)
+class Decode:
+    """`tokens` of an answer about a photo, one by one, of `preset` (random weights); the time of one."""
+
+    preset: str
+    tokens: int = 16
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        return f"one token, {self.preset}"
+
 
 PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)
 MEGAPIXEL = 14 * 14 * 4 * 1280
@@ -136,5 +153,6 @@ REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
 """Crops of 54 to 91 and of 324 tokens."""
 ENGINE = (
     *(SecondLook("2b-slice", look) for look in (*REGIONS, "clip")),
+    Decode("2b-slice"),
     *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
 )

@@ -2,7 +2,8 @@
 
 This engine appends it; the published procedure begins again; transformers continues its own cache with explicit
 positions, the fastest thing it can do, and for the clip look even reuses the features of the first. All have the same
-random weights, photo and forced tokens.
+random weights, photo and forced tokens. And tokens of an answer, one by one: this engine, transformers, and a mere read
+of the weights that every token needs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case, WrongResult, absent
+from bench.rooflines import Work
 from bench.transformers_model import transformers_model
-from bench.workloads import SecondLook
+from bench.workloads import Decode, SecondLook
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.conversation import Chunk
@@ -195,7 +197,97 @@ class Continued:
         return output.last_hidden_state[0, -1:]
 
 
-def build(workload: SecondLook, device: str) -> Case:
+class Decoding:
+    """Greedy tokens behind the prompt; every way chooses for itself, and all must choose the same."""
+
+    def __init__(self, workload: Decode) -> None:
+        self.names = workload.preset, "clip"
+        self.made, self.count, self.photo = procedures(*self.names), workload.tokens, default_image()
+        language = self.made.engine.model.language
+        # A tied embedding is read whole by the head; of its own rows one per token.
+        self.weights = [tensor for layer in language.layers for tensor in vars(layer).values()] + [language.head]
+        self.ids, self.prompt = self._ours()[1], self.made.engine.fed[0]
+
+    def ours(self) -> float:
+        """Seconds per token."""
+        return self._ours()[0]
+
+    def _ours(self) -> tuple[float, list[int]]:
+        self.made.engine.fed, ids, begin, end = [], [], 0.0, 0.0
+        for event in self.made.engine.stream(self.photo, QUESTION, max_new_tokens=1 + self.count):
+            if isinstance(event, Token):
+                begin = begin if ids else time.perf_counter()
+                end = time.perf_counter()
+                ids.append(event.id)
+        if len(ids) != 1 + self.count:
+            raise WrongResult(f"the answer ended after {len(ids)} tokens of {1 + self.count}: take another seed")
+        return (end - begin) / self.count, ids
+
+    def read(self) -> float:
+        """Seconds to read the weights that a token needs, once."""
+        begin = time.perf_counter()
+        for weight in self.weights:
+            weight.sum()
+        return time.perf_counter() - begin
+
+    @property
+    def work(self) -> Work:
+        stored = len(self.prompt.tokens) + self.count // 2
+        cache = self.made.engine._idle[0].bytes_per_token * stored
+        return Work(sum(weight.nbytes for weight in self.weights) + cache, 0)
+
+
+class Decoded:
+    """The same tokens by transformers over the same weights, prompt and positions; a call forgets what it appended."""
+
+    def __init__(self, problem: Decoding) -> None:
+        from transformers import DynamicCache
+
+        self.problem, self.model = problem, transformers_twin(*problem.names)
+        self.cache = DynamicCache(config=self.model.config.get_text_config())
+        self.first = self._step(problem.prompt.embeds, problem.prompt.positions)
+        self.length, self.position = self.cache.get_seq_length(), int(problem.prompt.positions.max()) + 1
+
+    def __call__(self) -> float:
+        return self.decode()[0]
+
+    def decode(self) -> tuple[float, list[int]]:
+        begin, ids = time.perf_counter(), [self.first]
+        for number in range(self.problem.count):
+            embeds = self.model.model.language_model.embed_tokens(torch.tensor(ids[-1:]))
+            ids.append(self._step(embeds, torch.full((3, 1), self.position + number)))
+        seconds = (time.perf_counter() - begin) / self.problem.count
+        self.cache.crop(self.length - self.cache.get_seq_length())
+        return seconds, ids
+
+    def _step(self, embeds: Tensor, positions: Tensor) -> int:
+        output = self.model.model.language_model(
+            inputs_embeds=embeds[None], position_ids=positions[:, None], past_key_values=self.cache, use_cache=True
+        )
+        return int(self.model.lm_head(output.last_hidden_state[0, -1:])[0].argmax())
+
+
+def build_decoding(workload: Decode, device: str) -> Case:
+    problem = Decoding(workload)
+    missing = absent("transformers")
+    theirs = None if missing else Decoded(problem)
+
+    def check() -> None:
+        for found in (problem._ours()[1], theirs.decode()[1] if theirs else problem.ids):
+            if found != problem.ids:
+                raise WrongResult(f"other tokens: {found} instead of {problem.ids}; a wrong row is not timed")
+
+    alternatives: dict[str, Sequence[Callable[[], float]] | str] = {
+        "transformers, its cache continued": missing or [theirs],
+        "floor: the weights read once": [problem.read],
+    }
+    ours = [problem.ours]
+    return Case("decode", workload.shape, "float32", device, ours, alternatives, check, problem.work, self_timed=True)
+
+
+def build(workload: SecondLook | Decode, device: str) -> Case:
+    if isinstance(workload, Decode):
+        return build_decoding(workload, device)
     problem = Problem(workload)
     alternatives: dict[str, list[Callable[[], float]] | str] = {}
     name = "transformers, cache continued with explicit positions"

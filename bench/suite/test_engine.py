@@ -1,4 +1,4 @@
-"""The second look end to end, on the CPU: from the trigger token to the first answer token."""
+"""The engine end to end, on the CPU: second looks, from the trigger to the first answer token, and decoded tokens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from bench.cases import Case, engine
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter, disable_gc=True)
 
 
-@pytest.mark.parametrize("workload", workloads.ENGINE, ids=lambda w: f"{w.look}, {w.preset}")
-def test_engine(workload: workloads.SecondLook, record: Callable[[Case], None]) -> None:
+@pytest.mark.parametrize("workload", workloads.ENGINE, ids=lambda w: w.shape)
+def test_engine(workload: workloads.SecondLook | workloads.Decode, record: Callable[[Case], None]) -> None:
     record(engine.build(workload, "cpu"))
