@@ -139,6 +139,21 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Te
     return (attended[0] if len(attended) == 1 else torch.cat(attended)).flatten(1)
 
 
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    """Full attention of one image's patches [N, heads, D], of which the first `count` (int32 [1]) are real.
+
+    Returns [N, heads · D]; what stands in the rows of padding is finite, if padding is, and without meaning.
+    """
+    if use_flash(q):
+        # Padding is an image of its own.
+        ends = torch.cat([torch.zeros_like(count), count, torch.full_like(count, len(q))])
+        return _flash_within(q, k, v, ends, len(q)).flatten(1)
+    bias = torch.zeros(len(q), dtype=q.dtype, device=q.device)
+    bias = bias.masked_fill_(torch.arange(len(q), device=q.device) >= count, float("-inf"))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None, None])[0].transpose(0, 1).flatten(1)
+
+
 def causal_mask(count: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """Additive mask [count, past + count] aligned at its lower right; None where SDPA needs none."""
     if count == 1 or past == 0:

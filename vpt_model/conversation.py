@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vpt_model.cache import KVCache
 from vpt_model.events import Clock, Look
+from vpt_model.perception import Ahead
 from vpt_model.sampling import Sampler
 
 
@@ -35,6 +36,7 @@ class Conversation:
     choose: Sampler = field(default_factory=Sampler)
     features: Tensor | None = None  # [N, H], the first look
     grids: tuple[tuple[int, int], ...] = ()
+    ahead: Ahead | None = None  # the re-encoder's work on the image, begun before it is asked for
     header: tuple[int, int] = (0, 0)  # length and next position of the cache behind the current assistant header
     last: int | None = None  # the token fed last, its hidden state [1, H] and what follows it, float32 [vocab]
     hidden: Tensor | None = None

@@ -87,6 +87,19 @@ class _Encoder(nn.Module):
         return patches.flatten(2).transpose(1, 2).flatten(0, 1)
 
     @property
+    def width(self) -> int:
+        """Channels of a patch embedding."""
+        return self._convolution.out_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._convolution.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._convolution.weight.device
+
+    @property
     def _convolution(self) -> nn.Conv2d:
         raise NotImplementedError
 

@@ -34,6 +34,7 @@ from vpt_model.positions import mrope_positions
 from vpt_model.prompt import ANSWER_PREFIX, PromptFormat, action_round, first_round, region_round
 from vpt_model.sampling import Sampler, Sampling
 from vpt_model.tokens import Tokenizer, crop_box, parse_look, parse_region_ids
+from vpt_model.tower_graphs import captured
 
 Row = Generator[Event | Chunk, None, None]
 """One conversation as a coroutine: it yields its events and, where it needs the language model, a chunk to feed."""
@@ -45,7 +46,8 @@ class Engine:
     model, tokenizer: of the same variant. max_looks: second looks per question; 1 is the published procedure, 0 never
     looks again. capacity: tokens that a conversation may hold. longest_edge: pixels to which an image or a crop is
     reduced before the vision tower sees it. prompt: the texts around the question (default: `PromptFormat()`).
-    keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text.
+    keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text. speculate:
+    on a GPU, begin the re-encoder's work beside the first round, for answers that may never ask for it.
 
     Greedy decoding unless a request brings its `Sampling`. Where the published code is silent or undefined:
     `<|endoftext|>` also ends generation; a region without a column or a row ends the conversation with the answer that
@@ -64,6 +66,7 @@ class Engine:
         longest_edge: int = 512,
         prompt: PromptFormat | None = None,
         keep_prefix: bool = False,
+        speculate: bool = False,
     ) -> None:
         if tokenizer.ids.kind != model.config.kind:
             raise ValueError(
@@ -79,22 +82,25 @@ class Engine:
         self.capacity = capacity
         self.prompt = prompt or PromptFormat()
         self.keep_prefix = keep_prefix
+        self.speculate = speculate and model.encoder is not None and model.device.type == "cuda"
         self.policy = qwen2_vl_policy(longest_edge=longest_edge, pass_order="hv")
         self._idle = [self.new_cache()]
         self._graphs: Graphs | None = None
 
     def warm_up(self) -> dict[str, float]:
-        """Capture CUDA graphs for the steps that recur; the seconds each one took. Nothing on a CPU.
+        """Capture CUDA graphs for the steps that recur; the seconds each took. Nothing on a CPU.
 
-        The first steps of a fresh process are slow whoever takes them: kernels are compiled and memory is taken. What
-        fits no graph, and all that runs before this call, runs without, and chooses the same tokens. Takes the memory
-        of `vpt_model.graphs.ROWS` caches. Not while a stream is open.
+        What fits no graph, and all that runs before this call, runs without, and chooses the same tokens. Takes the
+        memory of `vpt_model.graphs.ROWS` caches. Not while a stream is open.
         """
         if self.model.device.type != "cuda":
             return {}
-        self._graphs = Graphs(self.model.language, self.capacity)
-        self._idle = list(self._graphs.caches)
-        return self._graphs.capture()
+        with torch.inference_mode():
+            self._graphs = Graphs(self.model.language, self.capacity)
+            self._idle = list(self._graphs.caches)
+            seconds = self._graphs.capture()
+            self.model, towers = captured(self.model)
+        return seconds | towers
 
     def ask(
         self,
@@ -202,7 +208,7 @@ class Engine:
             raise ValueError(
                 f"the question contains special tokens (ids {sorted(reserved)}): remove them from the text"
             )
-        pixels = None if image is None else decode_image(image).to(self.model.device)
+        pixels = None if image is None else perception.upload(decode_image(image), self.model.device)
         for answer in forced:
             self._boxes(pixels, answer)
         options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "choose": Sampler(sampling)}
@@ -275,6 +281,7 @@ class Engine:
             height, width, _ = talk.image.shape
             features, talk.grids = self._look(talk, [(0, 0, width, height)])
             talk.features = features[0]
+            talk.ahead = perception.Ahead(self.model, talk.image) if self.speculate and self._may_look(talk) else None
         count = None if talk.image is None else len(talk.features)
         tokens = first_round(self.ids, self.tokenizer.encode(self.prompt.system), user, count)
         with talk.clock("prefill", tokens=len(tokens), lm_calls=1):
@@ -344,7 +351,7 @@ class Engine:
         talk.cache.truncate(*talk.header)
         if not self._fits(talk, turn, 1 + len(tokens)):
             return None
-        features = perception.reencode(self.model, talk.image, talk.features, talk.clock)
+        features = perception.reencode(self.model, talk.image, talk.features, talk.clock, talk.ahead)
         with talk.clock("perceive", tokens=1, lm_calls=1, features=count):
             yield self._chunk(talk, [self.ids.action_start], sample=False)
             control = self.control_state(talk.hidden)

@@ -1,8 +1,8 @@
 """SAM's attention with its relative positions as further channels of query and key.
 
 With q′ = [q, q·R_row, q·R_column] and k′ = [k, one-hot(row), one-hot(column)], q′·k′ is the biased score, exactly, and
-plain fused attention takes it: no bias of every query and key exists, which is 1 GB for one image of sam-vit-large. That
-is for GPUs, where it has not run yet; a CPU takes the bias. The tables are made once, so that nothing waits for them.
+plain fused attention takes it: no bias of every query and key exists, which is 1 GB for one image of sam-vit-large.
+That is for GPUs, where it has not run yet; a CPU takes the bias. The tables are made once: nothing waits for them.
 """
 
 from __future__ import annotations
