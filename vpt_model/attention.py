@@ -7,7 +7,7 @@ where it is installed. On a GPU none of this has run yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -119,11 +119,8 @@ def attend(
     if use_flash(q):
         cached = [x.unflatten(0, (-1, capacity)) for x in (keys, values)]
         return _flash(q, *cached, past + counts, starts // capacity).flatten(2)
-    if q.is_cuda and find_spec("triton"):
-        from vpt_model import attention_triton
-
-        return attention_triton.attend(q, keys, values, starts, past, counts, capacity)
-    return _composed(q, keys, values, starts, past, counts, capacity)
+    kernel = _triton_kernel() if q.is_cuda else _composed
+    return kernel(q, keys, values, starts, past, counts, capacity)
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -179,7 +176,8 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tenso
 def _composed(
     q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, past: Tensor, counts: Tensor, capacity: int
 ) -> Tensor:
-    """`attend` from PyTorch's operations, over whole rows of the cache: for the CPU, where the buckets are tested."""
+    """`attend` from PyTorch's operations, over whole rows of the cache: for the CPU, where the buckets are tested, and
+    for a GPU without Triton."""
     conversations, tokens, heads, dim = q.shape
     slot = torch.arange(capacity, device=q.device)
     token = torch.arange(tokens, device=q.device) - (tokens - counts)[:, None]  # [R, N], negative for padding
@@ -195,6 +193,15 @@ def _composed(
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
     out = torch.einsum("rhgnc,rchd->rnhgd", weights, v).flatten(2)
     return torch.where((token >= 0)[..., None], out, 0).to(q.dtype)
+
+
+@cache
+def _triton_kernel() -> Callable[..., Tensor]:
+    if find_spec("triton") is None:
+        return _composed
+    from vpt_model import attention_triton
+
+    return attention_triton.attend
 
 
 @cache

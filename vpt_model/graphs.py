@@ -156,7 +156,16 @@ class Graphs:
         self.steps = {bucket: Step(bucket, language, self.slab, capacity) for bucket in fitting}
 
     def capture(self) -> dict[str, float]:
-        """Record every step, the largest first so that the others reuse its memory; seconds of each."""
+        """Record every step, the largest first so that the others reuse its memory; seconds of each.
+
+        Raises ValueError if the model is not on the current GPU, whose streams and graphs these are.
+        """
+        device = self.caches[0].keys.device
+        if device.index != torch.cuda.current_device():
+            raise ValueError(
+                f"the model is on {device} and the current device is {torch.cuda.current_device()}: "
+                f"call torch.cuda.set_device({device.index}) first, or move the model"
+            )
         pool, seconds = torch.cuda.graph_pool_handle(), {}
         for bucket, step in sorted(self.steps.items(), key=lambda item: -item[0].rows * item[0].tokens):
             begin = time.perf_counter()

@@ -41,8 +41,8 @@ class Ahead:
     """
 
     def __init__(self, model: Model, image: Tensor) -> None:
-        self.stream = torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream = torch.cuda.Stream(image.device)
+        self.stream.wait_stream(torch.cuda.current_stream(image.device))
         with torch.cuda.stream(self.stream):
             self.features = model.encoder(_whole(model, image))
         # Freed on another stream, the image's memory could be given out again while it is still read here.
@@ -50,7 +50,7 @@ class Ahead:
 
     def take(self) -> Tensor:
         """The features, for work on the current stream, which waits for them."""
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self.features.device)
         current.wait_stream(self.stream)
         self.features.record_stream(current)
         return self.features

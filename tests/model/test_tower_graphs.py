@@ -111,8 +111,8 @@ class Streams:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
         self.names = ["main"]
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream(self.names[-1]))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: self.stream("side"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream(self.names[-1]))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.stream("side"))
         monkeypatch.setattr(torch.cuda, "stream", self.on)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: self.calls.append(f"{x.dtype} used by {s}"))
 

@@ -2,78 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype, normal, virtual_bytes
+from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype, virtual_bytes
+from tests.model.attention_inputs import NAN, Call, make, oracle
 from tests.triton.test_launches_triton import Allocations, Launches, outputs
 from vpt_model import attention, attention_triton
 from vpt_model.attention_triton import APPEND, DECODE, FLOAT32, launch_of
 
-NAN = float("nan")
 
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of `attend`; everything that must not be read is NaN."""
-
-    q: Tensor
-    keys: Tensor
-    values: Tensor
-    starts: Tensor
-    past: Tensor
-    counts: Tensor
-    capacity: int
-
-    def run(self) -> Tensor:
-        return attention_triton.attend(**vars(self))
-
-    def real(self, out: Tensor) -> Tensor:
-        """The rows of real tokens, one after the other."""
-        return torch.cat([rows[len(rows) - count :] for rows, count in zip(out, self.counts.tolist())])
-
-    def used(self) -> Tensor:
-        return torch.cat([torch.arange(s, s + p + c) for s, p, c in zip(self.starts, self.past, self.counts)])
-
-
-def make(
-    counts: list[int], past: list[int], bucket: int, heads=(6, 2), dim=16, capacity=200, dtype=torch.float32, key=""
-) -> Call:
-    rows, (q_heads, kv_heads) = len(counts), heads
-    packed = normal(rows, bucket, (q_heads + 2 * kv_heads) * dim + 3, key=(key, "q"), dtype=dtype)[..., 3:]
-    q = packed.unflatten(2, (-1, dim))[:, :, :q_heads]
-    # Rows in any order, a row between them that belongs to nobody, and a layer before this one.
-    starts = torch.tensor([(rows - row) * capacity for row in range(rows)], dtype=torch.int32)
-    caches = torch.full((2, 2, (rows + 1) * capacity, kv_heads, dim), NAN, dtype=dtype)
-    call = Call(
-        q, caches[0, 1], caches[1, 1], starts, *(torch.tensor(x, dtype=torch.int32) for x in (past, counts)), capacity
-    )
-    for name, cache in (("k", call.keys), ("v", call.values)):
-        cache[call.used()] = normal(len(call.used()), kv_heads, dim, key=(key, name), dtype=dtype)
-    for row, count in enumerate(counts):
-        q[row, : bucket - count] = NAN
-    return call
-
-
-def oracle(call: Call, dtype: torch.dtype = torch.float64) -> Tensor:
-    group = call.q.shape[2] // call.keys.shape[1]
-    rows = []
-    for r, (start, past, count) in enumerate(zip(*(x.tolist() for x in (call.starts, call.past, call.counts)))):
-        for i in range(count):
-            k, v = (x[start : start + past + i + 1].to(dtype) for x in (call.keys, call.values))
-            heads = []
-            for h in range(call.q.shape[2]):
-                scores = k[:, h // group] @ call.q[r, i - count, h].to(dtype) * call.q.shape[3] ** -0.5
-                heads.append(scores.softmax(0) @ v[:, h // group])
-            rows.append(torch.cat(heads))
-    return torch.stack(rows) if rows else torch.empty(0, call.q[0, 0].numel(), dtype=dtype)
+def run(call: Call) -> Tensor:
+    return attention_triton.attend(**vars(call))
 
 
 def check(call: Call) -> Tensor:
-    out = call.run()
+    out = run(call)
     eager = oracle(call, call.q.dtype if call.q.dtype != torch.float16 else torch.float32).to(call.q.dtype)
     assert_twice_as_good(call.real(out), eager, oracle(call))
     for rows, count in zip(out, call.counts.tolist()):
@@ -125,15 +72,15 @@ def test_the_table():
 @pytest.mark.parametrize("bucket", [8, 24])
 def test_a_row_does_not_depend_on_the_bucket_or_the_neighbours(dtype, bucket):
     alone = make([5], [90], 8, dtype=dtype, key="row")
-    expected = alone.real(alone.run())
-    assert_same_bits(alone.real(alone.run()), expected, "run again")
+    expected = alone.real(run(alone))
+    assert_same_bits(alone.real(run(alone)), expected, "run again")
     q = torch.full((2, bucket, *alone.q.shape[2:]), NAN, dtype=dtype)
     q[1, -8:] = alone.q[0]
     beside = replace(
         alone, q=q, starts=torch.cat([alone.starts] * 2), past=torch.tensor([0, 90], dtype=torch.int32),
         counts=torch.tensor([bucket, 5], dtype=torch.int32),
     )  # fmt: skip
-    found = beside.run()[1, -5:]
+    found = run(beside)[1, -5:]
     if bucket == 8:
         assert_same_bits(found, expected, "beside a row of NaN")
     # numpy's product rounds a row differently in another place of the tile.
@@ -142,22 +89,22 @@ def test_a_row_does_not_depend_on_the_bucket_or_the_neighbours(dtype, bucket):
 
 def test_a_chunk_is_its_tokens_one_by_one():
     call = make([6], [61], 6, capacity=80)
-    together = call.real(call.run())
+    together = call.real(run(call))
     for i in range(6):
         one = replace(call, q=call.q[:, i : i + 1], past=call.past + i, counts=torch.ones_like(call.counts))
-        torch.testing.assert_close(one.run()[0, 0], together[i], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(run(one)[0, 0], together[i], rtol=1e-5, atol=1e-6)
 
 
 def test_the_composed_form_agrees():
     """It is what the buckets are tested with where there is no GPU."""
     call = make([9, 0, 1], [40, 7, 99], 12, capacity=100)
-    torch.testing.assert_close(attention._composed(**vars(call)), call.run(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention._composed(**vars(call)), run(call), rtol=1e-5, atol=1e-6)
 
 
 def test_lengths_that_lie_cannot_leave_the_row():
     call = make([1], [9], 1, capacity=10, dtype=torch.bfloat16)
-    assert call.run().isfinite().all()
-    assert replace(call, past=torch.tensor([500], dtype=torch.int32)).run().isfinite().all()
+    assert run(call).isfinite().all()
+    assert run(replace(call, past=torch.tensor([500], dtype=torch.int32))).isfinite().all()
 
 
 def test_addresses_are_64_bits():
@@ -171,13 +118,13 @@ def test_addresses_are_64_bits():
     for wide, narrow in zip((keys, values), near):
         wide.copy_(narrow)
     moved = replace(far, keys=keys, values=values, starts=torch.zeros_like(far.starts))
-    assert_same_bits(moved.run(), far.run())
+    assert_same_bits(run(moved), run(far))
 
 
 def test_two_launches_and_the_documented_workspace():
     call = make([3], [90], 4, dtype=torch.bfloat16, capacity=200)
     with Launches() as launches, Allocations() as seen:
-        call.run()
+        run(call)
     rows = 4 * 6 // 2
     assert launches.grids == [("split_kernel", (-(-rows // DECODE.rows), 2, 4)), ("merge_kernel", (4, 6))]
     assert sorted(outputs(seen)) == sorted([4 * 6 * 16 * 2, 4 * 6 * 4 * 16 * 4, 4 * 6 * 4 * 4])
