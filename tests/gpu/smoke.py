@@ -1,4 +1,7 @@
-"""Tiny calls of every operator on every backend that runs here, and of the attention, for compute-sanitizer: `python -m tests.gpu.smoke`."""
+"""Tiny calls of every operator on every backend that runs here, and of the attention: `python -m tests.gpu.smoke`.
+
+They are few enough for compute-sanitizer.
+"""
 
 from __future__ import annotations
 
