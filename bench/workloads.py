@@ -151,8 +151,15 @@ APPEND = (
 )
 REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
 """Crops of 54 to 91 and of 324 tokens."""
-ENGINE = (
-    *(SecondLook("2b-slice", look) for look in (*REGIONS, "clip")),
-    Decode("2b-slice"),
-    *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
-)
+ENGINE = {
+    "cpu": (
+        *(SecondLook("2b-slice", look) for look in (*REGIONS, "clip")),
+        Decode("2b-slice"),
+        *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
+    ),
+    "cuda": (
+        Decode("2b"),
+        *(SecondLook("2b", look) for look in ("clip", *REGIONS)),
+        *(SecondLook("2b", look, quick=False) for look in ("dino", "sam")),
+    ),
+}

@@ -33,8 +33,9 @@ from vpt_model.reference import PublishedProcedure
 from vpt_model.tokens import Tokenizer
 
 LONGEST_EDGE = 512
-TOLERANCE = 1e-3
-"""On logits of standard deviation 1; rounding moves them by 2e-5, a wrong step by 0.03 or more."""
+TOLERANCES = {"2b-slice": 1e-3, "2b": 1e-2}
+"""On logits of standard deviation 1; a wrong step moves them by 0.03 or more, rounding by 2e-5 behind two random layers
+and by 2e-3 behind 28."""
 
 
 class Recorder(Engine):
@@ -57,26 +58,30 @@ class Procedures:
 
 
 @lru_cache(maxsize=1)  # several looks of one model follow one another
-def procedures(preset: str, kind: str) -> Procedures:
+def procedures(preset: str, kind: str, device: str) -> Procedures:
     config = replace(PRESETS[preset], kind=kind)
-    tokenizer, state = Tokenizer.byte_level(config.vocab_size, kind), random_state(config)
+    tokenizer = Tokenizer.byte_level(config.vocab_size, kind)
+    state = {name: tensor.to(device) for name, tensor in random_state(config).items()}
     engine = Recorder(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE)
+    engine.fed = []
+    engine.warm_up()
     return Procedures(engine, PublishedProcedure(config, state, tokenizer.ids, tokenizer), state)
 
 
 @lru_cache(maxsize=1)
-def transformers_twin(preset: str, kind: str) -> Any:
+def transformers_twin(preset: str, kind: str, device: str) -> Any:
     """transformers' Qwen2-VL over the same weights."""
-    made = procedures(preset, kind)
+    made = procedures(preset, kind, device)
     ids = made.engine.ids
-    return transformers_model(made.engine.model.config, made.state, ids.image_pad, ids.vision_start)
+    # Beside the weights there are tables of frequencies, which no state dict holds.
+    return transformers_model(made.engine.model.config, made.state, ids.image_pad, ids.vision_start).to(device)
 
 
 class Problem:
     """One forced look."""
 
-    def __init__(self, workload: SecondLook) -> None:
-        self.names = workload.preset, ENCODERS.get(workload.look, ENCODERS["clip"])
+    def __init__(self, workload: SecondLook, device: str) -> None:
+        self.names, self.device = (workload.preset, ENCODERS.get(workload.look, ENCODERS["clip"]), device), device
         made = procedures(*self.names)
         self.engine, self.published, self.state = made.engine, made.published, made.state
         self.look, self.photo = workload.look, default_image()
@@ -155,7 +160,7 @@ class Continued:
         else:
             embeds = self._embed(chunk.tokens)
             embeds[0] = state
-            embeds[torch.tensor(chunk.tokens) == self.ids.kind_pad] = self._project(state)
+            embeds[self._ids(chunk.tokens) == self.ids.kind_pad] = self._project(state)
         hidden = self._forward(chunk, embeds)
         logits = self.model.lm_head(hidden)[0]
         int(logits.argmax())
@@ -169,7 +174,7 @@ class Continued:
                 scale = LONGEST_EDGE / max(crop.size)
                 crop = crop.resize([int(side * scale) for side in crop.size], self.nearest)
             crops.append(crop)
-        inputs = self.processor(images=crops, return_tensors="pt")
+        inputs = self.processor(images=crops, return_tensors="pt").to(self.problem.device)
         return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
 
     def _project(self, control: Tensor) -> Tensor:
@@ -180,8 +185,11 @@ class Continued:
         k = F.linear(normal, *layer("linear_condition"))
         return self.features + (self.features @ k.T) * k
 
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, device=self.problem.device)
+
     def _embed(self, tokens: Sequence[int], features: Tensor | None = None) -> Tensor:
-        ids = torch.tensor(tokens)
+        ids = self._ids(tokens)
         embeds = self.model.model.language_model.embed_tokens(ids)
         if features is not None and (ids == self.ids.image_pad).any():
             embeds[ids == self.ids.image_pad] = features
@@ -190,7 +198,7 @@ class Continued:
     def _forward(self, chunk: Chunk, embeds: Tensor) -> Tensor:
         output = self.model.model.language_model(
             inputs_embeds=embeds[None],
-            position_ids=chunk.positions[:, None],
+            position_ids=chunk.positions[:, None].to(embeds.device),
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -200,8 +208,8 @@ class Continued:
 class Decoding:
     """Greedy tokens behind the prompt; every way chooses for itself, and all must choose the same."""
 
-    def __init__(self, workload: Decode) -> None:
-        self.names = workload.preset, "clip"
+    def __init__(self, workload: Decode, device: str) -> None:
+        self.names, self.device = (workload.preset, "clip", device), device
         self.made, self.count, self.photo = procedures(*self.names), workload.tokens, default_image()
         language = self.made.engine.model.language
         # A tied embedding is read whole by the head; of its own rows one per token.
@@ -228,6 +236,8 @@ class Decoding:
         begin = time.perf_counter()
         for weight in self.weights:
             weight.sum()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - begin
 
     @property
@@ -254,7 +264,7 @@ class Decoded:
     def decode(self) -> tuple[float, list[int]]:
         begin, ids = time.perf_counter(), [self.first]
         for number in range(self.problem.count):
-            embeds = self.model.model.language_model.embed_tokens(torch.tensor(ids[-1:]))
+            embeds = self.model.model.language_model.embed_tokens(torch.tensor(ids[-1:], device=self.problem.device))
             ids.append(self._step(embeds, torch.full((3, 1), self.position + number)))
         seconds = (time.perf_counter() - begin) / self.problem.count
         self.cache.crop(self.length - self.cache.get_seq_length())
@@ -262,13 +272,16 @@ class Decoded:
 
     def _step(self, embeds: Tensor, positions: Tensor) -> int:
         output = self.model.model.language_model(
-            inputs_embeds=embeds[None], position_ids=positions[:, None], past_key_values=self.cache, use_cache=True
+            inputs_embeds=embeds[None],
+            position_ids=positions[:, None].to(embeds.device),
+            past_key_values=self.cache,
+            use_cache=True,
         )
         return int(self.model.lm_head(output.last_hidden_state[0, -1:])[0].argmax())
 
 
 def build_decoding(workload: Decode, device: str) -> Case:
-    problem = Decoding(workload)
+    problem = Decoding(workload, device)
     missing = absent("transformers")
     theirs = None if missing else Decoded(problem)
 
@@ -288,7 +301,7 @@ def build_decoding(workload: Decode, device: str) -> Case:
 def build(workload: SecondLook | Decode, device: str) -> Case:
     if isinstance(workload, Decode):
         return build_decoding(workload, device)
-    problem = Problem(workload)
+    problem = Problem(workload, device)
     alternatives: dict[str, list[Callable[[], float]] | str] = {}
     name = "transformers, cache continued with explicit positions"
     missing = absent("transformers")
@@ -299,16 +312,16 @@ def build(workload: SecondLook | Decode, device: str) -> Case:
     alternatives["published procedure"] = [problem.publish]
 
     def check() -> None:
-        _, ours = problem._ours()
+        (_, ours), limit = problem._ours(), TOLERANCES[workload.preset]
         others = {"published procedure": problem._publish()[1]}
         if continued:
             others[name] = continued.look()
             continued.forget()
         for other, logits in others.items():
             difference = (ours - logits).abs().max().item()
-            if not difference <= TOLERANCE or int(ours.argmax()) != int(logits.argmax()):
+            if not difference <= limit or int(ours.argmax()) != int(logits.argmax()):
                 raise WrongResult(
-                    f"{other}: logits of the first answer token differ by {difference:.1e}, limit {TOLERANCE:.0e}; "
+                    f"{other}: logits of the first answer token differ by {difference:.1e}, limit {limit:.0e}; "
                     "a wrong row is not timed"
                 )
 

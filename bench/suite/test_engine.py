@@ -1,4 +1,4 @@
-"""The engine end to end, on the CPU: second looks, from the trigger to the first answer token, and decoded tokens."""
+"""The engine end to end: second looks, from the trigger to the first answer token, and decoded tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 
 from bench import workloads
 from bench.cases import Case, engine
+from bench.suite.conftest import DEVICE
 
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter, disable_gc=True)
 
 
-@pytest.mark.parametrize("workload", workloads.ENGINE, ids=lambda w: w.shape)
+@pytest.mark.parametrize("workload", workloads.ENGINE[DEVICE], ids=lambda w: w.shape)
 def test_engine(workload: workloads.SecondLook | workloads.Decode, record: Callable[[Case], None]) -> None:
-    record(engine.build(workload, "cpu"))
+    record(engine.build(workload, DEVICE))

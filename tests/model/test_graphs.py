@@ -271,7 +271,7 @@ class TestEngine:
                 next(stream)
             stream.close()
         assert engine.ask(IMAGE, QUESTION, looks=[encoder], max_new_tokens=4).ids == expected
-        cache = engine._idle[-1]
+        cache = graphs.caches[0]  # behind its last slot begins another conversation's
         cache.advance(cache.capacity - 1, 5)
         assert graphs.feed([chunk(cache, 1, 1)]) and cache.length == cache.capacity
         before = graphs.slab[0].clone()
