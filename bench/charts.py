@@ -15,12 +15,19 @@ from bench.report import Result, is_ceiling, strongest  # noqa: E402
 from bench.scaling import series  # noqa: E402
 
 OURS, THEIRS, CEILING, INK = "#0072b2", "#999999", "#e69f00", "#222222"
-MARKERS = {"roi_patch_embed": "o", "roi_patches": "s", "control_cross_attention": "^", "append_visual_kv": "D"}
+MARKERS = {
+    "roi_patch_embed": "o",
+    "roi_patches": "s",
+    "control_cross_attention": "^",
+    "append_visual_kv": "D",
+    "decode": "*",
+}
 COLOURS = {
     "roi_patch_embed": "#0072b2",
     "roi_patches": "#56b4e9",
     "control_cross_attention": "#cc79a7",
     "append_visual_kv": "#009e73",
+    "decode": "#d55e00",
 }
 
 

@@ -1,9 +1,9 @@
 """What a machine with an NVIDIA GPU can prove: `make gpu`, or `python bench/gpu.py [--out DIR]`.
 
 Offline and with the machine's own Python: builds the extension for this GPU, runs the tests marked `gpu`, measures the
-operators, runs tiny calls of every backend under compute-sanitizer, and the C++ backend's tests on this torch. Each
-part writes its result before the next begins; a part that fails or runs out of time does not stop the others. All of
-it ends within nine minutes.
+operators and the engine, runs tiny calls of every backend under compute-sanitizer, and the C++ backend's tests on this
+torch. Each part writes its result before the next begins; a part that fails or runs out of time does not stop the
+others. All of it ends within nine minutes.
 """
 
 from __future__ import annotations
@@ -85,6 +85,12 @@ def benchmark(session: Session) -> Part:
     return session.run("benchmark", *command, "--only", "not engine", limit=200)
 
 
+def engine(session: Session) -> Part:
+    """Decoding and second looks of the 2B in float32, beside transformers and the published procedure."""
+    command = (sys.executable, "-m", "bench", "run", "--processes", "1", "--out", str(session.folder / "engine"))
+    return session.run("engine", *command, "--only", "test_engine", limit=150)
+
+
 def sanitizer(session: Session) -> Part:
     """Tiny calls of every backend; PyTorch's caching allocator would hide an overrun into a neighbour's block."""
     tool = shutil.which("compute-sanitizer")
@@ -104,7 +110,7 @@ def cpu_tests(session: Session) -> Part:
     return session.run("cpu_tests", *_pytest(*parallel, "tests/kernels", "-k", "not reference"), limit=150)
 
 
-PARTS: tuple[Callable[[Session], Part], ...] = (build, tests, benchmark, sanitizer, cpu_tests)
+PARTS: tuple[Callable[[Session], Part], ...] = (build, tests, benchmark, engine, sanitizer, cpu_tests)
 
 
 def main() -> int:

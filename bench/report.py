@@ -136,7 +136,7 @@ def _milliseconds(value: float) -> str:
 
 def is_ceiling(name: str) -> bool:
     """Whether an alternative does only part of the work, and so bounds what can be reached."""
-    return "alone" in name or "copy of" in name
+    return any(word in name for word in ("alone", "copy of", "floor"))
 
 
 def strongest(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -48,12 +48,10 @@ def measure(case: Case, benchmark: Any) -> Row:
     """
     case.check()
     absent = {name: calls for name, calls in case.alternatives.items() if isinstance(calls, str)}
-    # The check was the warm-up of calls that take seconds.
-    warm_up = not case.self_timed
-    ours = prepare(case.ours, case.device, warm_up)
-    others = {
-        name: prepare(calls, case.device, warm_up) for name, calls in case.alternatives.items() if name not in absent
-    }
+    # Calls that time themselves take seconds, were warmed up by the check, and are no kernels to be put into a graph.
+    device, warm_up = "cpu" if case.self_timed else case.device, not case.self_timed
+    ours = prepare(case.ours, device, warm_up)
+    others = {name: prepare(calls, device, warm_up) for name, calls in case.alternatives.items() if name not in absent}
     now = clock(case.device)
     series: dict[str, list[float]] = {name: [] for name in others}
     own: list[float] = []
@@ -81,7 +79,7 @@ def measure(case: Case, benchmark: Any) -> Row:
         "ours_ms": median * 1e3,
         "bytes": case.work.bytes if case.work else None,
         "flops": case.work.flops if case.work else None,
-        "host_us": host_microseconds(case.ours[0], case.device) if case.device == "cuda" else None,
+        "host_us": host_microseconds(case.ours[0], device) if device == "cuda" else None,
         "workspace": case.workspace,
         **({"settings": case.settings} if case.settings else {}),
         **({"sweep": asdict(case.sweep)} if case.sweep else {}),

@@ -135,6 +135,19 @@ class DropInDecode:
         return f"{self.tokens} tokens, {self.preset}{label}, {self.cache} cache of {self.context}"
 
 
+@dataclass(frozen=True)
+class Decode:
+    """`tokens` of an answer about a photo, one by one, of `preset` (random weights); the time of one."""
+
+    preset: str
+    tokens: int = 16
+    quick: bool = True
+
+    @property
+    def shape(self) -> str:
+        return f"one token, {self.preset}"
+
+
 PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)
 MEGAPIXEL = 14 * 14 * 4 * 1280
 
@@ -190,15 +203,23 @@ APPEND = (
 )
 REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
 """Crops of 54 to 91 and of 324 tokens."""
-ENGINE = (
-    *(SecondLook("2b-slice", look, sweep="history") for look in (*REGIONS, "clip")),
-    *(
-        SecondLook("2b-slice", look, history, quick=False, sweep="history")
-        for look in (*REGIONS, "clip")
-        for history in (1024, 4096)
+ENGINE = {
+    "cpu": (
+        *(SecondLook("2b-slice", look, sweep="history") for look in (*REGIONS, "clip")),
+        Decode("2b-slice"),
+        *(
+            SecondLook("2b-slice", look, history, quick=False, sweep="history")
+            for look in (*REGIONS, "clip")
+            for history in (1024, 4096)
+        ),
+        *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
     ),
-    *(SecondLook("2b-slice", look, quick=False) for look in ("dino", "sam")),
-)
+    "cuda": (
+        Decode("2b"),
+        *(SecondLook("2b", look) for look in ("clip", *REGIONS)),
+        *(SecondLook("2b", look, quick=False) for look in ("dino", "sam")),
+    ),
+}
 DROP_IN_IMAGES = (DropInImage(*PHOTO, 12_845_056), DropInImage(*LARGE, MEGAPIXEL))
 DROP_IN_DECODE = tuple(
     DropInDecode(preset, cache, context, quick=preset == "tiny" or (context, cache) == (300, "dynamic"))

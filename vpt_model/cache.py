@@ -15,6 +15,7 @@ class KVCache:
     """Static, zero-initialised keys and values `[layers, capacity, kv_heads, head_dim]` of one conversation.
 
     length: tokens stored so far; the next token goes to slot `length`.
+    slab, first: the keys and values of all caches that share this one's buffers, and this one's first slot there.
     next_position: the M-RoPE position of the next text token (one more than the largest position so far).
     """
 
@@ -25,14 +26,22 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not 0 < capacity <= config.max_position_embeddings:
-            raise ValueError(
-                f"capacity is {capacity} tokens; it must lie in 1..max_position_embeddings = "
-                f"{config.max_position_embeddings}: ask for a cache of that range"
-            )
-        shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._begin(_buffers(config, 1, capacity, dtype, device), 0, capacity)
+
+    @classmethod
+    def side_by_side(
+        cls, count: int, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | str
+    ) -> list[KVCache]:
+        """`count` caches, one behind the other in one pair of buffers, so that one launch can serve them all."""
+        slab = _buffers(config, count, capacity, dtype, device)
+        caches = [cls.__new__(cls) for _ in range(count)]
+        for row, cache in enumerate(caches):
+            cache._begin(slab, row * capacity, capacity)
+        return caches
+
+    def _begin(self, slab: tuple[torch.Tensor, torch.Tensor], first: int, capacity: int) -> None:
+        self.slab, self.first = slab, first
+        self.keys, self.values = (buffer[:, first : first + capacity] for buffer in slab)
         self.length = 0
         self.next_position = 0
         self._floor = 0
@@ -103,17 +112,15 @@ class KVCache:
         """
         self._check_owner("fork", shared=not copy)
         child = KVCache.__new__(KVCache)
-        child.length, child.next_position = self.length, self.next_position
-        child._child, child._released = None, False
         if copy:
-            child.keys, child.values = torch.zeros_like(self.keys), torch.zeros_like(self.values)
+            child._begin((torch.zeros_like(self.keys), torch.zeros_like(self.values)), 0, self.capacity)
             child.keys[:, : self.length] = self.keys[:, : self.length]
             child.values[:, : self.length] = self.values[:, : self.length]
-            child._floor, child._parent = 0, None
         else:
-            child.keys, child.values = self.keys, self.values
+            child._begin(self.slab, self.first, self.capacity)
             child._floor, child._parent = self.length, self
             self._child = child
+        child.length, child.next_position = self.length, self.next_position
         return child
 
     def release(self) -> None:
@@ -135,3 +142,15 @@ class KVCache:
                 f"cannot {action} a cache while its fork is live, because both use the same rows: "
                 f"release the fork or use fork(copy=True)"
             )
+
+
+def _buffers(
+    config: ModelConfig, count: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not 0 < capacity <= config.max_position_embeddings:
+        raise ValueError(
+            f"capacity is {capacity} tokens; it must lie in 1..max_position_embeddings = "
+            f"{config.max_position_embeddings}: ask for a cache of that range"
+        )
+    shape = (config.num_hidden_layers, count * capacity, config.num_key_value_heads, config.head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)

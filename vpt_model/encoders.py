@@ -1,7 +1,7 @@
 """The re-encoders DINOv2 and SAM: uint8 images and boxes in, the features that the conditioned projector reads out.
 
-The blocks are transformers' own modules under their own parameter names. What stands before them there, the image
-processor and the patch convolution, is one `roi_patch_embed`.
+The blocks are transformers' own modules under their own parameter names, but for SAM's attention. What stands before
+them there, the image processor and the patch convolution, is one `roi_patch_embed`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vpt_kernels import dinov2_policy, fold_patch_weight, plan_regions, roi_patch_embed, sam_policy
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig
 from vpt_model.linear import linear
+from vpt_model.sam_attention import SamAttention
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -86,6 +87,19 @@ class _Encoder(nn.Module):
         return patches.flatten(2).transpose(1, 2).flatten(0, 1)
 
     @property
+    def width(self) -> int:
+        """Channels of a patch embedding."""
+        return self._convolution.out_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._convolution.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._convolution.weight.device
+
+    @property
     def _convolution(self) -> nn.Conv2d:
         raise NotImplementedError
 
@@ -141,7 +155,14 @@ class SamEncoder(_Encoder):
             whole = SamVisionEncoder(SamVisionConfig(**vars(config), attn_implementation="sdpa"))
             self.patch_embed, self.pos_embed = whole.patch_embed, whole.pos_embed
             self.layers, self.neck = whole.layers, whole.neck
+            for layer in self.layers:
+                layer.attn = SamAttention(layer.attn)
             _use_fast_linear(self)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        super().load(state)
+        for layer in self.layers:
+            layer.attn.prepare()
 
     def forward(self, patch_embeds: Tensor) -> Tensor:
         """Patch embeddings `[n * patches, D]` → `[n, C, h, w]` behind the neck, h and w in patches."""

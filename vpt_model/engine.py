@@ -27,12 +27,14 @@ from vpt_model.cache import KVCache
 from vpt_model.config import ENCODERS
 from vpt_model.conversation import Chunk, Conversation, Turn
 from vpt_model.events import Answer, Box, Clock, Done, Event, Look, Reencode, Region, Token
+from vpt_model.graphs import Graphs
 from vpt_model.images import decode_image
 from vpt_model.model import Model
 from vpt_model.positions import mrope_positions
 from vpt_model.prompt import ANSWER_PREFIX, PromptFormat, action_round, first_round, region_round
 from vpt_model.sampling import Sampler, Sampling
 from vpt_model.tokens import Tokenizer, crop_box, parse_look, parse_region_ids
+from vpt_model.tower_graphs import captured
 
 Row = Generator[Event | Chunk, None, None]
 """One conversation as a coroutine: it yields its events and, where it needs the language model, a chunk to feed."""
@@ -44,7 +46,8 @@ class Engine:
     model, tokenizer: of the same variant. max_looks: second looks per question; 1 is the published procedure, 0 never
     looks again. capacity: tokens that a conversation may hold. longest_edge: pixels to which an image or a crop is
     reduced before the vision tower sees it. prompt: the texts around the question (default: `PromptFormat()`).
-    keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text.
+    keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text. speculate:
+    on a GPU, begin the re-encoder's work beside the first round, for answers that may never ask for it.
 
     Greedy decoding unless a request brings its `Sampling`. Where the published code is silent or undefined:
     `<|endoftext|>` also ends generation; a region without a column or a row ends the conversation with the answer that
@@ -63,6 +66,7 @@ class Engine:
         longest_edge: int = 512,
         prompt: PromptFormat | None = None,
         keep_prefix: bool = False,
+        speculate: bool = False,
     ) -> None:
         if tokenizer.ids.kind != model.config.kind:
             raise ValueError(
@@ -78,8 +82,25 @@ class Engine:
         self.capacity = capacity
         self.prompt = prompt or PromptFormat()
         self.keep_prefix = keep_prefix
+        self.speculate = speculate and model.encoder is not None and model.device.type == "cuda"
         self.policy = qwen2_vl_policy(longest_edge=longest_edge, pass_order="hv")
         self._idle = [self.new_cache()]
+        self._graphs: Graphs | None = None
+
+    def warm_up(self) -> dict[str, float]:
+        """Capture CUDA graphs for the steps that recur; the seconds each took. Nothing on a CPU.
+
+        What fits no graph, and all that runs before this call, runs without, and chooses the same tokens. Takes the
+        memory of `vpt_model.graphs.ROWS` caches. Not while a stream is open.
+        """
+        if self.model.device.type != "cuda":
+            return {}
+        with torch.inference_mode():
+            self._graphs = Graphs(self.model.language, self.capacity)
+            self._idle = list(self._graphs.caches)
+            seconds = self._graphs.capture()
+            self.model, towers = captured(self.model)
+        return seconds | towers
 
     def ask(
         self,
@@ -187,7 +208,7 @@ class Engine:
             raise ValueError(
                 f"the question contains special tokens (ids {sorted(reserved)}): remove them from the text"
             )
-        pixels = None if image is None else decode_image(image).to(self.model.device)
+        pixels = None if image is None else perception.upload(decode_image(image), self.model.device)
         for answer in forced:
             self._boxes(pixels, answer)
         options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "choose": Sampler(sampling)}
@@ -220,24 +241,31 @@ class Engine:
 
     def _feed(self, chunks: Sequence[Chunk]) -> None:
         """Every token passes the language model here, once: the chunks of all conversations in one ragged call."""
+        if self._graphs is not None and self._graphs.feed(chunks):
+            return
         lengths = [len(chunk.tokens) for chunk in chunks]
-        embeds, positions = torch.cat([c.embeds for c in chunks]), torch.cat([c.positions for c in chunks], dim=1)
+        embeds = torch.cat([self._embed(c.tokens) if c.embeds is None else c.embeds for c in chunks])
+        positions = torch.cat([c.positions for c in chunks], dim=1)
         hidden = self.model.language.forward(embeds, positions, [chunk.talk.cache for chunk in chunks], lengths)
         ends = list(accumulate(lengths))
         sampled = [hidden[end - 1 : end] for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
         logits = iter(self.model.language.logits(torch.cat(sampled)) if sampled else ())
         for chunk, end in zip(chunks, ends, strict=True):
             chunk.talk.last, chunk.talk.hidden = chunk.tokens[-1], hidden[end - 1 : end]
-            chunk.talk.logits = next(logits) if chunk.sample else None
+            chunk.talk.logits, chunk.talk.likeliest = next(logits) if chunk.sample else None, None
 
     def _run(self, user: list[int], **request: Any) -> Row:
         with self._conversation(**request) as talk:
             yield from self._prefill(talk, user)
-            turn = yield from self._decode(talk)
-            while (yield from self._look_again(talk, turn)):
-                turn = yield from self._decode(talk)
-            answer = self._answer(talk)
+            answer = yield from self._converse(talk)
         yield Done(answer)
+
+    def _converse(self, talk: Conversation) -> Generator[Event | Chunk, None, Answer]:
+        """Rounds of decoding and looking again, until one ends without a look."""
+        turn = yield from self._decode(talk)
+        while (yield from self._look_again(talk, turn)):
+            turn = yield from self._decode(talk)
+        return self._answer(talk)
 
     @contextmanager
     def _conversation(self, **request: Any) -> Iterator[Conversation]:
@@ -253,6 +281,7 @@ class Engine:
             height, width, _ = talk.image.shape
             features, talk.grids = self._look(talk, [(0, 0, width, height)])
             talk.features = features[0]
+            talk.ahead = perception.Ahead(self.model, talk.image) if self.speculate and self._may_look(talk) else None
         count = None if talk.image is None else len(talk.features)
         tokens = first_round(self.ids, self.tokenizer.encode(self.prompt.system), user, count)
         with talk.clock("prefill", tokens=len(tokens), lm_calls=1):
@@ -265,7 +294,14 @@ class Engine:
         talk.turns.append(turn)
         forced = deque(talk.forced.popleft() if talk.forced else ())
         while not turn.end:
-            token = forced.popleft() if forced else talk.choose(talk.logits)
+            token = forced.popleft() if forced else talk.choose(talk.logits, talk.likeliest)
+            if token is None:
+                turn.end = "nan"
+                talk.notices.append(
+                    f"the logits behind {talk.cache.length} tokens are NaN: check the weights, and use bfloat16 or "
+                    "float32 where float16 overflows"
+                )
+                break
             if token in self.ids.stop:
                 turn.end = "stop"
             elif token == self.ids.action_start and self._may_look(talk):
@@ -287,8 +323,7 @@ class Engine:
             if not turn.end:
                 with talk.clock("decode", tokens=1, lm_calls=1):
                     # The action token's own embedding is never used: its input is the state of the token before it.
-                    embeds = talk.hidden if token == self.ids.action else self._embed([token])
-                    yield self._chunk(talk, [token], embeds)
+                    yield self._chunk(talk, [token], talk.hidden if token == self.ids.action else None)
         return turn
 
     def _look_again(self, talk: Conversation, turn: Turn) -> Generator[Event | Chunk, None, bool]:
@@ -316,10 +351,9 @@ class Engine:
         talk.cache.truncate(*talk.header)
         if not self._fits(talk, turn, 1 + len(tokens)):
             return None
-        features = perception.reencode(self.model, talk.image, talk.features, talk.clock)
+        features = perception.reencode(self.model, talk.image, talk.features, talk.clock, talk.ahead)
         with talk.clock("perceive", tokens=1, lm_calls=1, features=count):
-            trigger = [self.ids.action_start]
-            yield self._chunk(talk, trigger, self._embed(trigger), sample=False)
+            yield self._chunk(talk, [self.ids.action_start], sample=False)
             control = self.control_state(talk.hidden)
             embeds = self._embed(tokens)
             embeds[0] = control[0]
@@ -348,13 +382,19 @@ class Engine:
         return Look("region", boxes, grids, sum(counts), len(tokens))
 
     def _named_boxes(self, talk: Conversation, turn: Turn) -> tuple[Box, ...]:
-        if not self._may_look(talk):
+        if talk.image is None or turn.end == "nan":
             return ()
         try:
-            return self._boxes(talk.image, turn.ids)
+            boxes = self._boxes(talk.image, turn.ids)
         except ValueError as error:
-            talk.notices.append(f"no second look: {error}")
+            if self._may_look(talk):
+                talk.notices.append(f"no second look: {error}")
             return ()
+        if self._may_look(talk):
+            return boxes
+        if boxes and turn.end == "stop":
+            turn.end = "looks"
+        return ()
 
     def _boxes(self, image: Tensor, tokens: Sequence[int]) -> tuple[Box, ...]:
         height, width, _ = image.shape
@@ -388,7 +428,7 @@ class Engine:
         self,
         talk: Conversation,
         tokens: Sequence[int],
-        embeds: Tensor,
+        embeds: Tensor | None = None,
         grids: Sequence[tuple[int, int]] = (),
         sample: bool = True,
     ) -> Chunk:
@@ -406,5 +446,5 @@ class Engine:
             looks=talk.looks,
             timings=talk.clock.stages,
             notices=talk.notices,
-            logits=torch.stack(last.logits) if talk.keep_logits else None,
+            logits=torch.stack(last.logits) if last.logits else None,
         )

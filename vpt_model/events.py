@@ -66,9 +66,10 @@ class Answer:
 
     text: the answer without special tokens. ids: its tokens as generated, with the stop token if one ended it.
     first_text: what the first round printed; the same answer if there was no second look.
-    finish_reason: "stop"; "length" (max_new_tokens); "capacity" (the cache is full or a look did not fit).
-    notices: why a look that the model asked for was not taken. logits: float32 [len(ids), vocab] when asked for,
-    row k the one that ids[k] was taken from.
+    finish_reason: "stop"; "length" (max_new_tokens); "capacity" (the cache is full or a look did not fit); "looks" (the
+    answer names regions, but max_looks are taken); "nan" (the logits are not numbers, so no token followed).
+    notices: why a look that the model asked for was not taken, or what is wrong with the logits. logits: float32
+    [len(ids), vocab] when asked for, row k the one that ids[k] was taken from.
     """
 
     text: str
@@ -103,7 +104,8 @@ class Clock:
         start = time.perf_counter()
         yield
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            # Of this stream only: what runs ahead on another one is not waited for.
+            torch.cuda.current_stream(self._device).synchronize()
         milliseconds = (time.perf_counter() - start) * 1e3
         if self.stages and self.stages[-1].name == name:
             last = self.stages.pop()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vpt_kernels import append_visual_kv_, rotary_table
+from vpt_kernels import rotary_table
+from vpt_model.attention import Padded, Ragged, Rotary
 from vpt_model.cache import KVCache
 from vpt_model.config import ModelConfig
 from vpt_model.linear import linear
@@ -42,18 +43,6 @@ class _Layer:
         )
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """The rows of one conversation in a forward call, and what its attention needs in every layer."""
-
-    cache: KVCache
-    begin: int
-    end: int
-    slots: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor | None
-
-
 class LanguageModel:
     """Qwen2-VL's decoder, built from a state dict with the checkpoint's names; forward only.
 
@@ -68,7 +57,8 @@ class LanguageModel:
         self.head = state["lm_head.weight"]
         self.norm = state["model.norm.weight"]
         self.layers = [_Layer.from_state(state, f"model.layers.{index}.") for index in range(config.num_hidden_layers)]
-        self.table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta).to(self.device)
+        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.rotary = Rotary(table.to(self.device), config.mrope_section)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,28 +92,30 @@ class LanguageModel:
         Raises ValueError before anything is written if the shapes disagree, a cache appears twice, or any cache
         cannot take its tokens.
         """
-        segments = self._plan(embeds, positions, caches, lengths)
-        x = embeds
+        self._check(embeds, positions, caches, lengths)
+        attend = Ragged(caches, lengths, positions.to(self.device), self.rotary, self.dtype)
+        hidden, begin = self.run(embeds, attend), 0
+        for cache, count in zip(caches, lengths, strict=True):
+            if count:
+                # The largest position is read from the host tensor: on a GPU this must not wait for the device.
+                cache.advance(count, int(positions[:, begin : begin + count].max()) + 1)
+            begin += count
+        return hidden
+
+    def run(self, x: torch.Tensor, attend: Ragged | Padded) -> torch.Tensor:
+        """All layers and the final norm: embeddings [T, H] → hidden states [T, H]. Nothing is read by the host."""
         for index, layer in enumerate(self.layers):
-            x = x + self._attention(index, layer, self._rms_norm(x, layer.input_norm), segments)
+            x = x + self._attention(index, layer, self._rms_norm(x, layer.input_norm), attend)
             x = x + self._mlp(layer, self._rms_norm(x, layer.post_norm))
-        for segment in segments:
-            # The largest position is read from the host tensor: on a GPU this must not wait for the device.
-            last = positions[:, segment.begin : segment.end].max().item()
-            segment.cache.advance(segment.end - segment.begin, last + 1)
         return self._rms_norm(x, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits float32 `[n, vocab]` of the rows `[n, H]`; pass only the rows that are sampled from."""
         return linear(hidden, self.head).float()
 
-    def _plan(
-        self,
-        embeds: torch.Tensor,
-        positions: torch.Tensor,
-        caches: Sequence[KVCache],
-        lengths: Sequence[int],
-    ) -> list[_Segment]:
+    def _check(
+        self, embeds: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache], lengths: Sequence[int]
+    ) -> None:
         if len(caches) != len(lengths) or len({id(cache) for cache in caches}) != len(caches):
             raise ValueError(
                 f"{len(caches)} caches and {len(lengths)} lengths were given; "
@@ -135,43 +127,16 @@ class LanguageModel:
                 f"embeds is {tuple(embeds.shape)} and positions is {tuple(positions.shape)}; lengths {list(lengths)} "
                 f"need [{total}, {self.config.hidden_size}] and [3, {total}]"
             )
-        device_positions = positions.to(self.device)
-        segments, begin = [], 0
-        for cache, count in zip(caches, lengths, strict=True):
-            end = begin + count
-            if count:
-                mask = self._mask(count, cache.length)
-                segments.append(_Segment(cache, begin, end, cache.slots(count), device_positions[:, begin:end], mask))
-            begin = end
-        return segments
 
-    def _mask(self, count: int, past: int) -> torch.Tensor | None:
-        """Additive mask [count, past + count] aligned at its lower right; None where SDPA needs none."""
-        if count == 1 or past == 0:
-            return None
-        mask = torch.full((count, past + count), float("-inf"), dtype=self.dtype, device=self.device)
-        return mask.triu_(past + 1)
-
-    def _attention(self, index: int, layer: _Layer, x: torch.Tensor, segments: Sequence[_Segment]) -> torch.Tensor:
+    def _attention(self, index: int, layer: _Layer, x: torch.Tensor, attend: Ragged | Padded) -> torch.Tensor:
         config = self.config
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        packed = linear(x, layer.qkv_weight, layer.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
-        q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)
-        attended = []
-        for s in segments:
-            keys, values = s.cache.keys[index], s.cache.values[index]
-            query = q[s.begin : s.end]
-            append_visual_kv_(
-                query, k[s.begin : s.end], v[s.begin : s.end], self.table, s.positions, s.slots, keys, values,
-                sections=config.mrope_section,
-            )  # fmt: skip
-            stored = s.cache.length + s.end - s.begin
-            attended.append(_attend(query, keys[:stored], values[:stored], s.mask))
-        return linear(attended[0] if len(attended) == 1 else torch.cat(attended), layer.o_weight)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        packed = linear(x, layer.qkv_weight, layer.qkv_bias).view(-1, heads + 2 * kv_heads, config.head_dim)
+        return linear(attend(index, *packed.split([heads, kv_heads, kv_heads], dim=1)), layer.o_weight)
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
         gate, up = linear(x, layer.gate_up_weight).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, layer.down_weight)
+        return linear(F.silu(gate).mul_(up), layer.down_weight)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # Computed in float32 and, as in Qwen2-VL, rounded to the model's dtype before the weight multiplies it.
@@ -190,17 +155,3 @@ def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Grouped-query attention of q [T, Hq, D] over cache views [L, Hkv, D]; returns [T, Hq * D]."""
-    count, heads, dim = q.shape
-    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-    if count == 1:
-        # One token sees every key: its query heads become the rows of their KV head, which reads each key once.
-        rows = q.view(1, keys.shape[1], -1, dim)
-        return F.scaled_dot_product_attention(rows, keys, values).reshape(1, heads * dim)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
-    return out[0].transpose(0, 1).reshape(count, heads * dim)

@@ -28,20 +28,55 @@ def look(
     return list(features.split(tokens)), tuple(grids)
 
 
-def reencode(model: Model, image: Tensor, features: Tensor, clock: Clock) -> Tensor:
+def upload(image: Tensor, device: torch.device) -> Tensor:
+    """The image on the model's device; to a GPU from pinned memory, without waiting for the copy."""
+    return image.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else image.to(device)
+
+
+class Ahead:
+    """What `reencode` will return, begun on a stream of its own beside the first round; not yet run on a GPU.
+
+    It is wasted where the model never asks for it: dropping this object gives its memory back when it is no longer in
+    use.
+    """
+
+    def __init__(self, model: Model, image: Tensor) -> None:
+        self.stream = torch.cuda.Stream(image.device)
+        self.stream.wait_stream(torch.cuda.current_stream(image.device))
+        with torch.cuda.stream(self.stream):
+            self.features = model.encoder(_whole(model, image))
+        # Freed on another stream, the image's memory could be given out again while it is still read here.
+        image.record_stream(self.stream)
+
+    def take(self) -> Tensor:
+        """The features, for work on the current stream, which waits for them."""
+        current = torch.cuda.current_stream(self.features.device)
+        current.wait_stream(self.stream)
+        self.features.record_stream(current)
+        return self.features
+
+
+def reencode(model: Model, image: Tensor, features: Tensor, clock: Clock, ahead: Ahead | None = None) -> Tensor:
     """The image as the projector reads it: [N, H] ("clip"), [1, N, D] (DINOv2) or [1, C, h, w] (SAM).
 
     image: uint8 [height, width, 3] on the model's device. features: [N, H], its first look; the "clip" re-encoder is
-    the vision tower itself on the same image, so what it would compute is already there. Stages of the others:
-    "crop+embed", "ViT".
+    the vision tower itself on the same image, so what it would compute is already there. ahead: where the work was
+    begun before. Stages of the others: "crop+embed", "ViT"; what was begun before is only waited for, in "ViT".
     """
     if model.encoder is None:
         return features
-    height, width, _ = image.shape
+    if ahead is not None:
+        with clock("ViT", images=1, vit_calls=1):
+            return ahead.take()
     with clock("crop+embed", images=1):
-        patches = model.encoder.embed_regions([image], [(0, 0, 0, width, height)])
+        patches = _whole(model, image)
     with clock("ViT", images=1, vit_patches=len(patches), vit_calls=1):
         return model.encoder(patches)
+
+
+def _whole(model: Model, image: Tensor) -> Tensor:
+    height, width, _ = image.shape
+    return model.encoder.embed_regions([image], [(0, 0, 0, width, height)])
 
 
 def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tensor, row: int, count: int) -> None:

@@ -32,6 +32,15 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest tokens of logits [..., vocab], the lowest id on ties, −1 where a logit is NaN: int64 [...].
+
+    Computed where the logits are, without a wait.
+    """
+    top, token = logits.max(dim=-1)
+    return torch.where(top.isnan(), -1, token)
+
+
 class Sampler:
     """The choices of one conversation: equal seeds and logits give equal tokens, on every device."""
 
@@ -39,15 +48,24 @@ class Sampler:
         self.sampling = sampling or Sampling()
         self._generator = torch.Generator().manual_seed(self.sampling.seed)
 
-    def __call__(self, logits: Tensor) -> int:
-        """The next token from logits float32 [vocab]; NaN counts as 0 and infinities as the largest numbers."""
-        logits = logits.nan_to_num()
+    def __call__(self, logits: Tensor, likeliest: Tensor | None = None) -> int | None:
+        """The next token from logits float32 [vocab], or None if one is NaN; infinities count as the largest numbers.
+
+        likeliest: `greedy(logits)` where that is known already. The token is the one number that is read from a GPU.
+        """
         if self.sampling.temperature == 0:
-            return int(logits.argmax())
+            token = int(greedy(logits) if likeliest is None else likeliest)
+        else:
+            token = int(self._draw(logits))
+        return None if token < 0 else token
+
+    def _draw(self, logits: Tensor) -> Tensor:
         # A stable sort puts the lower id first on ties, as argmax does.
-        values, tokens = (logits / self.sampling.temperature).nan_to_num().sort(descending=True, stable=True)
+        scaled = (logits.nan_to_num() / self.sampling.temperature).nan_to_num()
+        values, tokens = scaled.sort(descending=True, stable=True)
         probabilities = values[: self.sampling.top_k or None].softmax(0).double()
-        before = probabilities.cumsum(0) - probabilities
-        kept = probabilities[before < self.sampling.top_p].cumsum(0).cpu()
-        draw = torch.rand((), dtype=torch.float64, generator=self._generator) * kept[-1]
-        return int(tokens[min(int((kept <= draw).sum()), len(kept) - 1)])
+        kept = probabilities.cumsum(0) - probabilities < self.sampling.top_p
+        ends = torch.where(kept, probabilities, 0).cumsum(0)
+        draw = torch.rand((), dtype=torch.float64, generator=self._generator).to(ends.device, non_blocking=True)
+        place = torch.minimum((ends <= draw * ends[-1]).sum(), kept.sum() - 1)
+        return torch.where(logits.isnan().any(), -1, tokens.gather(0, place[None])[0])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from vpt_kernels import RegionPolicy, fold_patch_weight, plan_regions, roi_patch_embed
+from vpt_model.attention import attend_within
 from vpt_model.config import ModelConfig
 from vpt_model.linear import linear
 from vpt_model.positions import vision_positions
@@ -21,6 +23,7 @@ _NORM_EPS = 1e-6
 _ROPE_THETA = 10000.0
 
 Affine = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,15 +118,20 @@ class VisionTower:
                 f"{patch_embeds.shape[0]} patch embeddings were given, but the grids {list(grids)} make "
                 f"{sum(lengths)}: give the grid of every image, and at least one image"
             )
-        x = patch_embeds
-        cos, sin = self._rotary(grids)
+        return self.run(patch_embeds, *self.rotary(grids), partial(attend_within, lengths=lengths))
+
+    def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Blocks and merger: patches [N, E] and their angles → features [N / 4, H]; the host reads nothing.
+
+        attend: q, k, v [N, heads, D] → [N, heads · D].
+        """
         for block in self.blocks:
-            x = x + self._attention(block, _layer_norm(x, block.norm1), lengths, cos, sin)
+            x = x + self._attention(block, _layer_norm(x, block.norm1), cos, sin, attend)
             x = x + linear(_quick_gelu(linear(_layer_norm(x, block.norm2), *block.fc1)), *block.fc2)
         merged = _layer_norm(x, self.merger_norm).reshape(-1, self.merger_fc1[0].shape[1])
         return linear(F.gelu(linear(merged, *self.merger_fc1)), *self.merger_fc2)
 
-    def _rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin float32 [N, 1, head_dim / 2]: row angles in the first half, column angles in the second."""
         quarter = self.config.head_dim // 4
         frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32) / quarter)
@@ -132,16 +140,11 @@ class VisionTower:
         return angles.cos(), angles.sin()
 
     def _attention(
-        self, block: _Block, x: torch.Tensor, lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor
+        self, block: _Block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
         packed = linear(x, *block.qkv).view(-1, 3, self.config.num_heads, self.config.head_dim)
         q, k, v = packed.unbind(1)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        attended = [
-            F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image))[0].transpose(0, 1)
-            for image in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        ]
-        return linear(torch.cat(attended).flatten(1), *block.proj)
+        return linear(attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v), *block.proj)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -155,4 +158,4 @@ def _layer_norm(x: torch.Tensor, affine: Affine) -> torch.Tensor:
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    return (1.702 * x).sigmoid_().mul_(x)

@@ -1,11 +1,11 @@
-"""Every Triton function of vpt_kernels, read from the sources."""
+"""Every Triton function of vpt_kernels and vpt_model, read from the sources."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parents[2] / "vpt_kernels"
+ROOT = Path(__file__).resolve().parents[2]
 EXEMPT: dict[str, str] = {}
 """Functions that need not be interpreted or compiled, and why."""
 
@@ -18,7 +18,7 @@ def _is_jit(decorator: ast.expr) -> bool:
 def jit_functions() -> dict[str, ast.FunctionDef]:
     """By name; a name that occurs twice is an error, for everything else here goes by name."""
     found: dict[str, ast.FunctionDef] = {}
-    for path in sorted(KERNELS.rglob("*.py")):
+    for path in sorted(path for package in ("vpt_kernels", "vpt_model") for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any(map(_is_jit, node.decorator_list)):
                 if node.name in found:

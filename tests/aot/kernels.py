@@ -1,5 +1,5 @@
 """Every compilation that the tests demand."""
 
-from tests.aot import append_and_control, roi
+from tests.aot import append_and_control, attention, roi
 
-VARIANTS = (*append_and_control.VARIANTS, *roi.VARIANTS)
+VARIANTS = (*append_and_control.VARIANTS, *roi.VARIANTS, *attention.VARIANTS)

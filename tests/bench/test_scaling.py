@@ -51,7 +51,8 @@ def test_every_sweep_has_a_series():
     """At least three sizes, all different, and nothing else in it."""
     groups: dict[tuple[str, str], list[int]] = {}
     rows = [("roi", w) for w in (*ROI, *PATCHES)] + [("control", w) for w in CONTROL]
-    for op, workload in rows + [("append", w) for w in APPEND] + [("engine", w) for w in ENGINE]:
+    rows += [("append", w) for w in APPEND] + [("engine", w) for w in ENGINE["cpu"] if hasattr(w, "sweep")]
+    for op, workload in rows:
         found = sweep(op, workload)
         if found:
             groups.setdefault((found.series, found.axis), []).append(found.at)
@@ -66,7 +67,7 @@ def test_names_of_rows_are_unique():
     for group in (ROI, PATCHES, CONTROL, APPEND):
         names = [(w.shape, w.dtype, getattr(w, "new_geometry", True)) for w in group]
         assert len(names) == len(set(names))
-    assert len({w.shape for w in ENGINE}) == len(ENGINE)
+    assert len({w.shape for w in ENGINE["cpu"]}) == len(ENGINE["cpu"])
 
 
 def test_pictures(tmp_path):

@@ -1,4 +1,7 @@
-"""Tiny calls of every operator on every backend that runs here, for compute-sanitizer: `python -m tests.gpu.smoke`."""
+"""Tiny calls of every operator on every backend that runs here, and of the attention: `python -m tests.gpu.smoke`.
+
+They are few enough for compute-sanitizer.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from vpt_kernels import (
     sam_policy,
 )
 from vpt_kernels.backends import CAPABILITIES, BackendUnavailable
+from vpt_model.attention_triton import attend
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,6 +92,16 @@ def append(backend: str, dtype: torch.dtype) -> None:
             print(f"  {layout}: {error}")
 
 
+def attention(dtype: torch.dtype) -> None:
+    """One token and a chunk, rows of padding, more splits than one, keys up to the last slot."""
+    keys, values = (torch.randn(2 * 150, 2, 24, device=DEVICE, dtype=dtype) for _ in range(2))
+    for tokens, counts in ((1, [1, 0]), (20, [20, 7])):
+        q = torch.randn(2, tokens, 6, 24, device=DEVICE, dtype=dtype)
+        past = [150 - counts[0], 3]
+        lengths = (torch.tensor(x, device=DEVICE, dtype=torch.int32) for x in ([150, 0], past, counts))
+        attend(q, keys, values, *lengths, 150)
+
+
 def main() -> None:
     for operator, call in (
         ("roi_patch_embed", roi),
@@ -103,6 +117,9 @@ def main() -> None:
                     call(backend, dtype)
                 except BackendUnavailable as error:
                     print(f"  {error}")
+    for dtype in DTYPES:
+        print("attention", dtype, flush=True)
+        attention(dtype)
     torch.cuda.synchronize()
 
 

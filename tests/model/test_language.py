@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import vpt_model.language
+import vpt_model.attention
 from bench.transformers_model import transformers_model
 from tests.model.inputs import tiny_config, tiny_model, tiny_state
 from vpt_model.checkpoint import random_state
-from vpt_model.language import LanguageModel
 from vpt_model.linear import linear
 from vpt_model.model import Model
 from vpt_model.positions import mrope_positions
@@ -163,17 +162,18 @@ def test_hidden_states_are_behind_the_final_norm(plain):
 def test_every_token_passes_once_and_the_mask_is_built_once(plain, monkeypatch):
     _, model = plain
     calls, appended = [], []
-    mask, append = LanguageModel._mask, vpt_model.language.append_visual_kv_
-    monkeypatch.setattr(LanguageModel, "_mask", lambda *args: calls.append(args[1:]) or mask(*args))
+    attention = vpt_model.attention
+    mask, append = attention.causal_mask, attention.append_visual_kv_
+    monkeypatch.setattr(attention, "causal_mask", lambda *args: calls.append(args[:2]) or mask(*args))
     monkeypatch.setattr(
-        vpt_model.language, "append_visual_kv_", lambda q, *a, **k: appended.append(len(q)) or append(q, *a, **k)
+        attention, "append_visual_kv_", lambda q, *a, **k: appended.append(len(q)) or append(q, *a, **k)
     )
     cache = model.language.new_cache(32)
     for count in (7, 5, 1):
         run(model, cache, words(count, count))
     assert calls == [(7, 0), (5, 7), (1, 12)]
     assert appended == [count for count in (7, 5, 1) for _ in range(4)]
-    assert [mask(model.language, *call) is None for call in calls] == [True, False, True]
+    assert [mask(*call, torch.float32, None) is None for call in calls] == [True, False, True]
 
 
 def test_arguments_must_agree(plain):

@@ -4,9 +4,24 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import SEED
-from vpt_model.sampling import Sampler, Sampling
+from vpt_model.sampling import Sampler, Sampling, greedy
+
+
+class Reads(TorchDispatchMode):
+    """Operations whose result, or its shape, the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        if tags.intersection(function.tags):
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def logits(count: int, vocab: int = 200) -> torch.Tensor:
@@ -60,10 +75,26 @@ def test_seeds_decide():
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5), Sampling(1e-30, 3, 0.5)])
-def test_broken_logits_still_choose(sampling):
+def test_broken_logits(sampling):
+    """NaN is not chosen over, it is told; infinities are numbers that are too large."""
     nan, infinity = float("nan"), float("inf")
-    assert Sampler(sampling)(torch.tensor([-1.0, nan, 3.0e4, -infinity])) == 2
-    assert Sampler(sampling)(torch.tensor([1.0, infinity, nan])) == 1
+    for row in ([-1.0, nan, 3.0e4, -infinity], [1.0, infinity, nan], [nan, nan]):
+        assert Sampler(sampling)(torch.tensor(row)) is None
+    assert Sampler(sampling)(torch.tensor([1.0, infinity, -infinity])) == 1
+
+
+def test_greedy_of_several_rows():
+    nan = float("nan")
+    assert greedy(torch.tensor([[0.0, 2.0, 2.0], [5.0, nan, 7.0], [3.0, 1.0, 3.0]])).tolist() == [1, -1, 0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, 20, 0.8, seed=4)])
+def test_one_number_is_read_per_token(sampling):
+    """On a GPU every read is a wait, and so is every shape that depends on values."""
+    sampler, (row,) = Sampler(sampling), logits(1)
+    with Reads() as reads:
+        sampler(row)
+    assert reads.names == ["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_bfloat16_rotation_rounds_as_transformers():
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
     tower = tiny_model(None).vision
-    cos, sin = tower._rotary([(4, 6)])
+    cos, sin = tower.rotary([(4, 6)])
     x = torch.randn(24, 4, 16, generator=torch.Generator().manual_seed(8)).bfloat16()
     expected, _ = apply_rotary_pos_emb_vision(x, x, *(half[:, 0].repeat(1, 2) for half in (cos, sin)))
     assert torch.equal(_rotate(x, cos, sin), expected)
