@@ -56,8 +56,8 @@ TRITON_ROWS: list[tuple[str, str, str, str, str]] = [
         "left <= shapes[image][1] - width", "left <= shapes[image][1]", PATCHES,
     ),
     (
-        "patches in raster order", RESAMPLE,
-        "within = tl.where(axis == 0, 1, merge)", "within = tl.where(axis == 0, 1, width)", EMBED,
+        "patches of a block in column order", RESAMPLE,
+        "within = tl.where(axis == 0, 1, merge)", "within = tl.where(axis == 0, merge, 1)", EMBED,
     ),
     (
         "padding's bias dropped", "roi_patch_embed/triton.py",
