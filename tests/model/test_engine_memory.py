@@ -157,7 +157,7 @@ def test_looks_over_forks_of_one_conversation_leave_nothing_behind(looks):
                 spec = specs[number % len(specs)]
                 assert on_a_fork(engine, talk, spec).ids == fresh[spec]
                 assert talk.cache.length == length
-                if number % len(specs) == 0:
+                if number % (2 * len(specs)) == 0:
                     gc.collect()
                     alive.append(memory.now)
                     objects.append(len(gc.get_objects()))
