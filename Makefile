@@ -37,7 +37,7 @@ demo: $(VENV)/.ready
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.ready lint
 	@mkdir -p build; $(MAKE) -s interpret >build/interpret.log 2>&1 & interpreted=$$!; \
-	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton $(TEST_ARGS); status=$$?; \
+	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton --ignore=tests/hub $(TEST_ARGS); status=$$?; \
 	wait $$interpreted || status=1; cat build/interpret.log; exit $$status
 
 # In a process of its own: the interpreter is chosen when triton is imported, and then nothing compiles.

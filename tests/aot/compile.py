@@ -1,4 +1,4 @@
-"""Compiles the kernels of `tests.aot.kernels` for every target without a GPU; run in a process of its own.
+"""Compiles the kernels of `tests.aot.variants` for every target without a GPU; run in a process of its own.
 
     python -m tests.aot.compile OUT.json
 
@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from tests.aot.kernels import VARIANTS
+from tests.aot.variants import VARIANTS
 from tests.aot.variant import TARGETS, Variant
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "aot"

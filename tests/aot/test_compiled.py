@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton.language") is None:
 elif INTERPRETED:
     require("triton", "TRITON_INTERPRET=1 is set, and an interpreting process compiles nothing")
 
-from tests.aot.kernels import VARIANTS
+from tests.aot.variants import VARIANTS
 from tests.aot.variant import TARGETS, TENSOR_CORES
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,12 +14,12 @@ if importlib.util.find_spec("triton.language") is None:
 elif INTERPRETED:
     require("triton", "TRITON_INTERPRET=1 is set, and an interpreting process compiles nothing")
 
-from tests.aot.kernels import VARIANTS
+from tests.aot.variants import VARIANTS
 
 
 @pytest.mark.parametrize("name", jit_functions())
 def test_every_triton_function_is_compiled(name):
-    """As a kernel of `tests.aot.kernels`, or inside one. That each is interpreted, `tests/triton` checks as it runs."""
+    """As a kernel of `tests.aot.variants`, or inside one. That each is interpreted, `tests/triton` checks as it runs."""
     assert name in EXEMPT or name in reached({variant.kernel.__name__ for variant in VARIANTS})
 
 
