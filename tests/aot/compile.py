@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from tests.aot.variants import VARIANTS
 from tests.aot.variant import TARGETS, Variant
+from tests.aot.variants import VARIANTS
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "aot"
 

@@ -18,8 +18,8 @@ if importlib.util.find_spec("triton.language") is None:
 elif INTERPRETED:
     require("triton", "TRITON_INTERPRET=1 is set, and an interpreting process compiles nothing")
 
-from tests.aot.variants import VARIANTS
 from tests.aot.variant import TARGETS, TENSOR_CORES
+from tests.aot.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 EACH = [(variant, target) for variant in VARIANTS for target in TARGETS]

@@ -19,7 +19,7 @@ from tests.aot.variants import VARIANTS
 
 @pytest.mark.parametrize("name", jit_functions())
 def test_every_triton_function_is_compiled(name):
-    """As a kernel of `tests.aot.variants`, or inside one. That each is interpreted, `tests/triton` checks as it runs."""
+    """As a kernel of `tests.aot.variants`, or inside one. That each is interpreted is checked in `tests/triton`."""
     assert name in EXEMPT or name in reached({variant.kernel.__name__ for variant in VARIANTS})
 
 
