@@ -43,7 +43,7 @@ class Engine:
 
     model, tokenizer: of the same variant. max_looks: second looks per question; 1 is the published procedure, 0 never
     looks again. capacity: tokens that a conversation may hold. longest_edge: pixels to which an image or a crop is
-    reduced before the vision tower sees it. prompt: the texts around the question (default: `PromptFormat()`).
+    reduced before the vision tower sees it (default: the configuration's). prompt: the texts around the question (default: `PromptFormat()`).
     keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text.
 
     Greedy decoding unless a request brings its `Sampling`. Where the published code is silent or undefined:
@@ -60,7 +60,7 @@ class Engine:
         *,
         max_looks: int = 1,
         capacity: int = 2048,
-        longest_edge: int = 512,
+        longest_edge: int | None = None,
         prompt: PromptFormat | None = None,
         keep_prefix: bool = False,
     ) -> None:
@@ -78,7 +78,9 @@ class Engine:
         self.capacity = capacity
         self.prompt = prompt or PromptFormat()
         self.keep_prefix = keep_prefix
-        self.policy = qwen2_vl_policy(longest_edge=longest_edge, pass_order="hv")
+        self.policy = qwen2_vl_policy(
+            longest_edge=longest_edge or model.config.image_resolution, pass_order="hv"
+        )
         self._idle = [self.new_cache()]
 
     def ask(
