@@ -11,7 +11,7 @@ import torch
 
 from vpt_kernels import plan_regions, qwen2_vl_policy, roi_patches
 from vpt_model.config import PRESETS
-from vpt_model.mini.scenes import COLOURS, SHAPES, SIDE, Question, Scene, make_question, make_scene
+from vpt_model.mini.scenes import COLOURS, SHAPES, SIDE, SYMBOLS, Question, Scene, make_question, make_scene
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER, LOOK_TRIGGERS, tokenizer
 from vpt_model.positions import mrope_positions
 from vpt_model.prompt import PromptFormat, action_round, first_round, region_round
@@ -23,14 +23,15 @@ GRID = (8, 8)
 """Patches of every look: the first one and each crop of 3×3 cells have the same size."""
 TOKENS = GRID[0] * GRID[1] // 4
 STAGES = {
-    "parts": ("read", "read", "read", "read", "point", "attribute", "count"),
-    "whole": ("tag", "tag", "two tags", "attribute", "count"),
+    "parts": ("read", "point", "attribute", "count"),
+    "whole": ("tag", "two tags", "attribute", "count"),
 }
 """The conversations about one scene: first reading crops and naming cells apart, then everything at once.
 
 "read" shows a crop as the only image; "point" ends with the region's span."""
 MODES = ("free", "look", "direct")
 _MODE_SHARES = (0.6, 0.2, 0.2)
+_CROPS = 3
 IGNORE = -100
 
 
@@ -103,10 +104,10 @@ def conversations(scene: Scene, seed: int, stage: str, looks_only: bool = False)
     random = np.random.default_rng([3, seed])
     rows = []
     for number, kind in enumerate(STAGES[stage]):
-        if kind == "read":
-            if number < len(scene.things):
-                rows.append(read_crop(scene, number))
+        if kind == "read" and not looks_only:
+            rows.append(read_crop(scene, int(random.integers(len(scene.things)))))
             continue
+        kind = "tag" if kind == "read" else kind
         question = make_question(scene, "tag" if kind == "point" else kind, 8 * seed + number)
         if kind == "point":
             question = Question("point", question.text, question.answer, question.look, question.things)
@@ -151,6 +152,9 @@ def batch(seeds: Sequence[int], stage: str, looks_only: bool = False) -> dict:
     scenes = [make_scene(seed, "train") for seed in seeds]
     talks = [conversations(scene, seed, stage, looks_only) for scene, seed in zip(scenes, seeds, strict=True)]
     wanted = [sorted({0, *(look for row in rows for look in row.looks)}) for rows in talks]
+    if not looks_only:
+        # Crops that no conversation needs still teach the vision tower to read (`Learner._hint`).
+        wanted = [sorted({*looks, *range(1, 1 + _CROPS)}) for looks in wanted]
     place, count = [], 0
     for looks in wanted:
         place.append({look: count + i for i, look in enumerate(looks)})
@@ -163,7 +167,30 @@ def batch(seeds: Sequence[int], stage: str, looks_only: bool = False) -> dict:
             limit = max(int(len(item[0].tokens) * 1.35), 64)
             groups.append([])
         groups[-1].append(item)
-    return {"patches": patches(scenes, wanted), "groups": [_collate(group) for group in groups]}
+    return {"patches": patches(scenes, wanted), "groups": [_collate(group) for group in groups]} | _hints(scenes, place)
+
+
+def _hints(scenes: Sequence[Scene], place: Sequence[dict[int, int]]) -> dict[str, np.ndarray]:
+    """What the vision tower's tokens should tell: of the whole picture each cell's colour and shape, of a crop its tag.
+
+    pictures: looks that are whole pictures; cells: int64 [pictures, tokens, 4, 2], 0 where there is no object.
+    crops: the other looks; tags: int64 [crops, 2], symbols.
+    """
+    cells = np.zeros((len(scenes), 4, 2, 4, 2, 2), np.int64)
+    crops, tags = [], []
+    for number, scene in enumerate(scenes):
+        for index, thing in enumerate(scene.things):
+            at = number, thing.row // 2, thing.row % 2, thing.column // 2, thing.column % 2
+            cells[at] = 1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape)
+            if 1 + index in place[number]:
+                crops.append(place[number][1 + index])
+                tags.append([SYMBOLS.index(symbol) for symbol in thing.tag])
+    return {
+        "pictures": np.array([looks[0] for looks in place], np.int64),
+        "cells": cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(scenes), TOKENS, 4, 2),
+        "crops": np.array(crops, np.int64),
+        "tags": np.array(tags, np.int64).reshape(-1, 2),
+    }
 
 
 def _collate(rows: Sequence[tuple[Row, dict[int, int]]]) -> dict:
@@ -198,8 +225,3 @@ def _collate(rows: Sequence[tuple[Row, dict[int, int]]]) -> dict:
         "action_sources": np.array(action_sources, np.int64),
         "blanks": np.array(blanks, np.int64).reshape(-1, 2),
     }
-
-
-def vocabulary_words() -> set[str]:
-    """Every word of the questions and answers, for a test of the tokenizer."""
-    return {*COLOURS, *SHAPES}

@@ -16,12 +16,15 @@ from examples.mini.conversations import GRID, IGNORE, TOKENS
 from examples.mini.network import Network
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ModelConfig
+from vpt_model.mini.scenes import COLOURS, SHAPES, SYMBOLS
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Probability that a re-encoding is answered without its question and first look, as in the published training: what
 # the answer needs must then come through the control state.
 _BLANK = 0.5
 _WEIGHT_DECAY = 0.02
+_COLOURS, _SHAPES = 1 + len(COLOURS), 1 + len(SHAPES)
+_HINT = 0.5
 
 
 def initial_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -46,13 +49,17 @@ class Learner:
         state = {name: tensor.to(self.device).requires_grad_() for name, tensor in initial_state(config, seed).items()}
         state[HEAD] = state[EMBEDDING]
         self.state, self.network = state, Network(config, GRID, self.device)
+        # Used in training only: what the vision tower's tokens tell, read by one linear layer.
+        width = config.hidden_size
+        shapes = {"tags": (2 * len(SYMBOLS), width), "cells": (4 * (_COLOURS + _SHAPES), width), "places": (8, width)}
+        self.readers = {name: torch.zeros(shape, device=self.device, requires_grad=True) for name, shape in shapes.items()}
         own = {name: tensor for name, tensor in state.items() if name != HEAD}
         matrices = {n for n, t in own.items() if t.dim() == 2 and n != EMBEDDING and not n.endswith("_feature.weight")}
         self.optimizers = [
             torch.optim.Muon([own[n] for n in own if n in matrices], lr=rate, weight_decay=_WEIGHT_DECAY,
                              adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([own[n] for n in own if n not in matrices and "_feature." not in n], lr=rate,
-                              betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW([*(own[n] for n in own if n not in matrices and "_feature." not in n),
+                               *self.readers.values()], lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]  # fmt: skip
         self.random = torch.Generator().manual_seed(seed)
 
@@ -97,7 +104,39 @@ class Learner:
             total, count = total + loss, count + weight
             for name, answers in good.items():
                 right[name] += answers
-        return total / count, right
+        hints = self._hint(batch, features, right)
+        return total / count + _HINT * hints, right
+
+    def _hint(self, batch: dict[str, Any], features: Tensor, right: dict[str, list[bool]]) -> Tensor:
+        """Loss of reading what the single tokens should tell: a picture's cells, a crop's tag, its own place."""
+        cells = F.linear(features[self._tensor(batch["pictures"])], self.readers["cells"]).float()
+        colours, shapes = cells.unflatten(2, (4, -1)).split([_COLOURS, _SHAPES], dim=-1)
+        wanted = self._tensor(batch["cells"])
+        loss = sum(
+            # An empty cell is the rule: it counts a fifth.
+            F.cross_entropy(
+                part.flatten(0, 2),
+                wanted[..., i].flatten(),
+                weight=torch.tensor([0.2] + [1.0] * (part.shape[-1] - 1), device=self.device),
+            )
+            for i, part in enumerate((colours, shapes))
+        )
+        # The tower knows relative positions only; where a token is, it must find out from the picture's edges.
+        places = F.linear(features, self.readers["places"]).float().view(len(features), 4, 4, 2, 4)
+        side = torch.arange(4, device=self.device)
+        actual = torch.stack([side[:, None].expand(4, 4), side.expand(4, 4)], dim=-1).expand(len(features), 4, 4, 2)
+        loss = loss + F.cross_entropy(places.flatten(0, 3), actual.flatten())
+        right["hint: place"] += (places.argmax(-1) == actual).all(-1).flatten(1).all(1).tolist()
+        there = wanted[..., 0] > 0
+        found = (colours.argmax(-1) == wanted[..., 0]) & (shapes.argmax(-1) == wanted[..., 1])
+        right["hint: object"] += found[there].tolist()
+        if len(batch["crops"]):
+            middle = features[self._tensor(batch["crops"])].unflatten(1, (4, 4))[:, 1:3, 1:3].flatten(1, 2)
+            tags = F.linear(middle, self.readers["tags"]).float().unflatten(2, (2, -1))
+            expected = self._tensor(batch["tags"])[:, None].expand(-1, 4, -1)
+            loss = loss + F.cross_entropy(tags.flatten(0, 2), expected.flatten())
+            right["hint: tag"] += (tags.mean(1).argmax(-1) == expected[:, 0]).all(1).tolist()
+        return loss
 
     def _group(self, group: dict[str, Any], features: Tensor) -> tuple[Tensor, float, dict[str, list[bool]]]:
         tokens, positions = self._tensor(group["tokens"]), self._tensor(group["positions"])

@@ -46,7 +46,7 @@ _SPLITS = {"train": 0, "test": 1}
 _INNER = range(1, GRID - 1)
 # Between cells that hold objects, so that a crop shows one object whole.
 _SPACING = 2
-_FONT_SIZE, _ADVANCE, _TAG = 14, 10, (25, 17)
+_FONT_SIZE, _ADVANCE, _TAG, _TAG_RISE = 14, 14, (32, 18), 7
 _OVERSAMPLING = 4
 
 
@@ -170,17 +170,17 @@ def _paint(random: np.random.Generator, things: tuple[Thing, ...], split: str) -
         picture.paste((25, 25, 25), (left - 2, top - 2), _mask(thing.shape, size + 4))
         picture.paste(colour, (left, top), _mask(thing.shape, size))
         width, height = _TAG
-        left, top = round(x - width / 2), round(y - height / 2)
+        left, top = round(x - width / 2), round(y - _TAG_RISE - height / 2)
         paper, ink = int(random.integers(225, 256)), int(random.integers(0, 40))
         picture.paste((paper,) * 3, (left, top, left + width, top + height))
         for i, symbol in enumerate(thing.tag):
             glyph = _glyph(symbol)
-            at = left + 3 + i * _ADVANCE + (_ADVANCE - 1 - glyph.width) // 2
+            at = left + 2 + i * _ADVANCE + (_ADVANCE - glyph.width) // 2
             picture.paste((ink,) * 3, (at, top + (height - glyph.height) // 2), glyph)
     return np.array(picture)
 
 
-JITTER = 7
+JITTER = 3
 """Pixels by which an object's centre may leave the centre of its cell."""
 
 
