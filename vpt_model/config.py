@@ -167,7 +167,7 @@ PRESETS: dict[str, ModelConfig] = {
         vocab_size=384,
         # The sequences are short: with Qwen2-VL's 1e6 the row and column angles of 4×4 tokens would hardly differ.
         rope_theta=20.0,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         mrope_section=(4, 6, 6),
         image_resolution=112,
         vision=VisionConfig(depth=4, embed_dim=128, num_heads=4, mlp_ratio=3, hidden_size=128),

@@ -80,8 +80,14 @@ class Learner:
     def save(self, path: Path, step: int, elapsed: float) -> None:
         """Write everything that `load` needs; the file appears when it is complete."""
         partial = path.with_suffix(".incomplete")
-        content = {"state": self.state, "optimizers": [o.state_dict() for o in self.optimizers],
-                   "random": self.random.get_state(), "step": step, "elapsed": elapsed}  # fmt: skip
+        content = {
+            "state": self.state,
+            "readers": self.readers,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "random": self.random.get_state(),
+            "step": step,
+            "elapsed": elapsed,
+        }
         torch.save(content, partial)
         os.replace(partial, path)
 
@@ -89,8 +95,9 @@ class Learner:
         """Continue from a saved learner of the same configuration; its step and elapsed seconds."""
         content = torch.load(path, map_location=self.device, weights_only=True)
         with torch.no_grad():
-            for name, tensor in content["state"].items():
-                self.state[name].copy_(tensor)
+            for own, saved in ((self.state, content["state"]), (self.readers, content["readers"])):
+                for name, tensor in saved.items():
+                    own[name].copy_(tensor)
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.random.set_state(content["random"].cpu())

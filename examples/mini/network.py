@@ -40,7 +40,7 @@ class Network:
         """Features [B, N / 4, H] of uint8 patches [B, N, 588], bytes in (y, x, channel) order."""
         config = self.config.vision
         weight = state["visual.patch_embed.proj.weight"].sum(2).permute(0, 2, 3, 1).flatten(1)
-        x = F.linear((patches.float() - self.mean) / self.std, weight)
+        x = F.linear((patches.to(weight.dtype) - self.mean) / self.std, weight)
         for index in range(config.depth):
             block = f"visual.blocks.{index}."
             y = _linear(state, f"{block}attn.qkv", _layer_norm(state, f"{block}norm1", x))
@@ -60,7 +60,7 @@ class Network:
         # [B, T, 2, D/2] from the three axes' positions: each pair of channels turns with one of them.
         at = positions[:, self.axes].transpose(1, 2)
         pairs = torch.arange(dim // 2, device=at.device)
-        causal = torch.full((at.shape[1],) * 2, float("-inf"), device=at.device).triu_(1)
+        causal = torch.full((at.shape[1],) * 2, float("-inf"), dtype=embeds.dtype, device=at.device).triu_(1)
         cos, sin = (self.table[at, part, pairs][:, None] for part in (0, 1))
         x = embeds
         for index in range(config.num_hidden_layers):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vpt_model.checkpoint import Checkpoint
+from vpt_model.config import ModelConfig
 from vpt_model.model import Model
 from vpt_model.tokens import Tokenizer
 
@@ -14,8 +15,16 @@ FOLDER = Path(__file__).parent / "weights"
 """The shipped checkpoint, laid out like a released one."""
 
 
-def load(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> tuple[Model, Tokenizer]:
-    """vpt-mini with its weights in `dtype`, and its tokenizer. Raises ValueError if the folder's files are damaged."""
+def load_state(
+    dtype: torch.dtype = torch.float32, folder: Path = FOLDER
+) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
+    """vpt-mini's configuration, weights in `dtype` and tokenizer. Raises ValueError if the files are damaged."""
     checkpoint = Checkpoint.open(folder)
     tokenizer = checkpoint.tokenizer()
-    return Model.from_state(checkpoint.config, checkpoint.load(dtype)), tokenizer
+    return checkpoint.config, checkpoint.load(dtype), tokenizer
+
+
+def load(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> tuple[Model, Tokenizer]:
+    """vpt-mini, ready for an `Engine`; as `load_state`."""
+    config, state, tokenizer = load_state(dtype, folder)
+    return Model.from_state(config, state), tokenizer

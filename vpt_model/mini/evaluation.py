@@ -1,44 +1,45 @@
-"""`vpt eval-mini`: how often vpt-mini is right, by kind of question, path, backend and dtype; seen test scenes only once.
+"""How often vpt-mini is right on the test split: by kind of question, path, backend, dtype and control state.
 
-Paths: "direct" asks for an answer from the first look, "always look" asks for a second one (both by the sentence that
-the training used for it), "free" leaves the choice to the model. Photographs, seeds and so pictures are those of the
-test split, of which training saw none.
+Paths: "direct" asks for an answer from the first look and "always look" for a second one, each by the sentence that
+training used for it; "free" leaves the choice to the model. The scenes have photographs and seeds of the test split,
+of which training saw none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from vpt_model import language, perception, vision
+from vpt_model import language, mini, perception, vision
 from vpt_model.engine import Engine
 from vpt_model.events import Answer
 from vpt_model.mini.scenes import KINDS, Question, Scene, make_question, make_scene
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER, LOOK_TRIGGERS
+from vpt_model.model import Model
 from vpt_model.prompt import PromptFormat
 
-PATHS = ("direct", "always look", "free")
+PATHS = ("free", "always look", "direct")
 CONTROLS = ("true", "zero", "another's")
+"""Control states of a re-encoding: its own; none, k = 0; that of another question about another picture."""
 MAX_NEW_TOKENS = 16
 _OPERATORS = ((vision, "roi_patch_embed"), (perception, "control_cross_attention_into"), (language, "append_visual_kv_"))
 
 
 @dataclass(frozen=True)
 class Result:
-    """One question and what the model did. path: of `PATHS`. looked: "region", "clip" or None."""
+    """One question about one scene, and what the model did. looked: "region", "clip" or None."""
 
     question: Question
-    path: str
+    ids: tuple[int, ...]
     text: str
     looked: str | None
-    boxes: tuple[tuple[int, int, int, int], ...]
-    ids: tuple[int, ...]
 
     @property
     def right(self) -> bool:
@@ -46,23 +47,57 @@ class Result:
 
     @property
     def right_path(self) -> bool:
-        """Whether the model looked again exactly where and how the question needs it."""
-        wanted = None if self.question.look is None else self.question.look.partition(":")[0]
-        return self.looked == wanted
+        """Whether the model looked again in the way that the question needs, or not at all where it needs no look."""
+        look = self.question.look
+        return self.looked == (look and look.partition(":")[0])
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of right answers and right paths among `count` questions."""
+    """Shares of right answers and of right paths among `count` questions."""
 
     count: int
     right: float
     right_path: float
 
+    @classmethod
+    def of(cls, results: Sequence[Result]) -> Score:
+        count = len(results)
+        return cls(count, sum(r.right for r in results) / count, sum(r.right_path for r in results) / count)
+
+
+class BorrowedControl(Engine):
+    """Re-encodes under the control state of the question before, which is about another picture."""
+
+    _last: Tensor | None = None
+
+    def control_state(self, hidden: Tensor) -> Tensor:
+        previous, self._last = self._last, super().control_state(hidden).clone()
+        return self._last if previous is None else previous
+
+
+def make_engine(path: str, kind: str, dtype: torch.dtype, control: str = "true", folder: Path = mini.FOLDER) -> Engine:
+    """vpt-mini, prompted to answer questions of `kind` by `path`.
+
+    Raises ValueError for an unknown path or control.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}; it must be one of {', '.join(PATHS)}")
+    if control not in CONTROLS:
+        raise ValueError(f"control is {control!r}; it must be one of {', '.join(CONTROLS)}")
+    looks = LOOK_TRIGGERS["region" if kind in ("tag", "two tags") else "clip"]
+    trigger = {"free": None, "always look": looks, "direct": DIRECT_TRIGGER}[path]
+    config, state, tokenizer = mini.load_state(dtype, folder)
+    if control == "zero":
+        for part in ("weight", "bias"):
+            state[f"clip_projector.linear_condition.{part}"].zero_()
+    made = BorrowedControl if control == "another's" else Engine
+    return made(Model.from_state(config, state), tokenizer, capacity=512, prompt=PromptFormat(trigger=trigger))
+
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Run the model's operators by `backend` ("auto" leaves the choice to them)."""
+    """Run the model's operators by `backend`; "auto" leaves the choice to them."""
     with ExitStack() as stack:
         for module, name in _OPERATORS:
             stack.enter_context(patch.object(module, name, partial(getattr(module, name), backend=backend)))
@@ -70,90 +105,80 @@ def using(backend: str) -> Iterator[None]:
 
 
 def examples(kind: str, count: int, first: int = 0) -> Iterator[tuple[Scene, Question]]:
-    """Test scenes number `first`, `first` + 1, … each with its one question of `kind`."""
+    """Test scenes number `first`, `first` + 1, …, each with a question of `kind`."""
     for seed in range(first, first + count):
         scene = make_scene(seed, "test")
         yield scene, make_question(scene, kind, seed)
 
 
 def evaluate(
-    engine: Engine,
-    kind: str,
-    path: str,
-    count: int,
-    *,
-    first: int = 0,
-    batch: int = 16,
-    progress: Callable[[int], None] = lambda done: None,
+    engine: Engine, kind: str, count: int, batch: int = 16, progress: Callable[[int], None] = lambda done: None
 ) -> list[Result]:
-    """Ask `count` questions of `kind` by `path`; `progress` is told how many are done.
-
-    engine: one of vpt-mini; its own prompt is left alone. Raises ValueError for an unknown path.
-    """
-    if path not in PATHS:
-        raise ValueError(f"path is {path!r}; it must be one of {', '.join(PATHS)}")
+    """Ask the first `count` questions of `kind`; `progress` is told how many more are done."""
     results: list[Result] = []
-    pending: list[tuple[Scene, Question]] = []
-    own = engine.prompt
-    try:
-        engine.prompt = replace(own, trigger=_trigger(kind, path))
-        for example in examples(kind, count, first):
-            pending.append(example)
-            if len(pending) == batch or len(results) + len(pending) == count:
-                images, questions = zip(*((scene.pixels, question.text) for scene, question in pending))
-                answers = engine.ask_batch(images, questions, max_new_tokens=MAX_NEW_TOKENS)
-                results += [_result(q, path, a) for (_, q), a in zip(pending, answers, strict=True)]
-                pending.clear()
-                progress(len(results))
-    finally:
-        engine.prompt = own
+    for first in range(0, count, batch):
+        scenes, questions = zip(*examples(kind, min(batch, count - first), first))
+        answers = engine.ask_batch(
+            [scene.pixels for scene in scenes], [q.text for q in questions], max_new_tokens=MAX_NEW_TOKENS
+        )
+        results += map(_result, questions, answers)
+        progress(len(answers))
     return results
 
 
-def score(results: Sequence[Result]) -> Score:
-    count = len(results)
-    return Score(count, sum(r.right for r in results) / count, sum(r.right_path for r in results) / count)
+def agreement(ours: Sequence[Result], theirs: Sequence[Result]) -> float:
+    """Share of the questions that got the same tokens and the same look."""
+    return sum((a.ids, a.looked) == (b.ids, b.looked) for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
-def _trigger(kind: str, path: str) -> str | None:
-    if path == "always look":
-        return LOOK_TRIGGERS["region" if kind in ("tag", "two tags") else "clip"]
-    return DIRECT_TRIGGER if path == "direct" else PromptFormat().trigger
+def _result(question: Question, answer: Answer) -> Result:
+    return Result(question, tuple(answer.ids), answer.text, answer.looks[0].kind if answer.looks else None)
 
 
-def _result(question: Question, path: str, answer: Answer) -> Result:
-    look = answer.looks[0] if answer.looks else None
-    boxes = () if look is None else look.boxes
-    return Result(question, path, answer.text, look and look.kind, tuple(boxes), tuple(answer.ids))
+@dataclass(frozen=True)
+class Line:
+    """One line of the report. agreement: with the first backend and dtype, on the same questions by the same path."""
+
+    backend: str
+    dtype: str
+    kind: str
+    path: str
+    control: str
+    score: Score
+    agreement: float | None = None
 
 
-class Controlled(Engine):
-    """Re-encodes under another control state: "zero" conditions nothing, "another's" is the question before this one's.
+def plan(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[tuple[str, torch.dtype, str, str, str]]:
+    """What `report` runs, in order: (backend, dtype, kind, path, control).
 
-    The action token's embedding stays the true one: only the projector is told otherwise.
+    Every path and control for the first backend and dtype; the others repeat the free choice.
     """
-
-    def __init__(self, *arguments, control: str, **options) -> None:
-        if control not in CONTROLS:
-            raise ValueError(f"control is {control!r}; it must be one of {', '.join(CONTROLS)}")
-        super().__init__(*arguments, **options)
-        self.control, self._last = control, None
-
-    def condition(self, control: Tensor) -> Tensor:
-        """The control state that the projector gets."""
-        previous, self._last = self._last, control.clone()
-        if self.control == "another's" and previous is not None:
-            return previous
-        return control
+    wanted = []
+    for backend in backends:
+        for dtype in dtypes:
+            paths = PATHS if not wanted else PATHS[:1]
+            runs = [(backend, dtype, kind, path, "true") for path in paths for kind in KINDS]
+            if not wanted:
+                runs += [(backend, dtype, "count", "free", control) for control in CONTROLS[1:]]
+            wanted += runs
+    return wanted
 
 
-def agreement(a: Sequence[Result], b: Sequence[Result]) -> float:
-    """Share of questions whose answers have the same tokens."""
-    return sum(x.ids == y.ids for x, y in zip(a, b, strict=True)) / len(a)
-
-
-def questions() -> tuple[str, ...]:
-    return KINDS
-
-
-__all__ = ["Controlled", "Result", "Score", "agreement", "evaluate", "examples", "score", "using", "torch"]
+def report(
+    backends: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    count: int,
+    folder: Path = mini.FOLDER,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[Line]:
+    """The lines of `plan`, `count` questions each, as they are done."""
+    first: dict[str, list[Result]] = {}
+    for backend, dtype, kind, path, control in plan(backends, dtypes):
+        with using(backend):
+            results = evaluate(make_engine(path, kind, dtype, control, folder), kind, count, progress=progress)
+        same = None
+        if (path, control) == ("free", "true"):
+            same = agreement(first[kind], results) if kind in first else None
+            first.setdefault(kind, results)
+        name = str(dtype).removeprefix("torch.")
+        yield Line(backend, name, kind, path, control, Score.of(results), same)
