@@ -23,8 +23,8 @@ GRID = (8, 8)
 """Patches of every look: the first one and each crop of 3×3 cells have the same size."""
 TOKENS = GRID[0] * GRID[1] // 4
 STAGES = {
-    "parts": ("read", "point", "attribute", "count"),
-    "whole": ("tag", "two tags", "attribute", "count"),
+    "parts": ("read", "point", "point", "point", "point", "attribute", "attribute", "count", "count"),
+    "whole": ("tag", "two tags", "point", "point", "attribute", "count"),
 }
 """The conversations about one scene: first reading crops and naming cells apart, then everything at once.
 
