@@ -32,7 +32,16 @@ from vpt_model.images import decode_image
 from vpt_model.mini.evaluation import Line, plan
 from vpt_model.mini.evaluation import report as evaluation
 from vpt_model.mini.scenes import fingerprint, make_scene
-from vpt_model.terminal import MINI, byte_progress, load_model, print_model, print_notices, print_rows, progress, question_progress
+from vpt_model.terminal import (
+    MINI,
+    byte_progress,
+    load_model,
+    print_model,
+    print_notices,
+    print_rows,
+    progress,
+    question_progress,
+)
 from vpt_model.verify import (
     FILES,
     SAMPLE_QUESTION,
@@ -304,7 +313,8 @@ def _print_story(console: Console, report: Report) -> None:
         for moment in chapter.moments:
             console.print(Text.assemble((f"{moment.milliseconds:8.1f} ms  ", "dim"), moment.what))
         for box_ in chapter.boxes:
-            console.print(Text(f"{'':13}the box {box_}: {box_[2] - box_[0]}×{box_[3] - box_[1]} pixels of the original"))
+            size = f"{box_[2] - box_[0]}×{box_[3] - box_[1]}"
+            console.print(Text(f"{'':13}the box {box_}: {size} pixels of the original"))
         verdict = Text("  right", "green") if chapter.right else Text("  WRONG", "bold red")
         answer = (f"{chapter.answer.text!r}", "bold")
         console.print(Text.assemble("  answer ", answer, f", truth {chapter.question.answer!r}", verdict))

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vpt_model.cache import KVCache
 from vpt_model import mini
+from vpt_model.cache import KVCache
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS, ModelConfig
 from vpt_model.engine import Engine

@@ -43,8 +43,9 @@ class Engine:
 
     model, tokenizer: of the same variant. max_looks: second looks per question; 1 is the published procedure, 0 never
     looks again. capacity: tokens that a conversation may hold. longest_edge: pixels to which an image or a crop is
-    reduced before the vision tower sees it (default: the configuration's). prompt: the texts around the question (default: `PromptFormat()`).
-    keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text.
+    reduced before the vision tower sees it (default: the configuration's `image_resolution`). prompt: the texts around
+    the question (default: `PromptFormat()`). keep_prefix: leave the "Now answer the question." that the models learned
+    to print in the answer's text.
 
     Greedy decoding unless a request brings its `Sampling`. Where the published code is silent or undefined:
     `<|endoftext|>` also ends generation; a region without a column or a row ends the conversation with the answer that
@@ -78,9 +79,7 @@ class Engine:
         self.capacity = capacity
         self.prompt = prompt or PromptFormat()
         self.keep_prefix = keep_prefix
-        self.policy = qwen2_vl_policy(
-            longest_edge=longest_edge or model.config.image_resolution, pass_order="hv"
-        )
+        self.policy = qwen2_vl_policy(longest_edge=longest_edge or model.config.image_resolution, pass_order="hv")
         self._idle = [self.new_cache()]
 
     def ask(

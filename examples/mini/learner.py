@@ -52,7 +52,8 @@ class Learner:
         # Used in training only: what the vision tower's tokens tell, read by one linear layer.
         width = config.hidden_size
         shapes = {"tags": (2 * len(SYMBOLS), width), "cells": (4 * (_COLOURS + _SHAPES), width), "places": (8, width)}
-        self.readers = {name: torch.zeros(shape, device=self.device, requires_grad=True) for name, shape in shapes.items()}
+        options = {"device": self.device, "requires_grad": True}
+        self.readers = {name: torch.zeros(shape, **options) for name, shape in shapes.items()}
         own = {name: tensor for name, tensor in state.items() if name != HEAD}
         matrices = {n for n, t in own.items() if t.dim() == 2 and n != EMBEDDING and not n.endswith("_feature.weight")}
         self.optimizers = [

@@ -112,7 +112,8 @@ def train(
                 recent.clear()
                 shown = " ".join(f"{kind} {value:.2f}" for kind, value in accuracy.items())
                 if not console.is_terminal:
-                    console.print(f"{step} {elapsed / 60:.1f} min {name} loss {line['loss']:.3f} {shown}", soft_wrap=True)
+                    when = f"{step} {elapsed / 60:.1f} min"
+                    console.print(f"{when} {name} loss {line['loss']:.3f} {shown}", soft_wrap=True)
                 bar.update(task, completed=elapsed, description=f"{name} loss {line['loss']:.3f} {shown}")
     worker.terminate()
 

@@ -86,7 +86,7 @@ def test_a_batch_teaches_what_its_conversations_say() -> None:
             group["targets"] = np.where(group["turn"] == 1, group["targets"], IGNORE)
             total, weight, _ = learner._group(group, features)
             expected = 0.0
-            for r, name in enumerate(group["names"]):
+            for name in group["names"]:
                 kind, _, mode = name.partition("/")
                 question = make_question(scene, kind, 8 * SEED + STAGES["whole"].index(kind))
                 row = converse(scene, question, mode)

@@ -29,7 +29,11 @@ PATHS = ("free", "always look", "direct")
 CONTROLS = ("true", "zero", "another's")
 """Control states of a re-encoding: its own; none, k = 0; that of another question about another picture."""
 MAX_NEW_TOKENS = 16
-_OPERATORS = ((vision, "roi_patch_embed"), (perception, "control_cross_attention_into"), (language, "append_visual_kv_"))
+_OPERATORS = (
+    (vision, "roi_patch_embed"),
+    (perception, "control_cross_attention_into"),
+    (language, "append_visual_kv_"),
+)
 
 
 @dataclass(frozen=True)
