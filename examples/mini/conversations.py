@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from vpt_kernels import plan_regions, qwen2_vl_policy, roi_patches
 from vpt_model.config import PRESETS
-from vpt_model.mini.scenes import COLOURS, SHAPES, SIDE, SYMBOLS, Question, Scene, make_question, make_scene
+from vpt_model.mini.scenes import COLOURS, SHAPES, SIDE, SYMBOLS, Question, Scene, Thing, make_question, make_scene
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER, LOOK_TRIGGERS, tokenizer
 from vpt_model.positions import mrope_positions
 from vpt_model.prompt import PromptFormat, action_round, first_round, region_round
@@ -32,6 +32,8 @@ STAGES = {
 MODES = ("free", "look", "direct")
 _MODE_SHARES = (0.6, 0.2, 0.2)
 _CROPS = 3
+_MIDDLE = (5, 6, 9, 10)
+_SPACE = tokenizer().encode(" ")[0]
 IGNORE = -100
 
 
@@ -41,6 +43,7 @@ class Row:
 
     name: kind and mode. answers: index from which the last turn's targets begin. looks: what the image pads show, the
     scene's looks in order (0: the whole picture, 1 + i: the crop of thing i). blank: slice of the first user turn.
+    gazes: index of a token, and of those that what follows it depends on.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Row:
     looks: list[int]
     blank: tuple[int, int]
     weight: float = 1.0
+    gazes: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 def converse(scene: Scene, question: Question, mode: str) -> Row:
@@ -82,21 +86,56 @@ def converse(scene: Scene, question: Question, mode: str) -> Row:
         say(*parse_look(path, ids))
         looks += [1 + scene.things.index(thing) for thing in question.things]
         if question.kind == "point":
-            return Row("point", tokens, targets, len(tokens), looks[:1], blank)
+            gazes = _gazes(tokens, targets, len(tokens), question, scene)
+            return Row("point", tokens, targets, len(tokens), looks[:1], blank, gazes=gazes)
         show(region_round(ids, [TOKENS] * len(question.things), words.encode)[1:])
     answers = len(tokens) - 1
     say(*words.encode(question.answer), ids.im_end)
+    gazes = _gazes(tokens, targets, answers, question, scene)
     hopeless = path is None and question.look not in (None, "clip")
     name = "read" if question.kind == "read" else f"{question.kind}/{mode}"
     # What cannot be seen must be guessed as well as possible, at little cost for the rest.
-    return Row(name, tokens, targets, answers, looks, blank, 0.3 if hopeless else 1.0)
+    return Row(name, tokens, targets, answers, looks, blank, 0.3 if hopeless else 1.0, gazes)
+
+
+def _gazes(
+    tokens: list[int], targets: list[int], answers: int, question: Question, scene: Scene
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """For each token that names a cell or an answer: the visual tokens that tell it."""
+    ids = tokenizer().ids
+    images = [i + 1 for i, token in enumerate(tokens) if token == ids.vision_start]
+    spoken = [i for i, target in enumerate(targets) if target != IGNORE]
+    found = []
+    cells = {ids.x, ids.y}
+    named = [i for i in spoken if i < answers and any(targets[i] in axis for axis in cells)]
+    for number, i in enumerate(named):
+        found.append((i, (images[0] + _token(question.things[number // 4]),)))
+    if question.kind == "count":
+        # Beside those that count, one that always does: of their share the number can be told.
+        counted = [t for t in scene.things if f" {t.colour}?" in question.text]
+        found.append((answers, (images[-1] - 1, *(images[-1] + _token(thing) for thing in counted))))
+    elif question.kind != "point":
+        cropped = len(images) > len(question.things) or question.kind == "read"
+        told = [i for i in spoken if i >= answers and targets[i] not in (ids.im_end, _SPACE)]
+        for number, i in enumerate(told):
+            thing = number // 2 if question.kind != "attribute" else 0
+            if question.kind == "attribute" or not cropped:
+                found.append((i, (images[-1] + _token(question.things[thing]),)))
+            else:
+                first = images[thing if question.kind == "read" else 1 + thing]
+                found.append((i, tuple(first + token for token in _MIDDLE)))
+    return tuple(found)
+
+
+def _token(thing: Thing) -> int:
+    return thing.row // 2 * (GRID[1] // 2) + thing.column // 2
 
 
 def read_crop(scene: Scene, index: int) -> Row:
     """A conversation whose only image is the crop of one thing."""
     thing = scene.things[index]
     row = converse(scene, Question("read", "What is on the tag?", thing.tag, None, (thing,)), "free")
-    return Row(row.name, row.tokens, row.targets, row.answers, [1 + index], row.blank)
+    return replace(row, looks=[1 + index])
 
 
 def conversations(scene: Scene, seed: int, stage: str, looks_only: bool = False) -> list[Row]:
@@ -199,7 +238,7 @@ def _collate(rows: Sequence[tuple[Row, dict[int, int]]]) -> dict:
     tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
     weights, where = np.zeros(shape, np.float32), np.zeros((len(rows), 3, longest), np.int64)
     turn = np.zeros(shape, np.int64)
-    pads, sources, actions, action_sources, blanks = [], [], [], [], []
+    pads, sources, actions, action_sources, blanks, gazes = [], [], [], [], [], []
     for r, (row, place) in enumerate(rows):
         length = len(row.tokens)
         tokens[r, :length], targets[r, :length] = row.tokens, row.targets
@@ -208,6 +247,7 @@ def _collate(rows: Sequence[tuple[Row, dict[int, int]]]) -> dict:
         at = [i for i, token in enumerate(row.tokens) if token == ids.image_pad]
         pads += [(r, i) for i in at]
         sources += [place[look] * TOKENS + i for look in row.looks for i in range(TOKENS)]
+        gazes += [(r, i, seen) for i, seen in row.gazes]
         if ids.action_start in row.tokens:
             actions.append((r, row.tokens.index(ids.action_start), row.tokens.index(ids.kind_pad)))
             action_sources.append(place[0])
@@ -219,6 +259,9 @@ def _collate(rows: Sequence[tuple[Row, dict[int, int]]]) -> dict:
         "weights": weights,
         "turn": turn,
         "positions": where,
+        "asked": np.array([gaze[:2] for gaze in gazes], np.int64).reshape(-1, 2),
+        "seen": np.array([(n, token) for n, (*_, seen) in enumerate(gazes) for token in seen], np.int64).reshape(-1, 2),
+        "seen_shares": np.array([1 / len(seen) for *_, seen in gazes for _ in seen], np.float32),
         "pads": np.array(pads, np.int64).reshape(-1, 2),
         "sources": np.array(sources, np.int64),
         "actions": np.array(actions, np.int64).reshape(-1, 3),

@@ -24,7 +24,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BLANK = 0.5
 _WEIGHT_DECAY = 0.02
 _COLOURS, _SHAPES = 1 + len(COLOURS), 1 + len(SHAPES)
-_HINT = 0.5
+_HINT, _GAZE = 0.5, 0.3
 
 
 def initial_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -154,14 +154,21 @@ class Learner:
         embeds = embeds.index_put((rows, columns), features.flatten(0, 1)[self._tensor(group["sources"])])
         if len(group["actions"]):
             embeds, targets = self._reencode(group, embeds, positions, features)
-        hidden = self.network.read(self.state, embeds, positions).float()
+        asked = tuple(self._tensor(group["asked"]).unbind(1)) if len(group["asked"]) else None
+        hidden, gaze = self.network.read(self.state, embeds, positions, asked)
+        hidden = hidden.float()
         spoken = np.nonzero(targets != IGNORE)
         at = tuple(self._tensor(index) for index in spoken)
         logits = self.network.logits(self.state, hidden[at])
         expected, weight = self._tensor(targets[spoken]), self._tensor(weights[spoken])
         losses = F.cross_entropy(logits, expected, reduction="none")
         good = (logits.argmax(-1) == expected).cpu().numpy()
-        return (losses * weight).sum(), float(weight.sum()), _accuracies(group, spoken, good)
+        loss = (losses * weight).sum()
+        if gaze is not None:
+            number, seen = self._tensor(group["seen"]).unbind(1)
+            shares = self._tensor(group["seen_shares"])
+            loss = loss - _GAZE * (gaze[number, :, seen].mean(1) * shares).sum()
+        return loss, float(weight.sum()), _accuracies(group, spoken, good)
 
     def _reencode(
         self, group: dict[str, Any], embeds: Tensor, positions: Tensor, features: Tensor
@@ -170,7 +177,7 @@ class Learner:
         actions = self._tensor(group["actions"])
         rows, starts, pads = actions.unbind(1)
         end = int(starts.max()) + 1
-        control = self.network.read(self.state, embeds[rows, :end], positions[rows, :, :end])
+        control, _ = self.network.read(self.state, embeds[rows, :end], positions[rows, :, :end])
         control = control[torch.arange(len(rows), device=self.device), starts].float()
         seen = self.network.reencode(self.state, features[self._tensor(group["action_sources"])], control).float()
         embeds = embeds.index_put((rows, starts + 1), control)

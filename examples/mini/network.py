@@ -18,6 +18,8 @@ from vpt_model.positions import vision_positions
 from vpt_model.vision import MEAN, STD
 
 State = Mapping[str, Tensor]
+GAZE = 2
+"""The language model's layer, counted from 0, of which training says where its first heads should look."""
 
 
 class Network:
@@ -53,8 +55,14 @@ class Network:
         merged = _layer_norm(state, "visual.merger.ln_q", x).flatten(1).unflatten(1, (-1, 4 * config.embed_dim))
         return _linear(state, "visual.merger.mlp.2", F.gelu(_linear(state, "visual.merger.mlp.0", merged)))
 
-    def read(self, state: State, embeds: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [B, T, H] behind the final norm; positions int64 [B, 3, T]. Padding belongs at the end."""
+    def read(
+        self, state: State, embeds: Tensor, positions: Tensor, asked: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [B, T, H] behind the final norm; positions int64 [B, 3, T]. Padding belongs at the end.
+
+        asked: rows and columns int64 [n] of tokens whose attention in layer GAZE is wanted too, as log-probabilities
+        [n, heads of the first KV head, T].
+        """
         config = self.config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         # [B, T, 2, D/2] from the three axes' positions: each pair of channels turns with one of them.
@@ -62,20 +70,24 @@ class Network:
         pairs = torch.arange(dim // 2, device=at.device)
         causal = torch.full((at.shape[1],) * 2, float("-inf"), dtype=embeds.dtype, device=at.device).triu_(1)
         cos, sin = (self.table[at, part, pairs][:, None] for part in (0, 1))
-        x = embeds
+        x, gaze = embeds, None
         for index in range(config.num_hidden_layers):
             layer = f"model.layers.{index}."
             y = self._norm(state, f"{layer}input_layernorm", x)
             q, k, v = (_linear(state, f"{layer}self_attn.{name}_proj", y) for name in "qkv")
             q, k, v = (part.unflatten(2, (-1, dim)).transpose(1, 2) for part in (q, k, v))
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            if asked is not None and index == GAZE:
+                rows, columns = asked
+                scores = q[rows, : heads // kv_heads, columns] @ k[rows, 0].transpose(-1, -2) * dim**-0.5
+                gaze = (scores.float() + causal[columns][:, None]).log_softmax(-1)
             k, v = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (k, v))
             y = _attend(q, k, v, causal).transpose(1, 2).flatten(2)
             x = x + F.linear(y, state[f"{layer}self_attn.o_proj.weight"])
             y = self._norm(state, f"{layer}post_attention_layernorm", x)
             gate, up = (F.linear(y, state[f"{layer}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
             x = x + F.linear(F.silu(gate) * up, state[f"{layer}mlp.down_proj.weight"])
-        return self._norm(state, "model.norm", x)
+        return self._norm(state, "model.norm", x), gaze
 
     def reencode(self, state: State, features: Tensor, control: Tensor) -> Tensor:
         """Features [B, M, H] under the control states [B, H]: out = f + (f·k)k."""
