@@ -17,7 +17,7 @@ from vpt_model import mini
 from vpt_model.checkpoint import expected_shapes
 from vpt_model.cli import app
 from vpt_model.config import PRESETS
-from vpt_model.mini.evaluation import CONTROLS, PATHS, Score, agreement, evaluate, make_engine, plan, using
+from vpt_model.mini.evaluation import CONTROLS, PATHS, READ, Score, agreement, evaluate, make_engine, plan, using
 from vpt_model.mini.scenes import KINDS, fingerprint
 
 # Least shares of right answers and of right paths, by the free choice, of the 50 questions that the test repeats: the
@@ -53,7 +53,7 @@ def test_backends_choose_the_same_tokens(kind: str) -> None:
 
 def test_every_combination_is_planned_once() -> None:
     runs = plan(["cpp", "reference"], [torch.float32, torch.bfloat16])
-    assert len(runs) == len(set(runs)) == len(PATHS) * len(KINDS) + len(CONTROLS) - 1 + 3 * len(KINDS)
+    assert len(runs) == len(set(runs)) == len(PATHS) * len(KINDS) + len(CONTROLS) + 3 * len(KINDS)
 
 
 def test_unknown_paths_and_controls_are_refused() -> None:
@@ -93,7 +93,7 @@ def test_the_package_ships_a_small_float16_checkpoint_and_its_card() -> None:
 def test_eval_mini_reports_as_json_and_as_a_table() -> None:
     lines = json.loads(vpt("eval-mini", "--count", 2, "--backend", "cpp", "--json").stdout)
     assert len(lines) == len(plan(["cpp"], [torch.float32]))
-    assert {line["path"] for line in lines} == set(PATHS) and {line["kind"] for line in lines} == set(KINDS)
+    assert {line["path"] for line in lines} == set(PATHS) and {line["kind"] for line in lines} == {*KINDS, READ}
     table = vpt("eval-mini", "--count", 1, "--backend", "cpp", "--dtype", "bfloat16")
     assert table.exit_code == 0 and "right path" in table.stdout and fingerprint()[:16] in table.stdout
     assert vpt("eval-mini", "--dtype", "int8").exit_code == 2

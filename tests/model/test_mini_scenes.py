@@ -12,7 +12,7 @@ from PIL import Image
 
 from vpt_kernels import plan_regions, qwen2_vl_policy
 from vpt_model.config import PRESETS
-from vpt_model.mini.scenes import KINDS, PHOTOS, SHAPES, SIDE, SYMBOLS, fingerprint, make_question, make_scene
+from vpt_model.mini.scenes import KINDS, PHOTOS, SHAPES, SIDE, SYMBOLS, crop, fingerprint, make_question, make_scene
 from vpt_model.mini.vocabulary import tokenizer
 from vpt_model.tokens import crop_box, parse_look, parse_region_ids
 
@@ -86,15 +86,11 @@ def test_questions_and_answers_are_short_in_tokens() -> None:
     assert len(tokenizer().encode(question.text)) == 10 and len(tokenizer().encode(question.answer)) == 2
 
 
-def test_tags_survive_the_crop_and_not_the_first_look() -> None:
-    """The strokes of a tag: in the crop pixel by pixel, in the first look three of eight rows and columns remain."""
+def test_a_crop_is_the_original_s_pixels() -> None:
     scene = make_scene(11, "test")
-    image = Image.fromarray(scene.pixels)
-    box = boxes(f"region:{scene.things[0].look}")[0]
-    crop = np.asarray(image.crop(box))
-    first = np.asarray(image.resize((RESOLUTION, RESOLUTION), Image.Resampling.NEAREST))
-    assert max(crop.shape[:2]) <= RESOLUTION
-    assert first.size * 7 < scene.pixels.size
+    for thing in scene.things:
+        [box] = boxes(f"region:{thing.look}")
+        assert np.array_equal(crop(scene, thing), np.asarray(Image.fromarray(scene.pixels).crop(box)))
 
 
 def test_unknown_splits_and_kinds_are_refused() -> None:

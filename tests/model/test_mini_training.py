@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.mini.conversations import CONFIG, GRID, IGNORE, STAGES, Row, batch, converse, patches, positions
+from examples.mini.conversations import CONFIG, GRID, IGNORE, Row, batch, conversations, converse, patches, positions
 from examples.mini.export import export
 from examples.mini.learner import Learner, initial_state
 from examples.mini.network import Network
@@ -73,31 +73,24 @@ def test_a_batch_teaches_what_its_conversations_say() -> None:
     learner = Learner(CONFIG, 0, 1e-3)
     learner.state.update(random_state(CONFIG, 3))
     made = batch([SEED], "whole")
-    rows = {}
-    for group in made["groups"]:
-        # Blanking is random: without it every row is its own teacher-forced forward pass.
-        group["blanks"][:] = 0
-        # A gaze is a hint beside the loss.
-        group["asked"] = group["asked"][:0]
-        for r, name in enumerate(group["names"]):
-            rows[name] = group, r
     scene = make_scene(SEED, "train")
+    rows = iter(sorted(conversations(scene, SEED, "whole"), key=lambda row: len(row.tokens)))
     with torch.no_grad():
         features = learner.network.see(learner.state, torch.from_numpy(made["patches"]))
         for group in made["groups"]:
+            # Without what is random (blanking) or a hint beside the loss, of the last turns alone.
+            group["blanks"][:], group["asked"] = 0, group["asked"][:0]
             group["targets"] = np.where(group["turn"] == 1, group["targets"], IGNORE)
             total, weight, _ = learner._group(group, features)
             expected = 0.0
-            for name in group["names"]:
-                kind, _, mode = name.partition("/")
-                question = make_question(scene, kind, 8 * SEED + STAGES["whole"].index(kind))
-                row = converse(scene, question, mode)
+            for row in (next(rows) for _ in group["names"]):
                 logits = logits_in_training(learner.state, scene, row)
                 targets = torch.tensor(row.targets)
                 targets[: row.answers] = IGNORE
                 losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
                 expected += row.weight * losses.item()
-            assert total.item() == pytest.approx(expected, rel=1e-4)
+            assert total.item() == pytest.approx(expected, rel=1e-4) and weight >= 0
+    assert next(rows, None) is None
 
 
 def test_gradients_reach_every_weight_that_serves() -> None:

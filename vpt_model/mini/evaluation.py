@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vpt_model import language, mini, perception, vision
 from vpt_model.engine import Engine
 from vpt_model.events import Answer
-from vpt_model.mini.scenes import KINDS, Question, Scene, make_question, make_scene
+from vpt_model.mini.scenes import KINDS, Question, crop, make_question, make_scene
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER, LOOK_TRIGGERS
 from vpt_model.model import Model
 from vpt_model.prompt import PromptFormat
@@ -28,6 +29,8 @@ from vpt_model.prompt import PromptFormat
 PATHS = ("free", "always look", "direct")
 CONTROLS = ("true", "zero", "another's")
 """Control states of a re-encoding: its own; none, k = 0; that of another question about another picture."""
+READ = "read the crop"
+"""A kind of question for comparison: the crop is the only image, so nothing needs to be found."""
 MAX_NEW_TOKENS = 16
 _OPERATORS = (
     (vision, "roi_patch_embed"),
@@ -108,11 +111,15 @@ def using(backend: str) -> Iterator[None]:
         yield
 
 
-def examples(kind: str, count: int, first: int = 0) -> Iterator[tuple[Scene, Question]]:
-    """Test scenes number `first`, `first` + 1, …, each with a question of `kind`."""
+def examples(kind: str, count: int, first: int = 0) -> Iterator[tuple[np.ndarray, Question]]:
+    """Test pictures number `first`, `first` + 1, …, each with a question of `kind`; for READ only the crop to read."""
     for seed in range(first, first + count):
         scene = make_scene(seed, "test")
-        yield scene, make_question(scene, kind, seed)
+        question = make_question(scene, "tag" if kind == READ else kind, seed)
+        if kind == READ:
+            yield crop(scene, question.things[0]), replace(question, kind=READ, text="What is on the tag?", look=None)
+        else:
+            yield scene.pixels, question
 
 
 def evaluate(
@@ -121,10 +128,8 @@ def evaluate(
     """Ask the first `count` questions of `kind`; `progress` is told how many more are done."""
     results: list[Result] = []
     for first in range(0, count, batch):
-        scenes, questions = zip(*examples(kind, min(batch, count - first), first))
-        answers = engine.ask_batch(
-            [scene.pixels for scene in scenes], [q.text for q in questions], max_new_tokens=MAX_NEW_TOKENS
-        )
+        pictures, questions = zip(*examples(kind, min(batch, count - first), first))
+        answers = engine.ask_batch(pictures, [q.text for q in questions], max_new_tokens=MAX_NEW_TOKENS)
         results += map(_result, questions, answers)
         progress(len(answers))
     return results
@@ -164,6 +169,7 @@ def plan(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[tuple[s
             runs = [(backend, dtype, kind, path, "true") for path in paths for kind in KINDS]
             if not wanted:
                 runs += [(backend, dtype, "count", "free", control) for control in CONTROLS[1:]]
+                runs.append((backend, dtype, READ, "free", "true"))
             wanted += runs
     return wanted
 
@@ -181,7 +187,7 @@ def report(
         with using(backend):
             results = evaluate(make_engine(path, kind, dtype, control, folder), kind, count, progress=progress)
         same = None
-        if (path, control) == ("free", "true"):
+        if kind != READ and (path, control) == ("free", "true"):
             same = agreement(first[kind], results) if kind in first else None
             first.setdefault(kind, results)
         name = str(dtype).removeprefix("torch.")

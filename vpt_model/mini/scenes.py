@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vpt_model.tokens import GRID
+from vpt_model.tokens import GRID, RegionSpan, crop_box
 
 SIDE = 298
 """Width and height of a picture: the largest of which 3×3 of the 8×8 cells never exceed 112 pixels."""
@@ -118,6 +118,12 @@ def make_question(scene: Scene, kind: str, seed: int) -> Question:
     # Half of the counts are about the first object's colour, which several objects share.
     colour = scene.things[0].colour if random.random() < 0.5 else str(random.choice(list(COLOURS)))
     return Question(kind, f"How many objects are {colour}?", str(colours[colour]), "clip")
+
+
+def crop(scene: Scene, thing: Thing) -> np.ndarray:
+    """The pixels that a look at the thing's cell shows, in the original's resolution."""
+    left, top, right, bottom = crop_box(RegionSpan(frozenset([thing.column]), frozenset([thing.row])), SIDE, SIDE)
+    return scene.pixels[top:bottom, left:right]
 
 
 def fingerprint() -> str:
