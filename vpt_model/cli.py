@@ -311,7 +311,8 @@ def _print_story(console: Console, report: Report) -> None:
     for chapter in report.story:
         console.print(Text.assemble("\n", (chapter.question.text, "bold")))
         for moment in chapter.moments:
-            console.print(Text.assemble((f"{moment.milliseconds:8.1f} ms  ", "dim"), moment.what))
+            line = Text.assemble((f"{moment.milliseconds:8.1f} ms  ", "dim"), moment.what)
+            console.print(line, soft_wrap=True)
         for box_ in chapter.boxes:
             size = f"{box_[2] - box_[0]}×{box_[3] - box_[1]}"
             console.print(Text(f"{'':13}the box {box_}: {size} pixels of the original"))
