@@ -6,6 +6,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +20,28 @@ from rich.text import Text
 from vpt_kernels import BackendUnavailable
 from vpt_kernels import env as environment
 from vpt_model import demo as demonstration
+from vpt_model import mini
 from vpt_model.checkpoint import Checkpoint
+from vpt_model.config import PRESETS
 from vpt_model.convert import convert as write_converted
 from vpt_model.demo import STAGES, Comparison, Report, Step
 from vpt_model.engine import Engine
 from vpt_model.events import Answer, Done, Event, Look, Reencode, Region, Token
 from vpt_model.hub import model_folder
 from vpt_model.images import decode_image
-from vpt_model.terminal import byte_progress, load_model, print_model, print_notices, print_rows, progress
+from vpt_model.mini.evaluation import Line, plan
+from vpt_model.mini.evaluation import report as evaluation
+from vpt_model.mini.scenes import fingerprint, make_scene
+from vpt_model.terminal import (
+    MINI,
+    byte_progress,
+    load_model,
+    print_model,
+    print_notices,
+    print_rows,
+    progress,
+    question_progress,
+)
 from vpt_model.verify import (
     FILES,
     SAMPLE_QUESTION,
@@ -73,8 +88,9 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 @friendly
 def demo(
     preset: Annotated[
-        str, typer.Option(help="shapes of the random weights: tiny, 2b-slice, 2b (13 GB) or 7b (51 GB)")
-    ] = "2b-slice",
+        str,
+        typer.Option(help="mini, which is trained; or random weights of shapes tiny, 2b-slice, 2b (13 GB), 7b (51 GB)"),
+    ] = demonstration.TRAINED,
     look: Looks = None,
     out: Annotated[Path, typer.Option(help="the picture to write", dir_okay=False)] = Path("vpt-demo.png"),
     as_json: Json = False,
@@ -82,9 +98,12 @@ def demo(
         str | None, typer.Option(help="corrupt one step on purpose (control, position or slot): the command must fail")
     ] = None,
     tokens: Annotated[int, typer.Option(help="tokens of each answer", min=1)] = 12,
-    image: Annotated[Path | None, typer.Option(help="a photo; by default the Hubble deep field")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="a photo for random weights; by default the Hubble deep field")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="which picture of its test split vpt-mini is shown", min=0)] = 0,
 ) -> None:
-    """Look twice at a photo with random weights, by this engine and by the published procedure, and compare.
+    """Look twice at a picture: vpt-mini answers; this engine and the published procedure are compared.
 
     Exit code 1 if they disagree.
     """
@@ -94,9 +113,11 @@ def demo(
         raise ValueError("the picture needs matplotlib: pip install 'vpt-kernels[demo]'") from error
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    looks = look or list(demonstration.LOOKS)
-    with progress(demonstration.activities(looks), quiet=as_json) as begin:
-        report = demonstration.run(preset, looks, image, max_new_tokens=tokens, inject=inject, progress=begin)
+    looks = look or demonstration.default_looks(preset, seed)
+    with progress(demonstration.activities(preset, looks), quiet=as_json) as begin:
+        report = demonstration.run(
+            preset, looks, image, max_new_tokens=tokens, inject=inject, seed=seed, progress=begin
+        )
         figure.draw(report, out)
     if as_json:
         typer.echo(json.dumps(demonstration.as_json(report) | {"picture": str(out)}))
@@ -109,15 +130,20 @@ def demo(
 @app.command()
 @friendly
 def ask(
-    model: Annotated[str, typer.Option(help=MODEL)],
-    image: Annotated[Path, typer.Option(help="an image file")],
-    question: Annotated[str, typer.Option(help="what to ask about it")],
+    question: Annotated[str, typer.Option(help="what to ask about the image")],
+    model: Annotated[str, typer.Option(help=f"{MODEL}; by default vpt-mini, which knows its own task only")] = MINI,
+    image: Annotated[
+        Path | None, typer.Option(help="an image file; vpt-mini can do without: the demo's picture")
+    ] = None,
     look: Looks = None,
     as_json: Json = False,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="without --image: which picture of vpt-mini's test split", min=0)] = 0,
 ) -> None:
     """Answer a question about an image, with the second looks that the model asks for."""
-    picture = decode_image(image)
+    if image is None and model != MINI:
+        raise ValueError("there is no image: give --image FILE")
+    picture = make_scene(seed, "test").pixels if image is None else decode_image(image)
     loaded, tokenizer, _ = load_model(model, quiet=as_json)
     engine = Engine(loaded, tokenizer, max_looks=max(1, len(look or ())))
     console = Console(quiet=as_json)
@@ -174,6 +200,48 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("eval-mini")
+@friendly
+def eval_mini(
+    count: Annotated[int, typer.Option(help="questions of each kind", min=1)] = 1000,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="operators' implementation; may be repeated; by default cpp and reference")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bfloat16, float16 or float32; may be repeated; by default float32")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="other weights than the shipped ones", file_okay=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """How often vpt-mini is right on pictures that its training never saw, by kind of question and path.
+
+    The first backend and dtype take every path; the others repeat the free choice and are compared token by token.
+    """
+    names = dtype or ["float32"]
+    if unknown := [name for name in names if name not in DTYPES]:
+        raise ValueError(f"--dtype {unknown[0]}: it must be one of {', '.join(DTYPES)}")
+    backends, dtypes = backend or ["cpp", "reference"], [DTYPES[name] for name in names]
+    table = Table("backend", "dtype", "question", "path", "control", header_style="dim")
+    for column in ("right", "right path", "same tokens"):
+        table.add_column(column, justify="right")
+    lines, total = [], len(plan(backends, dtypes)) * count
+    with question_progress(total, quiet=as_json) as advance:
+        for line in evaluation(backends, dtypes, count, folder or mini.FOLDER, advance):
+            lines.append(line)
+            table.add_row(*_percentages(line))
+    if as_json:
+        typer.echo(json.dumps([asdict(line) for line in lines]))
+        return
+    Console().print(table)
+    typer.echo(f"{count} questions each; pictures of generator {fingerprint()[:16]}")
+
+
+def _percentages(line: Line) -> list[str]:
+    shares = (line.score.right, line.score.right_path, line.agreement)
+    shown = ["" if share is None else f"{share:.2%}" for share in shares]
+    return [line.backend, line.dtype, line.kind, line.path, line.control, *shown]
+
+
 @app.command()
 @friendly
 def convert(
@@ -206,10 +274,15 @@ def env() -> None:
 def _print_report(console: Console, report: Report, out: Path) -> None:
     console.print(
         f"\npreset [bold]{report.preset}[/], photo {report.image.width}×{report.image.height}, "
-        f"question “{report.question}”\n"
-        "The weights are random, so the words of the answers mean nothing yet. "
-        "What counts: both procedures choose the same tokens, and what each of them does for it."
+        f"question “{report.question}”"
     )
+    if report.story:
+        _print_story(console, report)
+    else:
+        console.print(
+            "The weights are random, so the words of the answers mean nothing yet. "
+            "What counts: both procedures choose the same tokens, and what each of them does for it."
+        )
     if report.inject:
         console.print(f"[yellow]The engine's {report.inject} is corrupted on purpose: the answers must differ.[/]")
     for look in report.comparisons:
@@ -229,6 +302,24 @@ def _print_report(console: Console, report: Report, out: Path) -> None:
     console.print(f"\npicture: {out}")
     agreed = "[bold green]The two procedures agree.[/]"
     console.print(agreed if report.passed else "[bold red]The two procedures DISAGREE.[/]")
+
+
+def _print_story(console: Console, report: Report) -> None:
+    width, height = report.image.size
+    edge = PRESETS[report.preset].image_resolution
+    console.print(f"The model first saw {min(width, edge)}×{min(height, edge)} of {width}×{height} pixels.")
+    for chapter in report.story:
+        console.print(Text.assemble("\n", (chapter.question.text, "bold")))
+        for moment in chapter.moments:
+            line = Text.assemble((f"{moment.milliseconds:8.1f} ms  ", "dim"), moment.what)
+            console.print(line, soft_wrap=True)
+        for box_ in chapter.boxes:
+            size = f"{box_[2] - box_[0]}×{box_[3] - box_[1]}"
+            console.print(Text(f"{'':13}the box {box_}: {size} pixels of the original"))
+        verdict = Text("  right", "green") if chapter.right else Text("  WRONG", "bold red")
+        answer = (f"{chapter.answer.text!r}", "bold")
+        console.print(Text.assemble("  answer ", answer, f", truth {chapter.question.answer!r}", verdict))
+    console.print("\nThe same by the published procedure, with the second look given:")
 
 
 def _table(look: Comparison) -> Table:

@@ -79,7 +79,8 @@ class ModelConfig:
     """One VPT model: a Qwen2-VL language model, its vision tower and the re-encoder `kind`.
 
     `kind` is the released variant's re-encoder: "clip" (the model's own tower), "detection" (DINOv2, shaped by `dino`),
-    "seg" (SAM, shaped by `sam`), or None for a plain Qwen2-VL without perception tokens.
+    "seg" (SAM, shaped by `sam`), or None for a plain Qwen2-VL without perception tokens. `image_resolution`: pixels to
+    which the longest edge of an image or a crop is reduced before the vision tower sees it.
     """
 
     hidden_size: int = 1536
@@ -93,6 +94,7 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True
     mrope_section: tuple[int, int, int] = (16, 24, 24)
+    image_resolution: int = 512
     kind: str | None = "clip"
     vision: VisionConfig = field(default_factory=VisionConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
@@ -155,6 +157,21 @@ PRESETS: dict[str, ModelConfig] = {
             global_attn_indexes=(1,),
         ),
     ),
+    # The trained model that the package ships (`vpt_model.mini`): 8×8 patches see an image, 8×8 see a crop of it.
+    "mini": ModelConfig(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=384,
+        vocab_size=384,
+        # The sequences are short: with Qwen2-VL's 1e6 the row and column angles of 4×4 tokens would hardly differ.
+        rope_theta=20.0,
+        max_position_embeddings=2048,
+        mrope_section=(4, 6, 6),
+        image_resolution=112,
+        vision=VisionConfig(depth=4, embed_dim=128, num_heads=4, mlp_ratio=3, hidden_size=128),
+    ),
     # True widths and vocabulary of the 2B, two layers each: work is measured, not Python overhead.
     "2b-slice": replace(
         _2B,
@@ -209,6 +226,7 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
         **_checked(ModelConfig, {name: content[name] for name in (*_SIZES, *_CONSTANTS)}),
         tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
         mrope_section=tuple(sections[0]),
+        **_checked(ModelConfig, {name: content[name] for name in ("image_resolution",) if name in content}),
         kind=None if model_type == PLAIN_MODEL_TYPE else _kind(content, names),
         vision=VisionConfig(**_checked(VisionConfig, vision)),
         dino=DinoConfig(**_checked(DinoConfig, dino)),

@@ -45,9 +45,9 @@ class Engine:
 
     model, tokenizer: of the same variant. max_looks: second looks per question; 1 is the published procedure, 0 never
     looks again. capacity: tokens that a conversation may hold. longest_edge: pixels to which an image or a crop is
-    reduced before the vision tower sees it. prompt: the texts around the question (default: `PromptFormat()`).
-    keep_prefix: leave the "Now answer the question." that the models learned to print in the answer's text. speculate:
-    on a GPU, begin the re-encoder's work beside the first round, for answers that may never ask for it.
+    reduced before the vision tower sees it (default: the configuration's `image_resolution`). prompt: the texts around
+    the question (default: `PromptFormat()`). keep_prefix: leave the "Now answer the question." that the models learned
+    to print in the answer's text. speculate: on a GPU, begin the re-encoder's work beside the first round, unasked.
 
     Greedy decoding unless a request brings its `Sampling`. Where the published code is silent or undefined:
     `<|endoftext|>` also ends generation; a region without a column or a row ends the conversation with the answer that
@@ -63,7 +63,7 @@ class Engine:
         *,
         max_looks: int = 1,
         capacity: int = 2048,
-        longest_edge: int = 512,
+        longest_edge: int | None = None,
         prompt: PromptFormat | None = None,
         keep_prefix: bool = False,
         speculate: bool = False,
@@ -83,7 +83,7 @@ class Engine:
         self.prompt = prompt or PromptFormat()
         self.keep_prefix = keep_prefix
         self.speculate = speculate and model.encoder is not None and model.device.type == "cuda"
-        self.policy = qwen2_vl_policy(longest_edge=longest_edge, pass_order="hv")
+        self.policy = qwen2_vl_policy(longest_edge=longest_edge or model.config.image_resolution, pass_order="hv")
         self._idle = [self.new_cache()]
         self._graphs: Graphs | None = None
 

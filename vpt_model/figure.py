@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from vpt_model.config import PRESETS
 from vpt_model.demo import STAGES, Comparison, Report, Run
 from vpt_model.events import Box
 from vpt_model.reference_encoders import first_resize, smart_resize
@@ -36,9 +37,11 @@ def draw(report: Report, path: str | Path) -> None:
         timeline = figure.add_subplot(figure.add_gridspec(1, 1, **lower)[0])
         _headline(figure, report)
         _photo(panels[0], report)
-        _pixels(panels[1], report.image, None, shown.boxes[0] if shown else (0, 0, *report.image.size))
+        resolution = PRESETS[report.preset].image_resolution
+        whole = (0, 0, *report.image.size)
+        _pixels(panels[1], report.image, None, shown.boxes[0] if shown else whole, resolution)
         if shown:
-            _pixels(panels[2], report.image, shown.boxes[0], shown.boxes[0])
+            _pixels(panels[2], report.image, shown.boxes[0], shown.boxes[0], resolution)
         else:
             panels[2].remove()
         _timeline(timeline, report.comparisons)
@@ -48,9 +51,9 @@ def draw(report: Report, path: str | Path) -> None:
             raise ValueError(f"{path} cannot be written: {error}; give another --out") from error
 
 
-def seen_pixels(image: Image.Image, box: Box | None) -> Image.Image:
-    """What the vision tower gets of `image`, or of its crop to `box`: NEAREST down to 512 pixels, then BICUBIC."""
-    reduced = first_resize(image if box is None else image.crop(box), 512)
+def seen_pixels(image: Image.Image, box: Box | None, resolution: int = 512) -> Image.Image:
+    """What the vision tower gets of `image` or of its crop to `box`: NEAREST down to `resolution`, then BICUBIC."""
+    reduced = first_resize(image if box is None else image.crop(box), resolution)
     height, width = smart_resize(reduced.height, reduced.width, 28)
     return reduced.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -73,11 +76,16 @@ def _headline(figure: Figure, report: Report) -> None:
     verdict = "identical ids" if all(look.identical for look in report.comparisons) else "DIFFERENT IDS"
     difference = max(look.difference for look in report.comparisons)
     height = figure.get_figheight()
-    figure.text(0.03, 1 - 0.33 / height, "Look, then look again", fontsize=19, fontweight="bold", va="center")
+    title = "Look, then look again"
+    weights = "random weights"
+    if report.story:
+        first, weights = report.story[0], "trained weights"
+        title = f"“{first.question.text}”  “{first.answer.text}” ({'right' if first.right else first.question.answer})"
+    figure.text(0.03, 1 - 0.33 / height, title, fontsize=19, fontweight="bold", va="center")
     figure.text(
         0.03,
         1 - 0.68 / height,
-        f"preset {report.preset}, random weights  ·  {report.image.width}×{report.image.height} photo  ·  "
+        f"preset {report.preset}, {weights}  ·  {report.image.width}×{report.image.height} photo  ·  "
         f"against the published procedure: {verdict}, largest logit difference {difference:.1e}",
         fontsize=11,
         color=MUTED,
@@ -115,10 +123,10 @@ def _named_cells(region: RegionSpan, width: int, height: int) -> tuple[float, fl
     )
 
 
-def _pixels(axes: Axes, image: Image.Image, box: Box | None, view: Box) -> None:
+def _pixels(axes: Axes, image: Image.Image, box: Box | None, view: Box, resolution: int) -> None:
     """The part `view` of what a look at `box` (None: the whole photo) gives the model, pixel by pixel, and a detail."""
     left, top, right, bottom = box or (0, 0, *image.size)
-    pixels, extent = seen_pixels(image, box), (left, right, bottom, top)
+    pixels, extent = seen_pixels(image, box, resolution), (left, right, bottom, top)
     scale = pixels.width / (right - left)
     seen = f"{round((view[2] - view[0]) * scale)}×{round((view[3] - view[1]) * scale)} pixels"
     whole = view == (0, 0, *image.size)

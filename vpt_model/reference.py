@@ -159,11 +159,11 @@ class PublishedProcedure:
         ids: TokenIds,
         tokenizer: Tokenizer | None = None,
         *,
-        longest_edge: int = 512,
+        longest_edge: int | None = None,
         layout: PromptFormat | None = None,
     ) -> None:
         self.config, self.ids, self.tokenizer = config, ids, tokenizer
-        self.longest_edge, self.layout = longest_edge, layout or PromptFormat()
+        self.longest_edge, self.layout = longest_edge or config.image_resolution, layout or PromptFormat()
         self.merge = config.vision.spatial_merge_size
         self.visual = VisionTower(config.vision, Weights(state, "visual."))
         self.decoder = Decoder(config, Weights(state, "model."))

@@ -7,10 +7,20 @@ from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from vpt_model import mini
 from vpt_model.checkpoint import Checkpoint, random_state
 from vpt_model.config import PRESETS
 from vpt_model.hub import model_folder
@@ -18,14 +28,15 @@ from vpt_model.model import Model
 from vpt_model.tokens import Tokenizer
 from vpt_model.verify import TOLERANCE, Row, parameter_counts
 
-RANDOM = "random:"
+RANDOM, MINI = "random:", "mini"
 _TABLE_WIDTH = 160
 
 
 def load_model(model: str, quiet: bool = False) -> tuple[Model, Tokenizer, Checkpoint | None]:
-    """The model that a folder, a hub name or `random:PRESET` names; progress and notices go to stderr.
+    """The model that a folder, a hub name, `mini` or `random:PRESET` names; progress and notices go to stderr.
 
-    The tokenizer is checked before any weight is read. Random weights are bfloat16 and have no checkpoint.
+    The tokenizer is checked before any weight is read. Random weights are bfloat16 and have no checkpoint; vpt-mini is
+    float32.
     """
     if model.startswith(RANDOM):
         preset = model.removeprefix(RANDOM)
@@ -37,12 +48,12 @@ def load_model(model: str, quiet: bool = False) -> tuple[Model, Tokenizer, Check
             begin(f"making random weights for {preset}")
             state = random_state(config, dtype=torch.bfloat16)
         return Model.from_state(config, state), tokenizer, None
-    checkpoint = Checkpoint.open(model_folder(model))
+    checkpoint = Checkpoint.open(mini.FOLDER if model == MINI else model_folder(model))
     tokenizer = checkpoint.tokenizer()
     if not quiet:
         print_notices(checkpoint.notices)
     with byte_progress("loading", quiet) as advance:
-        state = checkpoint.load(progress=advance)
+        state = checkpoint.load(torch.float32 if model == MINI else None, progress=advance)
     return Model.from_state(checkpoint.config, state), tokenizer, checkpoint
 
 
@@ -62,6 +73,16 @@ def progress(steps: int, quiet: bool) -> Iterator[Callable[[str], None]]:
                 console.print(f"{activity} …", style="dim")
 
         yield begin
+
+
+@contextmanager
+def question_progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of questions on stderr, where it is a terminal."""
+    console = Console(stderr=True, quiet=quiet)
+    columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.advance(task, done)
 
 
 @contextmanager

@@ -244,11 +244,12 @@ class Tokenizer:
         return cls(backend, kind)
 
     @classmethod
-    def byte_level(cls, vocab_size: int, kind: str | None) -> Tokenizer:
+    def byte_level(cls, vocab_size: int, kind: str | None, words: Sequence[str] = ()) -> Tokenizer:
         """A tokenizer for random weights: one token per byte, and the special and perception tokens.
 
         From 151,679 tokens on, all of them, the role words and the words of the system prompt have the ids that they
-        have in Qwen2-VL and its VPT variants; below, they follow the 256 bytes. Raises ValueError below 297 tokens.
+        have in Qwen2-VL and its VPT variants; below, they follow the 256 bytes, and behind them come `words`, each with
+        the space before it if it has one. Raises ValueError below 297 tokens, or if the words do not fit.
         """
         symbols = _byte_symbols()
         pad = [f"<|{kind}_image_pad|>"] if kind else []
@@ -258,13 +259,16 @@ class Tokenizer:
             vocabulary |= {"You": 2610, "Ġare": 525, "Ġa": 264, "Ġhelpful": 10950, "Ġassistant": 17847}
             special = _numbered(["<|endoftext|>", *_SPECIAL, *pad], 151_643)
             plain = _numbered([*_REGION, *action], 151_658)
-        elif vocab_size >= 297:
+        elif vocab_size >= 297 + len(words):
             first = {None: 264, "detection": 264, "clip": 268, "seg": 272}[kind]
-            vocabulary = {symbols[byte]: byte for byte in range(256)} | _numbered(["system", "user", "assistant"], 294)
+            spelled = ["".join(symbols[byte] for byte in word.encode()) for word in words]
+            vocabulary = {symbols[byte]: byte for byte in range(256)}
+            vocabulary |= _numbered(["system", "user", "assistant", *spelled], 294)
             special = _numbered([*_SPECIAL[:2], *_SPECIAL[8:], "<|endoftext|>"], 256) | _numbered(pad, first + 3)
             plain = _numbered(action, first) | _numbered(_REGION, 276)
         else:
-            raise ValueError(f"vocab_size is {vocab_size}; bytes, special and perception tokens need at least 297")
+            least = f"bytes, special and perception tokens and {len(words)} words need at least {297 + len(words)}"
+            raise ValueError(f"vocab_size is {vocab_size}; {least}")
         # Without merges, whole words of the vocabulary are found only because they are looked up first.
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary | special | plain, merges=[], ignore_merges=True))
         backend.normalizer = normalizers.NFC()
@@ -275,6 +279,10 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
         backend.add_tokens([AddedToken(token, normalized=False) for token in plain])
         return cls(backend, kind)
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json` from which `from_folder` makes this tokenizer."""
+        return self._backend.to_str()
 
     def check_vocabulary(self, rows: int, declared: Mapping[str, Any]) -> None:
         """Raise ValueError unless this is the vocabulary of a checkpoint.
