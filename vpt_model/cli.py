@@ -1,4 +1,4 @@
-"""The command line: `vpt demo`, `vpt ask`, `vpt verify`, `vpt convert`, `vpt env`."""
+"""The command line: `vpt demo`, `vpt ask`, `vpt eval-mini`, `vpt verify`, `vpt convert`, `vpt env`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from vpt_model.terminal import (
     print_model,
     print_notices,
     print_rows,
+    print_table,
     progress,
     question_progress,
 )
@@ -56,6 +57,8 @@ app = typer.Typer(
 )
 
 LOOK = 'a forced second look: "region:x2,y1,x5,y4", "clip", "dino" or "sam"; may be repeated'
+SEED = 3
+"""The picture of `vpt demo` and `vpt ask` where no other is chosen."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODEL = (
     "a checkpoint folder (config.json, weights, tokenizer.json), a model on the hub (owner/name@revision), or "
@@ -101,7 +104,7 @@ def demo(
     image: Annotated[
         Path | None, typer.Option(help="a photo for random weights; by default the Hubble deep field")
     ] = None,
-    seed: Annotated[int, typer.Option(help="which picture of its test split vpt-mini is shown", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="which picture of its test split vpt-mini is shown", min=0)] = SEED,
 ) -> None:
     """Look twice at a picture: vpt-mini answers; this engine and the published procedure are compared.
 
@@ -138,7 +141,7 @@ def ask(
     look: Looks = None,
     as_json: Json = False,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="without --image: which picture of vpt-mini's test split", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="without --image: which picture of vpt-mini's test split", min=0)] = SEED,
 ) -> None:
     """Answer a question about an image, with the second looks that the model asks for."""
     if image is None and model != MINI:
@@ -221,7 +224,8 @@ def eval_mini(
     if unknown := [name for name in names if name not in DTYPES]:
         raise ValueError(f"--dtype {unknown[0]}: it must be one of {', '.join(DTYPES)}")
     backends, dtypes = backend or ["cpp", "reference"], [DTYPES[name] for name in names]
-    table = Table("backend", "dtype", "question", "path", "control", header_style="dim")
+    columns = ("backend", "dtype", "question", "path", "control state")
+    table = Table(*columns, box=box.SIMPLE_HEAD, header_style="dim")
     for column in ("right", "right path", "same tokens"):
         table.add_column(column, justify="right")
     lines, total = [], len(plan(backends, dtypes)) * count
@@ -232,7 +236,7 @@ def eval_mini(
     if as_json:
         typer.echo(json.dumps([asdict(line) for line in lines]))
         return
-    Console().print(table)
+    print_table(table)
     typer.echo(f"{count} questions each; pictures of generator {fingerprint()[:16]}")
 
 

@@ -121,12 +121,16 @@ def print_rows(rows: Sequence[Row]) -> None:
             verdict = Text(f"out of scope: {row.reason}", "dim")
         ids = {None: "", True: "yes", False: "NO"}[row.ids]
         table.add_row(row.file, row.case or f"({len(row.names)} tensors)", logits, ids, control, other, verdict)
-    console = Console()
-    # Where nobody sees the terminal's edge, a cell that is cut would be lost.
-    (console if console.is_terminal else Console(width=_TABLE_WIDTH)).print(table)
+    print_table(table)
     checked = [row for row in rows if row.in_scope]
     agreed = sum(row.passed for row in checked)
-    console.print(f"{agreed} of {len(checked)} cases agree within {TOLERANCE:.0e}")
+    Console().print(f"{agreed} of {len(checked)} cases agree within {TOLERANCE:.0e}")
+
+
+def print_table(table: Table) -> None:
+    """Print a table; where nobody sees the terminal's edge, nothing is cut, because a cell would be lost."""
+    console = Console()
+    (console if console.is_terminal else Console(width=_TABLE_WIDTH)).print(table)
 
 
 def print_model(model: Model, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> None:

@@ -45,9 +45,11 @@ computing time, {steps:,} steps of 16 scenes, seed 0. Curriculum and hints: `exa
 
 ## Accuracy
 
-`vpt eval-mini`, {count:,} test pictures per line, float16 weights as shipped, computed in the dtype named. Paths: "free"
-leaves the choice to the model, "always look" and "direct" ask for theirs in the question. "same tokens": the whole
-answer, token by token, as in the first backend and dtype.
+`vpt eval-mini`, {count:,} test pictures per line, float16 weights as shipped, computed in the dtype named. Paths:
+"free" leaves the choice to the model, "always look" and "direct" ask for theirs in the question (an attribute's
+question then gets the re-encoding that it does not need). Control states of the re-encoding: its own; zero, k = 0;
+that of another question about another picture. "same tokens": the whole answer, token by token, as in the first
+backend and dtype. "read the crop": the crop is the only picture, which training showed in its first third only.
 
 | backend | dtype | question | path | control state | right | right path | same tokens |
 |---|---|---|---|---|---|---|---|

@@ -29,6 +29,8 @@ STAGES = {
 """The conversations about one scene: first reading crops and naming cells apart, then everything at once.
 
 "read" shows a crop as the only image; "point" ends with the region's span."""
+EXPERIMENTS = ("first-look", "crop")
+"""Control experiments: every question answered from the first look, or only crops read."""
 MODES = ("free", "look", "direct")
 _MODE_SHARES = (0.6, 0.2, 0.2)
 _CROPS = 3
@@ -138,12 +140,12 @@ def read_crop(scene: Scene, index: int) -> Row:
     return replace(row, looks=[1 + index])
 
 
-def conversations(scene: Scene, seed: int, stage: str, looks_only: bool = False) -> list[Row]:
-    """The stage's conversations about the scene. looks_only: all of them answered directly, from the first look."""
+def conversations(scene: Scene, seed: int, stage: str, control: str | None = None) -> list[Row]:
+    """The stage's conversations about the scene, or those of a control experiment (`EXPERIMENTS`)."""
     random = np.random.default_rng([3, seed])
     rows = []
     for number, kind in enumerate(STAGES[stage]):
-        if kind == "read" and not looks_only:
+        if control == "crop" or (kind == "read" and control is None):
             rows.append(read_crop(scene, int(random.integers(len(scene.things)))))
             continue
         kind = "tag" if kind == "read" else kind
@@ -151,7 +153,7 @@ def conversations(scene: Scene, seed: int, stage: str, looks_only: bool = False)
         if kind == "point":
             question = Question("point", question.text, question.answer, question.look, question.things)
         mode = MODES[random.choice(3, p=_MODE_SHARES)] if stage == "whole" else "free"
-        rows.append(converse(scene, question, "direct" if looks_only else mode))
+        rows.append(converse(scene, question, "direct" if control == "first-look" else mode))
     return rows
 
 
@@ -186,12 +188,12 @@ def patches(scenes: Sequence[Scene], wanted: Sequence[Sequence[int]]) -> np.ndar
     return cut.view(len(boxes), GRID[0] * GRID[1], -1).numpy()
 
 
-def batch(seeds: Sequence[int], stage: str, looks_only: bool = False) -> dict:
+def batch(seeds: Sequence[int], stage: str, control: str | None = None) -> dict:
     """Everything a training step needs of the scenes with these seeds, as arrays; rows are grouped by length."""
     scenes = [make_scene(seed, "train") for seed in seeds]
-    talks = [conversations(scene, seed, stage, looks_only) for scene, seed in zip(scenes, seeds, strict=True)]
+    talks = [conversations(scene, seed, stage, control) for scene, seed in zip(scenes, seeds, strict=True)]
     wanted = [sorted({0, *(look for row in rows for look in row.looks)}) for rows in talks]
-    if not looks_only:
+    if control != "first-look":
         # Crops that no conversation needs still teach the vision tower to read (`Learner._hint`).
         wanted = [sorted({*looks, *range(1, 1 + _CROPS)}) for looks in wanted]
     place, count = [], 0

@@ -24,7 +24,7 @@ def draw_curves(folder: Path) -> None:
         axis.plot(*zip(*points), label=kind.removesuffix("→look"), linewidth=1)
     answers.set(ylabel="whole answer right", ylim=(0, 1))
     looks.set(ylabel="first round right", ylim=(0, 1), xlabel="computing time, minutes")
-    for axis in (answers, looks):
+    for axis in (axis for axis in (answers, looks) if axis.lines):
         axis.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axis in (loss, answers, looks):
         axis.grid(alpha=0.3)

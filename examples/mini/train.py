@@ -1,4 +1,4 @@
-"""Train vpt-mini from nothing: `python -m examples.mini.train --out DIR --minutes 75`.
+"""Train vpt-mini from nothing: `python -m examples.mini.train --out DIR`.
 
 One process draws scenes while this one learns from them. Every five minutes, and at the end, DIR holds a checkpoint
 from which the same command goes on, the record `log.jsonl`, its plot `curves.png`, and `model/`: what `vpt_model`
@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.mini.conversations import CONFIG, batch
+from examples.mini.conversations import CONFIG, EXPERIMENTS, batch
 from examples.mini.export import export
 from examples.mini.learner import Learner
 from examples.mini.plots import draw_curves
@@ -37,13 +37,13 @@ def schedule(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * max(decay, LAST_RATE)
 
 
-def draw_batches(out: Any, stage: Any, first: int, scenes: int, seed: int, looks_only: bool) -> None:
+def draw_batches(out: Any, stage: Any, first: int, scenes: int, control: str | None) -> None:
     """Fill the queue with the batches of steps `first`, `first` + 1, …; runs in a process of its own."""
     torch.set_num_threads(1)
     parent, step = os.getppid(), first
     while os.getppid() == parent:
         name = stage.value.decode()
-        made = batch(range(step * scenes, (step + 1) * scenes), name, looks_only)
+        made = batch(range(step * scenes, (step + 1) * scenes), name, control)
         while os.getppid() == parent:
             try:
                 out.put((step, name, made), timeout=5)
@@ -55,16 +55,20 @@ def draw_batches(out: Any, stage: Any, first: int, scenes: int, seed: int, looks
 
 def train(
     out: Annotated[Path, typer.Option(help="folder of the checkpoint, the record and the weights")],
-    minutes: Annotated[float, typer.Option(help="computing time, per thread")] = 75,
+    minutes: Annotated[float, typer.Option(help="computing time, per thread")] = 21,
     threads: Annotated[int, typer.Option(help="threads of the learning process")] = max(1, (os.cpu_count() or 2) - 1),
     scenes: Annotated[int, typer.Option(help="scenes per step, about five conversations each")] = 16,
-    rate: Annotated[float, typer.Option(help="learning rate")] = 3e-3,
-    parts: Annotated[float, typer.Option(help="share of the budget for reading and pointing apart")] = 0.4,
+    rate: Annotated[float, typer.Option(help="learning rate")] = 2e-3,
+    parts: Annotated[float, typer.Option(help="share of the budget for reading and pointing apart")] = 0.3,
     seed: int = 0,
     device: str = "cpu",
-    looks_only: Annotated[bool, typer.Option(help="control experiment: every answer from the first look")] = False,
+    control: Annotated[
+        str | None, typer.Option(help="a control experiment instead: first-look (nothing else is seen) or crop (read)")
+    ] = None,
 ) -> None:
     """Train, or go on where the checkpoint in OUT stopped."""
+    if control not in (None, *EXPERIMENTS):
+        raise typer.BadParameter(f"--control {control}: it must be one of {', '.join(EXPERIMENTS)}")
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     learner = Learner(CONFIG, seed, rate, device, low=True)
@@ -77,7 +81,7 @@ def train(
     recent: dict[str, deque] = defaultdict(lambda: deque(maxlen=400))
     losses, saved, wall = deque(maxlen=LOG_STEPS), time.monotonic(), time.time()
     stage.value = b"whole" if spent / budget >= parts else b"parts"
-    options = (batches, stage, step, scenes, seed, looks_only)
+    options = (batches, stage, step, scenes, control)
     worker = context.Process(target=draw_batches, args=options, daemon=True)
     worker.start()
     console = Console()
