@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 
@@ -17,6 +18,8 @@ def draw_curves(folder: Path) -> None:
     loss, answers, looks = figure.subplots(3, 1, sharex=True)
     loss.plot([line["minutes"] for line in lines], [line["loss"] for line in lines], color="#222222")
     loss.set(ylabel="loss", yscale="log")
+    for axis in (answers, looks):
+        axis.set_prop_cycle(color=colormaps["tab20"].colors)
     kinds = sorted({kind for line in lines for kind in line["accuracy"]})
     for kind in kinds:
         axis = looks if kind.endswith("→look") else answers

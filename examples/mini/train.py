@@ -61,7 +61,7 @@ def train(
     rate: Annotated[float, typer.Option(help="learning rate")] = 2e-3,
     parts: Annotated[float, typer.Option(help="share of the budget for reading and pointing apart")] = 0.3,
     seed: int = 0,
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     control: Annotated[
         str | None, typer.Option(help="a control experiment instead: first-look (nothing else is seen) or crop (read)")
     ] = None,

@@ -12,6 +12,7 @@ from examples.mini.conversations import CONFIG, GRID, IGNORE, Row, batch, conver
 from examples.mini.export import export
 from examples.mini.learner import Learner, initial_state
 from examples.mini.network import Network
+from examples.mini.train import train
 from vpt_model import mini
 from vpt_model.checkpoint import expected_shapes, random_state
 from vpt_model.engine import Engine
@@ -115,6 +116,19 @@ def test_a_saved_learner_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> Non
     assert straight.step(batches[2], 0.5)[0] == resumed.step(batches[2], 0.5)[0]
     for name, tensor in straight.state.items():
         assert torch.equal(tensor, resumed.state[name]), name
+
+
+@pytest.mark.slow
+def test_the_command_trains_stops_and_goes_on(tmp_path: Path) -> None:
+    """Two runs of a few steps: the second begins where the first stopped, and its weights load."""
+    steps = []
+    for minutes in (0.05, 0.1):
+        train(tmp_path, minutes=minutes, threads=1, scenes=2)
+        steps.append(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"])
+        elapsed = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["elapsed"]
+        assert minutes * 60 <= elapsed < minutes * 60 + 30
+    assert 0 < steps[0] < steps[1]
+    mini.load(folder=tmp_path / "model")
 
 
 def test_exported_weights_are_a_checkpoint_of_the_released_layout(tmp_path: Path) -> None:
