@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpt_model import language, mini, perception, vision
+from vpt_model import attention, mini, perception, vision
 from vpt_model.engine import Engine
 from vpt_model.events import Answer
 from vpt_model.mini.scenes import KINDS, Question, crop, make_question, make_scene
@@ -35,7 +35,7 @@ MAX_NEW_TOKENS = 16
 _OPERATORS = (
     (vision, "roi_patch_embed"),
     (perception, "control_cross_attention_into"),
-    (language, "append_visual_kv_"),
+    (attention, "append_visual_kv_"),
 )
 
 
