@@ -86,10 +86,7 @@ def report(
     for file in files:
         result = reports.load(file)
         console.print(reports.terminal(result))
-        text = reports.markdown(result)
-        if scaling.series(result):
-            text += "\n## How the cost grows\n\n" + scaling.markdown(result)
-        file.with_suffix(".md").write_text(text)
+        file.with_suffix(".md").write_text(scaling.page(result))
         charts.ratio_bars(result, folder / f"{file.stem}-ratios.svg")
         charts.ratio_bars(result, folder / f"{file.stem}-strongest.svg", every=False)
         charts.roofline(result, folder / f"{file.stem}-roofline.svg")

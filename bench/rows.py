@@ -13,7 +13,7 @@ from bench.cases import Case, WrongResult
 from bench.rooflines import Ceilings, Work
 from bench.timers import Ratio, Repeated, clock, host_microseconds, paired_ratio, prepare
 
-SECONDS_PER_ROW = 1.0
+SECONDS_PER_ROW = 0.6
 ROUNDS = (9, 101)
 SELF_TIMED_ROUNDS = 3
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench import report
 from bench.report import Result, is_ceiling
 
 
@@ -72,6 +73,12 @@ def _series(name: str, axis: str, rows: Sequence[dict[str, Any]]) -> Series:
         [row["ours_ms"] for row in rows],
         {n: [row["alternatives"][n]["ms"] for row in rows] for n in timed},
     )
+
+
+def page(result: Result) -> str:
+    """The Markdown beside a result: every row, and how the cost grows where rows form a series."""
+    grows = f"\n## How the cost grows\n\n{markdown(result)}" if series(result) else ""
+    return report.markdown(result) + grows
 
 
 def markdown(result: Result) -> str:

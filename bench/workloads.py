@@ -222,7 +222,7 @@ ENGINE = {
 }
 DROP_IN_IMAGES = (DropInImage(*PHOTO, 12_845_056), DropInImage(*LARGE, MEGAPIXEL))
 DROP_IN_DECODE = tuple(
-    DropInDecode(preset, cache, context, quick=preset == "tiny" or (context, cache) == (300, "dynamic"))
+    DropInDecode(preset, cache, context, quick=(context, cache) == (300, "dynamic"))
     for preset, context in (("tiny", 256), ("2b-slice", 300), ("2b-slice", 4096))
     for cache in ("dynamic", "static")
 )

@@ -2,8 +2,8 @@
 
     python -m tests.mutate [--only NAME] [--backend reference|cpp|cuda|triton|both]
 
-A complete run writes `tests/mutations.md`. The exit status is 1 if a fault survives, does not build, or breaks the
-collection of the tests: only a test that fails has caught it.
+Every result goes into `tests/mutations.md` at once; what is not tried keeps its line. The exit status is 1 if a fault
+survives, does not build, or breaks the collection of the tests: only a test that fails has caught it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tests.faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests/mutations.md"
+LINE = re.compile(r"^(\|.+\| .+ \| .+ \| )(.*) \|$", re.MULTILINE)
 LEFT_OUT = (".*", "*venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
 FILTERS = {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"], "cuda": [], "triton": [], "both": []}
 BUILD_SECONDS, TEST_SECONDS = 900, 900
@@ -122,6 +123,19 @@ def caught_by(tree: Tree, fault: Fault) -> tuple[bool, str]:
     return True, failed[1].split("/", 1)[1]
 
 
+def record(fault: Fault, note: str) -> None:
+    """Write one line of the table; lines of faults that no longer exist go."""
+    known = dict(LINE.findall(TABLE.read_text())) if TABLE.exists() else {}
+    known[_place(fault)] = note
+    lines = [f"{_place(fault)}{known.get(_place(fault), 'not tried')} |" for fault in FAULTS]
+    head = "# Faults and the tests that catch them\n\n| fault | backend | file | caught by |\n|---|---|---|---|"
+    TABLE.write_text("\n".join([head, *lines]) + "\n")
+
+
+def _place(fault: Fault) -> str:
+    return f"| {fault.name} | {fault.backend} | {fault.file} | "
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAME", help="faults of this name")
@@ -130,7 +144,7 @@ def main() -> int:
     faults = [f for f in FAULTS if options.only in (None, f.name) and options.backend in (None, f.backend)]
     if not faults:
         parser.error(f"no fault matches; the names are {sorted({fault.name for fault in FAULTS})}")
-    rows, survivors = [], 0
+    survivors = 0
     with tempfile.TemporaryDirectory(prefix="vpt-mutate-") as folder:
         tree = Tree(Path(folder))
         if problems := misplaced(tree, faults):
@@ -144,13 +158,8 @@ def main() -> int:
             caught, note = caught_by(tree, fault)
             survivors += not caught
             print(f"[{number}/{len(faults)}] {fault.name} | {fault.backend} | {note}", flush=True)
-            rows.append((fault, note.splitlines()[0]))
+            record(fault, note.splitlines()[0])
     print(f"{len(faults) - survivors} of {len(faults)} faults caught")
-    if len(faults) == len(FAULTS):
-        rows.sort(key=lambda row: FAULTS.index(row[0]))
-        lines = [f"| {fault.name} | {fault.backend} | {fault.file} | {note} |" for fault, note in rows]
-        head = "# Faults and the tests that catch them\n\n| fault | backend | file | caught by |\n|---|---|---|---|"
-        TABLE.write_text("\n".join([head, *lines]) + "\n")
     return 1 if survivors else 0
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import charts, report, rows, workloads
+from bench import charts, report, rows, scaling, workloads
 from bench.cases import Case, WrongResult, append, control, require_close, roi
 from bench.rooflines import Ceilings, Work, append_work
 from bench.rows import measure, merge, wrong_row
@@ -191,6 +191,6 @@ def test_the_readme_shows_the_committed_results() -> None:
 def test_pictures_and_tables_belong_to_the_results() -> None:
     for machine, loaded in command.committed().items():
         folder = ROOT / "bench/results" / machine
-        assert (folder / "quick.md").read_text() == report.markdown(loaded)
-        for name in ("ratios", "roofline"):
+        assert (folder / "quick.md").read_text() == scaling.page(loaded)
+        for name in ("ratios", "strongest", "roofline", "second-look", "scaling"):
             assert (folder / f"quick-{name}.svg").is_file()
