@@ -33,4 +33,4 @@ def test_examples_exist() -> None:
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?://)([^)#]+)\)", TEXT))
 def test_links(target: str) -> None:
-    assert (ROOT / target).is_file(), f"README links to {target}, which does not exist"
+    assert (ROOT / target).exists(), f"README links to {target}, which does not exist"
