@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from vpt_model.mini.scenes import PHOTOS, SYMBOLS, fingerprint
 
 _HEAD = """# vpt-mini
@@ -21,8 +23,8 @@ look can be seen to matter, and as a regression test with trained numbers.
 ## Task
 
 Pictures of 298×298 pixels: three to five objects (six colours × four shapes) on a photograph, each with a tag of two
-characters out of `{symbols}`. In the first look a tag is 12×7 pixels, of which the characters are four high and have
-lost five of eight rows and columns; the crop of the 3×3 cells around an object keeps every pixel.
+characters out of `{symbols}`. In the first look a tag is 12×7 pixels; its characters are four high and
+have lost five of eight rows and columns. The crop of the 3×3 cells around an object keeps every pixel.
 
 | kind | question | path |
 |---|---|---|
@@ -33,12 +35,15 @@ lost five of eight rows and columns; the crop of the 3×3 cells around an object
 
 ## Data
 
-Drawn by `vpt_model/mini/scenes.py` (SHA-256 `{fingerprint}`) on photographs that scikit-image ships. Training:
-{train}. Test: {test}. No test photograph or seed was seen in training. {scenes:,} training scenes, each drawn once.
+Drawn on photographs that scikit-image ships by `vpt_model/mini/scenes.py`, SHA-256
+`{fingerprint}`.
+
+- Training: {train}. {scenes:,} scenes, each drawn once.
+- Test: {test}. No photograph and no scene of the test split was seen in training.
 
 ## Training
 
-    python -m examples.mini.train --out build/mini {arguments}
+    python -m examples.mini.train --out build/mini
 
 From random weights on one thread of an AMD EPYC (AVX-512, bfloat16), shared with other work: {minutes:.0f} minutes of
 computing time, {steps:,} steps of 16 scenes, seed 0. Curriculum and hints: `examples/mini/README.md`.
@@ -56,9 +61,9 @@ backend and dtype. "read the crop": the crop is the only picture, which training
 """
 
 
-def card(out: Path, lines: list[dict], arguments: str, parameters: int) -> str:
+def card(out: Path, lines: list[dict], parameters: int) -> str:
     """The card's text up to its table; limits are written by hand."""
-    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    last = torch.load(out / "checkpoint.pt", weights_only=True)
     names = {split: ", ".join(Path(name).stem for name in photos) for split, photos in PHOTOS.items()}
     text = _HEAD.format(
         parameters=parameters,
@@ -66,8 +71,7 @@ def card(out: Path, lines: list[dict], arguments: str, parameters: int) -> str:
         fingerprint=fingerprint(),
         scenes=last["step"] * 16,
         steps=last["step"],
-        minutes=last["minutes"],
-        arguments=arguments,
+        minutes=last["elapsed"] / 60,
         count=lines[0]["score"]["count"],
         **names,
     )
@@ -83,6 +87,6 @@ if __name__ == "__main__":
     from vpt_model.config import PRESETS
     from vpt_model.verify import parameter_counts
 
-    folder, evaluation, *options = sys.argv[1:]
+    folder, evaluation = sys.argv[1:]
     counts = parameter_counts(PRESETS["mini"])
-    print(card(Path(folder), json.loads(Path(evaluation).read_text()), " ".join(options), counts["total"]), end="")
+    print(card(Path(folder), json.loads(Path(evaluation).read_text()), counts["total"]), end="")
