@@ -1,4 +1,4 @@
-# make demo        the main job: two looks at a real photo, ours beside the published procedure
+# make demo        the main job: a trained model looks twice, ours beside the published procedure
 # make test        the test suite
 # make interpret   the Triton kernels in Triton's interpreter (part of make test)
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too

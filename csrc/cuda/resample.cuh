@@ -250,7 +250,8 @@ __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t n
 }
 
 // One row of the weight with the parts of the used biases behind it. T's own precision would do for the parts; those of
-// float32 are bfloat16, so that they are exact in TensorFloat-32 too, which the library may be told to use.
+// float32 are bfloat16, so that they are exact in TensorFloat-32 too, which the library may be told to use. The smallest
+// comes first: a sum that runs along the row is then rounded at its full size only once more.
 template <typename T>
 __device__ void write_bias_columns(const PatchRows& rows, const BiasColumns& bias, int64_t output) {
   const T* weight = static_cast<const T*>(bias.weight) + output * rows.pixel_columns;
@@ -266,7 +267,7 @@ __device__ void write_bias_columns(const PatchRows& rows, const BiasColumns& bia
       const int32_t place = extra / kBiasParts;
       const int32_t entry = rows.entries > kBiasEntries ? place : rows.used[place];
       float rest = bias.biases[entry * bias.outputs + output];
-      for (int part = 0; part <= extra % kBiasParts; ++part) {
+      for (int part = 0; part < kBiasParts - extra % kBiasParts; ++part) {
         if constexpr (sizeof(T) == sizeof(float))
           value = to_float(from_float<BFloat16>(rest));
         else
