@@ -41,8 +41,10 @@ def decode(model: nn.Module, kind: str) -> tuple[list[int], Tensor]:
     given = inputs(kind)
     out = model(**given, past_key_values=published.DynamicCache())
     position, ids, logits = int(given["position_ids"].max()) + 1, [], [out.logits[0, -1]]
+    # An action or a pad without its image means nothing to the model.
+    special = torch.tensor([published.IMAGE, published.ACTION_START, published.ACTION, published.PAD])
     for step in range(TOKENS - 1):
-        ids.append(int(logits[-1].argmax()))
+        ids.append(int(logits[-1].index_fill(0, special, float("-inf")).argmax()))
         fresh = torch.tensor([[ids[-1]]])
         where = torch.full((3, 1, 1), position + step)
         out = model(fresh, where, past_key_values=out.past_key_values)
