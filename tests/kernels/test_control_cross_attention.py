@@ -80,7 +80,7 @@ def test_linear_at_dinov2_size(backend, dtype, conditioned, images):
 @each_conditioning
 @each_raggedness
 def test_linear_ragged(backend, dtype, conditioned, lengths):
-    check("linear", 160, (sum(lengths), 96), lengths, dtype, backend, conditioned=conditioned, rounds=4)
+    check("linear", 160, (sum(lengths), 96), lengths, dtype, backend, conditioned=conditioned, rounds=16)
 
 
 @each_backend
