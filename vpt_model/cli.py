@@ -303,6 +303,8 @@ def _print_report(console: Console, report: Report, out: Path) -> None:
             f"largest logit difference [{'green' if exact else 'bold red'}]{look.difference:.1e}[/]",
             f"(limit {report.limit:.0e})",
         )
+    if report.overhead:
+        console.print("\nThe model is so small that these times are mostly Python's: --preset 2b-slice shows the work.")
     console.print(f"\npicture: {out}")
     agreed = "[bold green]The two procedures agree.[/]"
     console.print(agreed if report.passed else "[bold red]The two procedures DISAGREE.[/]")

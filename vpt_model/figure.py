@@ -44,7 +44,7 @@ def draw(report: Report, path: str | Path) -> None:
             _pixels(panels[2], report.image, shown.boxes[0], shown.boxes[0], resolution)
         else:
             panels[2].remove()
-        _timeline(timeline, report.comparisons)
+        _timeline(timeline, report.comparisons, report.overhead)
         try:
             figure.savefig(path, format="png")
         except OSError as error:
@@ -148,7 +148,7 @@ def _pixels(axes: Axes, image: Image.Image, box: Box | None, view: Box, resoluti
         connector.set_visible(False)
 
 
-def _timeline(axes: Axes, comparisons: list[Comparison]) -> None:
+def _timeline(axes: Axes, comparisons: list[Comparison], overhead: bool) -> None:
     end = max(run.total for look in comparisons for run in (look.ours, look.published))
     labels = []
     for index, look in enumerate(comparisons):
@@ -161,12 +161,15 @@ def _timeline(axes: Axes, comparisons: list[Comparison]) -> None:
             axes.plot([run.trigger_at, run.answer_at], [y + 0.36] * 2, color=INK, linewidth=2, solid_capstyle="butt")
             axes.text(run.total + 0.006 * end, y, f"{_time(run.total)} in all; {note}", va="center", fontsize=9.5)
         axes.text(0, 2.6 * index - 0.44, look.look, fontsize=10.5, fontweight="bold", va="bottom")
-    axes.set(xlim=(0, 1.32 * end), ylim=(2.6 * len(comparisons) - 1.0, -0.95), xlabel="seconds")
-    axes.xaxis.set_major_formatter(lambda milliseconds, _: f"{milliseconds / 1e3:g}")
+    unit, scale = ("seconds", 1e3) if end >= 1000 else ("milliseconds", 1)
+    remark = "; the model is so small that most of it is Python's overhead" if overhead else ""
+    axes.set(xlim=(0, 1.32 * end), ylim=(2.6 * len(comparisons) - 1.0, -0.95), xlabel=unit + remark)
+    axes.xaxis.set_major_formatter(lambda milliseconds, _: f"{milliseconds / scale:g}")
     axes.set_yticks([y for y, _ in labels], [name for _, name in labels])
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = [axes.barh(0, 0, color=COLOURS[name], label=name) for name in STAGES]
+    handles.append(axes.barh(0, 0, color="white", edgecolor=COLOURS["decode"], label="between the stages"))
     handles += axes.plot([], [], color=INK, linewidth=2, label="from the perception token to the first answer token")
     axes.legend(
         handles=handles, ncols=len(handles), loc="lower right", bbox_to_anchor=(1, 0.98), frameon=False, fontsize=9.5
@@ -184,6 +187,9 @@ def _bar(axes: Axes, y: float, run: Run, end: float) -> None:
             middle = start + step.milliseconds / 2
             axes.text(middle, y, _time(step.milliseconds), ha="center", va="center", fontsize=8.5, color=colour)
         start += step.milliseconds
+    axes.barh(
+        y, max(run.total - start, 0), left=start, height=0.56, color="white", edgecolor=COLOURS["decode"], linewidth=0.8
+    )
 
 
 def _time(milliseconds: float) -> str:
