@@ -60,44 +60,63 @@ void normalise_row(const ControlCall& c, const T* row, int64_t n, Compute* out) 
     loop.layer_norm_wide(row, 1, data<T>(*c.norm_weight), data<T>(*c.norm_bias), n, out);
 }
 
-// LayerNorm of the tokens' rows, `stride` apart: the GEMM's operand.
-template <typename T, typename Compute>
-void normalise_rows(const ControlCall& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
+// LayerNorm of the tokens' rows: the GEMM's operand.
+template <typename T, typename Gemm>
+void normalise_rows(const ControlCall& c, int64_t first, int64_t tokens, const Gemm& gemm) {
   const Tensor& x = c.features;
+  const int64_t columns = x.size(x.dim() - 1);
   const int64_t per_image = x.dim() == 3 ? x.size(1) : c.tokens();
   const int64_t image_stride = x.dim() == 3 ? x.stride(0) : 0, token_stride = x.stride(x.dim() - 2);
   torch::stable::parallel_for(first, first + tokens, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
+    static thread_local Workspace space;
+    auto* normal = space.reserve<typename Gemm::Element>(columns);
+    for (int64_t t = begin; t < end; ++t) {
       normalise_row<T>(
-          c, data<T>(x) + (t / per_image) * image_stride + (t % per_image) * token_stride, x.size(x.dim() - 1),
-          out + (t - first) * stride);
+          c, data<T>(x) + (t / per_image) * image_stride + (t % per_image) * token_stride, columns, normal);
+      gemm.store(t - first, 0, normal, columns);
+    }
   });
 }
 
-// The same for 4×4 pixels a token. A pixel's channels lie far apart, often by a power of two: a row of pixels is
-// transposed first, so that memory is read along the row.
-template <typename T, typename Compute>
-void normalise_blocks(const ControlCall& c, int64_t first, int64_t tokens, Compute* out, int64_t stride) {
+// [channels, pixels] → [pixels, channels], in blocks: channels often lie a power of two apart, and more of their lines
+// than a set of the first cache has ways would drive each other out.
+template <typename T>
+void transpose(
+    const T* from, int64_t channel_stride, int64_t stride, int64_t channels, int64_t count, T* to, int64_t padded) {
+  constexpr int64_t kChannels = 8, kPixels = 16;
+  for (int64_t first = 0; first < channels; first += kChannels)
+    for (int64_t left = 0; left < count; left += kPixels) {
+      const int64_t end = std::min(first + kChannels, channels), right = std::min(left + kPixels, count);
+      for (int64_t i = left; i < right; ++i)
+        for (int64_t channel = first; channel < end; ++channel)
+          to[i * padded + channel] = from[channel * channel_stride + i * stride];
+    }
+}
+
+// The same for 4×4 pixels a token. A pixel's channels lie far apart: rows of pixels are transposed first, so that memory
+// is read along the row; all four of a token by one thread, which finds them side by side.
+template <typename T, typename Gemm>
+void normalise_blocks(const ControlCall& c, int64_t first, int64_t tokens, const Gemm& gemm) {
   const Tensor& x = c.features;
   const int64_t channels = x.size(1), width = x.size(3) / kKernel, height = x.size(2) / kKernel;
   const int64_t begin_row = first / width, end_row = (first + tokens + width - 1) / width;
   const int64_t padded = channels + 64 / static_cast<int64_t>(sizeof(T));  // not a power of two
-  torch::stable::parallel_for(begin_row * kKernel, end_row * kKernel, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Workspace space;
-    T* pixels = space.reserve<T>(width * kKernel * padded);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / kKernel, ky = item % kKernel;
+  torch::stable::parallel_for(begin_row, end_row, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Workspace pixel_space, space;
+    T* pixels = pixel_space.reserve<T>(width * kKernel * padded);
+    auto* normal = space.reserve<typename Gemm::Element>(channels);
+    for (int64_t row = begin; row < end; ++row) {
       const int64_t left = std::max(first, row * width), right = std::min(first + tokens, (row + 1) * width);
-      const T* from = data<T>(x) + (row / height) * x.stride(0) + (row % height * kKernel + ky) * x.stride(2) +
-          (left % width) * kKernel * x.stride(3);
       const int64_t count = (right - left) * kKernel;
-      for (int64_t channel = 0; channel < channels; ++channel)
-        for (int64_t i = 0; i < count; ++i)
-          pixels[i * padded + channel] = from[channel * x.stride(1) + i * x.stride(3)];
-      for (int64_t i = 0; i < count; ++i)
-        normalise_row<T>(
-            c, pixels + i * padded, channels,
-            out + (left - first + i / kKernel) * stride + (ky * kKernel + i % kKernel) * channels);
+      for (int64_t ky = 0; ky < kKernel; ++ky) {
+        const T* from = data<T>(x) + (row / height) * x.stride(0) + (row % height * kKernel + ky) * x.stride(2) +
+            (left % width) * kKernel * x.stride(3);
+        transpose(from, x.stride(1), x.stride(3), channels, count, pixels, padded);
+        for (int64_t i = 0; i < count; ++i) {
+          normalise_row<T>(c, pixels + i * padded, channels, normal);
+          gemm.store(left - first + i / kKernel, (ky * kKernel + i % kKernel) * channels, normal, channels);
+        }
+      }
     }
   });
 }
@@ -142,46 +161,58 @@ void identity(const ControlCall& c, const Conditions& k, const Target& target) {
   });
 }
 
-// bfloat16 products by the library that F.linear takes.
+// bfloat16 products by the library that F.linear takes; the bias is in extra columns of the weight.
 class BFloat16Gemm {
  public:
-  explicit BFloat16Gemm(const Tensor& weight) : weight_(weight) {}
+  using Element = BFloat16;
 
-  Tensor operator()(BFloat16* x, int64_t rows) const {
+  // matrix: `columns` columns of weights, then those of the bias; it must outlive the object.
+  BFloat16Gemm(const Tensor& matrix, int64_t columns) : matrix_(matrix), columns_(columns) {}
+
+  void begin(int64_t rows) {
     static thread_local Workspace space;
-    const int64_t outputs = weight_.size(0);
-    Tensor product =
-        wrap(space.reserve<BFloat16>(rows * outputs), rows, outputs, ScalarType::BFloat16, weight_);
-    linear_into(product, wrap(x, rows, weight_.size(1), ScalarType::BFloat16, weight_), weight_);
+    rows_ = rows;
+    x_ = space.reserve<BFloat16>(rows * matrix_.size(1));
+    for (int64_t row = 0; row < rows; ++row) select_bias(x_ + row * matrix_.size(1), columns_, matrix_.size(1), 0);
+  }
+
+  void store(int64_t row, int64_t first, const BFloat16* values, int64_t count) const {
+    std::copy_n(values, count, x_ + row * matrix_.size(1) + first);
+  }
+
+  Tensor product() const {
+    static thread_local Workspace space;
+    const int64_t outputs = matrix_.size(0);
+    Tensor product = wrap(space.reserve<BFloat16>(rows_ * outputs), rows_, outputs, ScalarType::BFloat16, matrix_);
+    linear_into(product, wrap(x_, rows_, matrix_.size(1), ScalarType::BFloat16, matrix_), matrix_);
     return product;
   }
 
  private:
-  const Tensor& weight_;
+  const Tensor& matrix_;
+  int64_t columns_, rows_ = 0;
+  BFloat16* x_ = nullptr;
 };
 
-// f of a tile through the library's GEMM, then each row's rank-one update in float32, rounded once. `matrix` has
-// `columns` columns of weights; in bfloat16 (Compute == T) the bias follows in extra columns, in float32 it is added after.
-template <typename T, typename Compute>
-void project(const ControlCall& c, const Conditions& k, const Target& target, const Tensor& matrix) {
-  static thread_local Workspace bias_space, rows_space;
-  const int64_t hidden = c.hidden(), columns = c.weight->size(1), stride = matrix.size(1), total = c.tokens();
+// f of a tile through the library's GEMM, then each row's rank-one update in float32, rounded once. A bfloat16 product
+// has its bias inside, to a float32 one it is added after.
+template <typename T, typename Gemm>
+void project(const ControlCall& c, const Conditions& k, const Target& target, Gemm gemm) {
+  using Compute = typename Gemm::Element;
+  static thread_local Workspace bias_space;
+  const int64_t hidden = c.hidden(), total = c.tokens();
   const int64_t tile = std::min(total, kTileTokens);
   const Loops<T>& loop = loops<T>(simd());
   float* bias = bias_space.reserve<float>(hidden);
   loop.widen(data<T>(*c.bias), hidden, bias);
-  Compute* rows = rows_space.reserve<Compute>(tile * stride);
-  using Gemm = std::conditional_t<std::is_same_v<Compute, BFloat16>, BFloat16Gemm, FloatGemm>;
-  const Gemm gemm(matrix);
   for (int64_t first = 0; first < total; first += tile) {
     const int64_t tokens = std::min(tile, total - first);
+    gemm.begin(tokens);
     if (c.conv())
-      normalise_blocks<T>(c, first, tokens, rows, stride);
+      normalise_blocks<T>(c, first, tokens, gemm);
     else
-      normalise_rows<T>(c, first, tokens, rows, stride);
-    if constexpr (std::is_same_v<Compute, BFloat16>)
-      for (int64_t t = 0; t < tokens; ++t) select_bias(rows + t * stride, columns, stride, 0);
-    const Tensor product = gemm(rows, tokens);
+      normalise_rows<T>(c, first, tokens, gemm);
+    const Tensor product = gemm.product();
     torch::stable::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
       static thread_local Workspace wide_space;
       float* wide = wide_space.reserve<float>(hidden);
@@ -210,13 +241,14 @@ void project(const ControlCall& c, const Conditions& k, const Target& target, co
 template <typename T>
 void project_widened(const ControlCall& c, const Conditions& k, const Target& target) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    project<T, float>(c, k, target, *c.weight);
+    project<T>(c, k, target, FloatGemm(*c.weight));
   } else {
     static thread_local Workspace space;
     const int64_t n = c.weight->numel();
     float* wide = space.reserve<float>(n);
     loops<T>(simd()).widen(data<T>(*c.weight), n, wide);
-    project<T, float>(c, k, target, wrap(wide, c.weight->size(0), c.weight->size(1), ScalarType::Float, c.features));
+    const Tensor weight = wrap(wide, c.weight->size(0), c.weight->size(1), ScalarType::Float, c.features);
+    project<T>(c, k, target, FloatGemm(weight));
   }
 }
 
@@ -227,7 +259,8 @@ void project_native(const ControlCall& c, const Conditions& k, const Target& tar
   loops<BFloat16>(simd()).widen(data<BFloat16>(*c.bias), hidden, bias);
   BFloat16* matrix = space.reserve<BFloat16>(hidden * total);
   append_bias_columns(data<BFloat16>(*c.weight), hidden, columns, {bias}, matrix);
-  project<BFloat16, BFloat16>(c, k, target, wrap(matrix, hidden, total, ScalarType::BFloat16, c.features));
+  const Tensor with_bias = wrap(matrix, hidden, total, ScalarType::BFloat16, c.features);
+  project<BFloat16>(c, k, target, BFloat16Gemm(with_bias, columns));
 }
 
 void run(const ControlCall& c, const Target& target) {

@@ -28,33 +28,53 @@ inline bool prefers_onednn() {
 #endif
 }
 
+// The operands lie in chunks of columns one after the other, each [rows, width] and contiguous: strided operands would
+// run in oneDNN's reference implementation.
 class FloatGemm {
  public:
-  // weight: contiguous float32 [N, K]; it must outlive the object. Its chunks live in a per-thread buffer until the next
-  // object is made.
-  explicit FloatGemm(const Tensor& weight) : weight_(weight), columns_(weight.size(1)) {
+  using Element = float;
+
+  // weight: contiguous float32 [N, K]; it must outlive the object.
+  explicit FloatGemm(const Tensor& weight)
+      : weight_(weight), columns_(weight.size(1)), chunk_(prefers_onednn() ? kChunk : columns_) {}
+
+  // Room for `rows` rows of x, until this thread asks for the next.
+  void begin(int64_t rows) {
     static thread_local Workspace space;
-    if (!prefers_onednn()) return;
-    const int64_t rows = weight.size(0);
-    chunks_ = space.reserve<float>(rows * columns_);
-    split(data<float>(weight), rows, chunks_);
+    rows_ = rows;
+    x_ = space.reserve<float>(rows * columns_);
   }
 
-  // x·weightᵀ as [rows, N] of x: contiguous [rows, K]. It is valid until the next product of this thread.
-  Tensor operator()(const float* x, int64_t rows) const {
+  // Columns first … first + count of a row of x; several threads may store different ones.
+  void store(int64_t row, int64_t first, const float* values, int64_t count) const {
+    while (count > 0) {
+      const int64_t inside = first % chunk_, begin = first - inside, width = std::min(chunk_, columns_ - begin);
+      const int64_t n = std::min(count, width - inside);
+      std::copy_n(values, n, x_ + begin * rows_ + row * width + inside);
+      first += n, values += n, count -= n;
+    }
+  }
+
+  // x·weightᵀ as [rows, N]. It is valid until the next product of this thread.
+  Tensor product() const {
     static thread_local Workspace space;
-    float* memory = space.reserve<float>(rows * std::max(columns_, weight_.size(0)));
-    if (chunks_ == nullptr || rows == 0) {
-      Tensor product = wrap(memory, rows, weight_.size(0), ScalarType::Float, weight_);
-      linear_into(product, wrap(const_cast<float*>(x), rows, columns_, ScalarType::Float, weight_), weight_);
+    const int64_t outputs = weight_.size(0);
+    if (!prefers_onednn()) {
+      Tensor product = wrap(space.reserve<float>(rows_ * outputs), rows_, outputs, ScalarType::Float, weight_);
+      linear_into(product, wrap(x_, rows_, columns_, ScalarType::Float, weight_), weight_);
       return product;
     }
-    split(x, rows, memory);
     AtenTensorHandle sum = nullptr;
     for (int64_t first = 0; first < columns_; first += kChunk) {
       const int64_t width = std::min(kChunk, columns_ - first);
-      const Tensor left = wrap(memory + first * rows, rows, width, ScalarType::Float, weight_);
-      const Tensor right = wrap(chunks_ + first * weight_.size(0), weight_.size(0), width, ScalarType::Float, weight_);
+      const Tensor left = wrap(x_ + first * rows_, rows_, width, ScalarType::Float, weight_);
+      // One chunk at a time: the product finds it in the cache, where all of them would have gone to memory and back.
+      float* chunk = space.reserve<float>(outputs * width);
+      torch::stable::parallel_for(0, outputs, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin; o < end; ++o)
+          std::copy_n(data<float>(weight_) + o * columns_ + first, width, chunk + o * width);
+      });
+      const Tensor right = wrap(chunk, outputs, width, ScalarType::Float, weight_);
       AtenTensorHandle next = nullptr;
       if (sum == nullptr) {
         TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
@@ -72,21 +92,9 @@ class FloatGemm {
  private:
   static constexpr int64_t kChunk = 256;
 
-  // [rows, K] → the chunks of columns one after the other, each [rows, width] and contiguous: strided operands would run
-  // in oneDNN's reference implementation.
-  void split(const float* from, int64_t rows, float* to) const {
-    torch::stable::parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
-      for (int64_t first = 0; first < columns_; first += kChunk) {
-        const int64_t width = std::min(kChunk, columns_ - first);
-        for (int64_t r = begin; r < end; ++r)
-          std::copy_n(from + r * columns_ + first, width, to + first * rows + r * width);
-      }
-    });
-  }
-
   const Tensor& weight_;
-  int64_t columns_;
-  float* chunks_ = nullptr;
+  int64_t columns_, chunk_, rows_ = 0;
+  float* x_ = nullptr;
 };
 
 }  // namespace vpt::cpu
