@@ -34,11 +34,10 @@ QUESTION = "Which of these galaxies is the largest?"
 LOOKS = ("region:x2,y1,x5,y4", "clip")
 STAGES = ("crop+embed", "ViT", "prefill", "perceive", "append", "decode")
 
-
 # The largest difference of logits (standard deviation 1) that float32 rounding may explain; a wrong step moves them by
-# 0.03 or more. Measured: 5e-6 for `mini` and `tiny`, 2e-5 for `2b-slice`. 28 random layers amplify rounding: 2e-3 for
-# `2b`, with peakier attention than now. bfloat16 would prove nothing there: its rounding alone moved the logits of `2b`
-# by 2 to 6.
+# 0.03 or more. Measured: 1e-5 for `mini`, 5e-6 for `tiny`, 2e-5 for `2b-slice`. 28 random layers amplify rounding:
+# 2e-3 for `2b`, with peakier attention than now. bfloat16 would prove nothing there: its rounding alone moved the
+# logits of `2b` by 2 to 6.
 LIMITS = {"mini": 1e-4, "tiny": 1e-4, "2b-slice": 1e-4, "2b": 1e-2, "7b": 1e-2}
 TRAINED = "mini"
 """The preset with trained weights, which the package ships."""

@@ -45,8 +45,9 @@ Drawn on photographs that scikit-image ships by `vpt_model/mini/scenes.py`, SHA-
 
     python -m examples.mini.train --out build/mini
 
-From random weights on one thread of an AMD EPYC (AVX-512, bfloat16), shared with other work: {minutes:.0f} minutes of
-computing time, {steps:,} steps of 16 scenes, seed 0. Curriculum and hints: `examples/mini/README.md`.
+From random weights on one thread of an AMD EPYC (AVX-512, bfloat16), without interruption, beside other work on the
+other core: {minutes:.0f} minutes of computing time, 24 by the clock, {steps:,} steps of 16 scenes, seed 0. Curriculum
+and hints: `examples/mini/README.md`. Records and evaluations, of the controls too: `examples/mini/results/`.
 
 ## Accuracy
 
@@ -75,11 +76,17 @@ def card(out: Path, lines: list[dict], parameters: int) -> str:
         count=lines[0]["score"]["count"],
         **names,
     )
+    return text + table(lines)
+
+
+def table(lines: list[dict]) -> str:
+    """One row a line of the evaluation."""
+    text = ""
     for line in lines:
         shares = (line["score"]["right"], line["score"]["right_path"], line["agreement"])
         shown = " | ".join("" if share is None else f"{100 * share:.1f} %" for share in shares)
-        text += " | ".join(["", line["backend"], line["dtype"], line["kind"], line["path"], line["control"], shown])
-        text = text.replace("\n | ", "\n| ") + " |\n"
+        cells = (line["backend"], line["dtype"], line["kind"], line["path"], line["control"], shown)
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
