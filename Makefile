@@ -8,7 +8,7 @@
 # make test-dist   the wheel in an empty environment, without the source tree: every operator, `vpt env`, `vpt demo`
 # make types       the public API under mypy and pyright
 # make mutate      one-line faults in the kernels, each of which the tests must catch
-# make bench       operators and engine against their alternatives on this machine, quick set (3 minutes)
+# make bench       operators and engine against their alternatives on this machine, quick set (4 minutes)
 # make bench-full  all workloads
 # make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python
 PYTHON ?= python3

@@ -13,8 +13,8 @@ import pytest
 import typer
 from rich.console import Console
 
+from bench import goals, scaling
 from bench import report as reports
-from bench import scaling
 from bench.environment import ROOT, machine
 from bench.rows import merge
 
@@ -52,15 +52,17 @@ def run(
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes whose rows are merged.")] = 3,
 ) -> None:
     """Measure, print and save; the exit status is 1 if a result was wrong."""
+    if only and out is None:
+        raise typer.BadParameter("--only measures a part, which must not replace a whole result: give --out as well")
     rows = "full" if full else "quick"
-    # A second look takes seconds: its rounds vary more than processes do, and one process has to be enough.
+    # A second look takes seconds: one process has to be enough, and its rows say so.
     ops = _measure(rows, [file for file in SUITES if file.stem != "test_engine"], only, processes)
     engine = _measure(rows, [file for file in SUITES if file.stem == "test_engine"], only, 1)
-    found = [merge(runs) for runs, _ in (ops, engine) if runs]
-    if not found:
+    suites = [runs for runs, _ in (ops, engine) if runs]
+    if not suites:
         console.print("no row was measured; see above")
         raise typer.Exit(1)
-    result = {**found[0], "rows": [row for part in found for row in part["rows"]]}
+    result = merge(suites)
     path = (out or RESULTS / machine()) / f"{rows}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -94,7 +96,7 @@ def report(
         charts.scaling(result, folder / f"{file.stem}-scaling.svg")
     if readme:
         path = ROOT / "README.md"
-        path.write_text(reports.replace_block(path.read_text(), reports.readme_block(committed())))
+        path.write_text(with_results(path.read_text()))
 
 
 @app.command()
@@ -104,8 +106,9 @@ def compare(
     threshold: Annotated[float, typer.Option(help="How much slower is a failure.")] = reports.SLOWDOWN,
 ) -> None:
     """Exit with 1 where a row became slower, and the whole 95 % interval says so."""
-    table, failures = reports.compare(reports.load(before), reports.load(after), threshold)
+    table, failures, overlap = reports.compare(reports.load(before), reports.load(after), threshold)
     console.print(table)
+    console.print(f"intervals of the same row overlap in {overlap:.0%} of the rows")
     console.print(f"slower, wrong or missing: {', '.join(failures)}" if failures else "nothing became slower")
     raise typer.Exit(int(bool(failures)))
 
@@ -119,9 +122,23 @@ def traces(folder: Annotated[Path, typer.Argument(help="Where the set is written
         console.print(str(path))
 
 
-def committed() -> dict[str, reports.Result]:
-    """The quick results of every machine under bench/results."""
-    return {file.parent.name: reports.load(file) for file in sorted(RESULTS.glob("*/quick.json"))}
+def committed() -> dict[str, dict[str, reports.Result]]:
+    """The results of every machine under bench/results, "quick" and, where it was measured, "full"."""
+    found: dict[str, dict[str, reports.Result]] = {}
+    for name in ("quick", "full"):
+        for file in sorted(RESULTS.glob(f"*/{name}.json")):
+            found.setdefault(file.parent.name, {})[name] = reports.load(file)
+    return found
+
+
+def with_results(text: str) -> str:
+    """The README's text with the numbers of the committed results."""
+    results = committed()
+    quick = {machine: found["quick"] for machine, found in results.items() if "quick" in found}
+    text = reports.replace_block(text, "measured", reports.readme_block(quick))
+    # The goals are for CPUs; there is one such machine.
+    on_cpu = next(list(found.values()) for found in results.values() if "gpu" not in found["quick"]["environment"])
+    return reports.replace_block(text, "goals", goals.table(on_cpu))
 
 
 if __name__ == "__main__":

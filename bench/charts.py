@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+# Names of parts of a picture are random otherwise, and an unchanged result would change the file.
+matplotlib.rcParams["svg.hashsalt"] = "vpt"
 import matplotlib.pyplot as plt  # noqa: E402
 
 from bench.report import Result, is_ceiling, strongest  # noqa: E402
@@ -42,19 +46,21 @@ def _where(result: Result) -> str:
 
 def ratio_bars(result: Result, path: Path, every: bool = True) -> None:
     """How many times as fast as every alternative, or as the strongest, of each row; the line at 1 is "equal"."""
-    bars: list[tuple[str, str, float, float, float]] = []
+    bars: list[tuple[str, str, float, float, float, bool]] = []
     for row in _timed(result):
         best, _ = strongest(row)
         for name, other in row["alternatives"].items():
             if "absent" not in other and not is_ceiling(name) and (every or name == best):
-                bars.append((row["name"].replace(" |", ","), name, other["ratio"], other["low"], other["high"]))
+                numbers = (other["ratio"], other["low"], other["high"], other["noisy"])
+                bars.append((row["name"].replace(" |", ","), name, *numbers))
     figure, axes = plt.subplots(figsize=(11, 0.27 * len(bars) + 1.6))
     previous = None
-    for y, (row, name, ratio, low, high) in enumerate(bars):
+    for y, (row, name, ratio, low, high, noisy) in enumerate(bars):
         colour = OURS if ratio >= 1 else CEILING
         axes.barh(-y, ratio - 1, left=1, color=colour, height=0.72)
         axes.plot([low, high], [-y, -y], color=INK, linewidth=1.2)
-        axes.text(max(high, 1) * 1.02, -y, f"{ratio:.2f}× {name}", va="center", fontsize=7.5, color=INK)
+        label = f"{ratio:.2f}× {name}" + (" (noisy)" if noisy else "")
+        axes.text(max(high, 1) * 1.02, -y, label, va="center", fontsize=7.5, color=INK)
         if row != previous:
             axes.text(-0.01, -y, row, va="center", ha="right", fontsize=7.5, transform=axes.get_yaxis_transform())
             if previous is not None:
@@ -73,7 +79,7 @@ def ratio_bars(result: Result, path: Path, every: bool = True) -> None:
     axes.set_xlabel(_where(result), fontsize=8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    _save(figure, path)
+    _save(figure, path, result)
 
 
 def roofline(result: Result, path: Path) -> None:
@@ -92,15 +98,15 @@ def roofline(result: Result, path: Path) -> None:
     axes.text(intensities[3], main * intensities[3] * 0.45, "in memory", fontsize=8, rotation=33)
     seen = set()
     for row in result["rows"]:
-        # Rows without a matrix product are drawn as one operation per byte: their rate is their bandwidth.
-        if "wrong" in row or row["bytes"] is None:
+        if "wrong" in row or row["work"] is None:
             continue
-        intensity = max(row["flops"] / row["bytes"], 2**-5)
+        # Rows without a matrix product stand at the left edge, where a point's height is its bandwidth / 32.
+        intensity = max(row["work"]["flops"] / row["work"]["bytes"], 2**-5)
         kind = row["op"].rstrip("_")
         label = None if kind in seen else kind
         seen.add(kind)
         filled = COLOURS[kind] if row["dtype"] != "bfloat16" else "white"
-        rate = intensity * row["bytes"] / row["ours_ms"] * 1e3
+        rate = intensity * row["work"]["bytes"] / row["ours_ms"] * 1e3
         axes.scatter(
             intensity, rate, marker=MARKERS[kind], facecolor=filled, edgecolor=COLOURS[kind], s=44, label=label
         )
@@ -114,7 +120,7 @@ def roofline(result: Result, path: Path) -> None:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    _save(figure, path)
+    _save(figure, path, result)
 
 
 STAGES = {
@@ -143,17 +149,19 @@ def timeline(result: Result, path: Path) -> bool:
     y, names, ticks = 0.0, [], []
     for number, (row, name, stages) in enumerate(bars):
         y -= 1.6 if number and row is not bars[number - 1][0] else 1
-        begin, ours = 0.0, sum(row["timeline"]["ours"].values())
+        begin = 0.0
         for stage, milliseconds in stages.items():
             axes.barh(y, milliseconds, left=begin, color=STAGES[stage][0], height=0.74)
             begin += milliseconds
-        label = f" {begin:.0f} ms" + (f", {begin / ours:.1f}×" if name != "ours" else "")
+        label = f" {begin:.0f} ms" + (f", {row['alternatives'][name]['ratio']:.2f}×" if name != "ours" else "")
         axes.text(begin, y, label, va="center", fontsize=8, color=INK)
-        names.append(f"{row['shape'].rsplit(', ', 1)[0]}:  {name.split(',')[0]}")
+        names.append(f"{row['shape'].rsplit(', ', 1)[0]}:  {name}")
         ticks.append(y)
     axes.set_yticks(ticks, names, fontsize=8)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
-    axes.set_title("From the perception token to the first answer token", loc="left", fontsize=11)
+    presets = ", ".join(dict.fromkeys(row["shape"].rsplit(", ", 1)[-1] for row in rows))
+    title = f"From the perception token to the first answer token ({presets}, random weights)"
+    axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(f"milliseconds      {_where(result)}", fontsize=8)
     used = [stage for stage in STAGES if any(stage in stages for _, _, stages in bars)]
     handles = [plt.Rectangle((0, 0), 1, 1, color=STAGES[stage][0]) for stage in used]
@@ -169,7 +177,7 @@ def timeline(result: Result, path: Path) -> bool:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(left=False)
-    _save(figure, path)
+    _save(figure, path, result)
     return True
 
 
@@ -203,12 +211,18 @@ def scaling(result: Result, path: Path) -> bool:
             panel.spines[side].set_visible(False)
     figure.supxlabel(_where(result), fontsize=8)
     figure.tight_layout()
-    _save(figure, path)
+    _save(figure, path, result)
     return True
 
 
-def _save(figure: Any, path: Path) -> None:
+def digest(result: Result) -> str:
+    """A name for the numbers that a picture was drawn from; it stands in the file."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _save(figure: Any, path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without a date inside, an unchanged result gives an unchanged file.
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+    metadata = {"Date": None, "Description": f"drawn from result {digest(result)}"}
+    figure.savefig(path, bbox_inches="tight", metadata=metadata if path.suffix == ".svg" else None)
     plt.close(figure)

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
+from bench.alternatives import ALTERNATIVES
+
 Result = dict[str, Any]
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SLOWDOWN = 1.1
 """`compare` fails where the run is slower than the other by more than this, relative to the same alternative."""
 
@@ -41,17 +42,17 @@ def _cells(row: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    if row["bytes"] is None:
+    """Of what bounds the row."""
+    if row["work"] is None:
         return "–"
-    if row["flops"] > 50 * row["bytes"]:
-        return (
-            f"{row['TFLOP_per_s'] * 1e3:.0f} GFLOP/s" if row["TFLOP_per_s"] < 1 else f"{row['TFLOP_per_s']:.2f} TFLOP/s"
-        )
-    return f"{row['GB_per_s']:.1f} GB/s"
+    if row["bound"] == "bytes":
+        return f"{row['GB_per_s']:.1f} GB/s"
+    rate = row["TFLOP_per_s"]
+    return f"{rate * 1e3:.0f} GFLOP/s" if rate < 1 else f"{rate:.2f} TFLOP/s"
 
 
 def _facts(row: dict[str, Any]) -> str:
-    facts = [f"{row['roofline']:.0%} of the roofline"] if row["bytes"] is not None else []
+    facts = [f"{row['roofline']:.0%} of the roofline"] if row["work"] is not None else []
     if row["host_us"] is not None:
         facts.append(f"host {row['host_us']:.1f} µs")
     if row["workspace"] is not None:
@@ -71,19 +72,20 @@ def terminal(result: Result) -> Table:
         if "wrong" in row:
             table.add_row(row["name"], "[red]WRONG[/]", "not timed", row["wrong"], "", "", "", end_section=True)
             continue
-        lines = _cells(row)
+        lines, facts = _cells(row), _facts(row)
+        lines += [("", "", "", "")] * (len(lines) == 1 and facts != "")
         for number, cells in enumerate(lines):
             head = ("", "", "")
             if number == 0:
                 head = (row["name"], f"{row['ours_ms']:.3g}", _rate(row))
             elif number == 1:
-                head = (f"  {_facts(row)}", "", "")
+                head = (f"  {facts}", "", "")
             table.add_row(*head, *cells, end_section=number == len(lines) - 1)
     return table
 
 
 def markdown(result: Result) -> str:
-    """The same as Markdown, a line per alternative."""
+    """The same as Markdown, a line per alternative, and how the alternatives were called."""
     lines = [
         "| row | ours ms | rate | % of roofline | against | ms | ratio | 95 % interval |",
         "|---|---|---|---|---|---|---|---|",
@@ -96,11 +98,14 @@ def markdown(result: Result) -> str:
             row["name"].replace(" |", ","),
             f"{row['ours_ms']:.3g}",
             _rate(row),
-            f"{row['roofline']:.0%}" if row["bytes"] is not None else "–",
+            f"{row['roofline']:.0%}" if row["work"] is not None else "–",
         )
         for cells in _cells(row):
             lines.append("| " + " | ".join((*head, *cells)) + " |")
             head = ("", "", "", "")
+    used = dict.fromkeys(name for row in result["rows"] for name in row.get("alternatives", ()))
+    lines += ["", "## The alternatives", "", "| alternative | how it was called |", "|---|---|"]
+    lines += [f"| {name} | {ALTERNATIVES[name]} |" for name in used]
     return "\n".join(lines) + "\n"
 
 
@@ -123,15 +128,18 @@ def readme_block(results: dict[str, Result]) -> str:
                 continue
             name, other = strongest(row)
             ratio = f"{other['ratio']:.2f}× ({other['low']:.2f} … {other['high']:.2f})" if name else ""
-            roofline = "" if row["bytes"] is None else f"{row['roofline']:.0%}"
-            cells = (row["name"].replace(" |", ","), _milliseconds(row["ours_ms"]), name, ratio, roofline)
+            ratio += " noisy" if name and other["noisy"] else ""
+            roofline = "" if row["work"] is None else f"{row['roofline']:.0%}"
+            cells = (row["name"].replace(" |", ","), duration(row["ours_ms"]), name, ratio, roofline)
             parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts)
 
 
-def _milliseconds(value: float) -> str:
-    return f"{value * 1e3:.3g} µs" if value < 0.1 else f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms"
+def duration(milliseconds: float) -> str:
+    if milliseconds < 0.1:
+        return f"{milliseconds * 1e3:.3g} µs"
+    return f"{milliseconds:.2f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
 
 
 def is_ceiling(name: str) -> bool:
@@ -147,28 +155,42 @@ def strongest(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return min(found, key=lambda item: item[1]["ms"], default=("", {}))
 
 
-def replace_block(text: str, block: str) -> str:
-    """`text` with what stands between the markers replaced.
+def replace_block(text: str, name: str, block: str) -> str:
+    """`text` with what stands between the markers of this name replaced.
 
     Raises:
         ValueError: the markers are missing.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    begins, ends = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, begin, rest = text.partition(begins)
+    _, end, after = rest.partition(ends)
     if not begin or not end:
-        raise ValueError(f"the text has no {BEGIN} … {END}: put both markers where the numbers belong")
-    return f"{before}{BEGIN}\n{block}{END}{after}"
+        raise ValueError(f"the text has no {begins} … {ends}: put both markers where the numbers belong")
+    return f"{before}{begins}\n{block}{ends}{after}"
 
 
-def compare(before: Result, after: Result, threshold: float = SLOWDOWN) -> tuple[Table, list[str]]:
-    """The change of every common row, and the names of those that became slower, wrong or vanished.
+def _yardstick(row: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """What a row is compared by: its strongest alternative, else a ceiling, else its own time, as a speed."""
+    name, other = strongest(row)
+    if name:
+        return name, other
+    for name, other in row["alternatives"].items():
+        if "absent" not in other:
+            return name, other
+    speed = {"ratio": 1 / row["ours_ms"], "low": 1 / row["ours_high"], "high": 1 / row["ours_low"]}
+    return "", speed
 
-    A row's change is that of its ratio to the same strongest alternative, so that a slower machine is no slower row.
-    Only a change whose whole 95 % interval lies beyond `threshold` counts.
+
+def compare(before: Result, after: Result, threshold: float = SLOWDOWN) -> tuple[Table, list[str], float]:
+    """The change of every common row, the names of those that became slower, wrong or vanished, and an agreement.
+
+    A row's change is that of its ratio to the same strongest alternative, so that a slower machine is no slower row;
+    rows without one compare their own time. Only a change whose whole interval lies beyond `threshold` counts. The
+    agreement is the share of rows whose two intervals overlap.
     """
     table = Table("row", "alternative", "before", "after", "slower by", "95 % interval")
     new = {row["name"]: row for row in after["rows"]}
-    failures = []
+    failures, overlapping = [], []
     for old in before["rows"]:
         name, row = old["name"], new.get(old["name"])
         if row is None or "wrong" in row:
@@ -177,13 +199,16 @@ def compare(before: Result, after: Result, threshold: float = SLOWDOWN) -> tuple
             continue
         if "wrong" in old:
             continue
-        other, was = strongest(old)
-        now = row["alternatives"].get(other)
+        other, was = _yardstick(old)
+        now = row["alternatives"].get(other) if other else _yardstick(row)[1]
         if not now or "absent" in now:
+            table.add_row(name, other, "", "not installed any more", "", "")
             continue
+        overlapping.append(was["low"] <= now["high"] and now["low"] <= was["high"])
         low, change, high = was["low"] / now["high"], was["ratio"] / now["ratio"], was["high"] / now["low"]
         failed = low > threshold
         failures += [name] * failed
-        cells = (f"{was['ratio']:.2f}×", f"{now['ratio']:.2f}×", f"{change:.2f}×", f"{low:.2f} … {high:.2f}")
+        shown = [f"{one['ratio']:.2f}×" if other else duration(1 / one["ratio"]) for one in (was, now)]
+        cells = (*shown, f"{change:.2f}×", f"{low:.2f} … {high:.2f}")
         table.add_row(name, other, *cells, style="red" if failed else "")
-    return table, failures
+    return table, failures, sum(overlapping) / max(1, len(overlapping))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,17 +15,21 @@ import torch.nn.functional as F
 from bench.timers import Call, clock, prepare
 from bench.workloads import LMS, Append, Control
 
-SIZES = tuple(1 << exponent for exponent in range(20, 29, 2))
+SIZES = tuple(1 << exponent for exponent in range(18, 29, 2))
 """Bytes moved to learn the bandwidth of each level of the memory."""
 MATMUL = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call has to do: bytes read and written once each, and operations of its matrix products."""
+    """What one call has to do: bytes read and written once each, and operations of its matrix products.
+
+    byte_products: in how many products of 8-bit integers the float32 product can be written instead; 0: in none.
+    """
 
     bytes: int
     flops: int
+    byte_products: int = 0
 
 
 def itemsize(dtype: str) -> int:
@@ -31,9 +37,13 @@ def itemsize(dtype: str) -> int:
 
 
 def roi_work(crop_bytes: int, patches: int, columns: int, embed: int, dtype: str) -> Work:
-    """The crop and the folded weight are read, the tokens written; the patch matrix never needs to reach memory."""
+    """The crop and the folded weight are read, the tokens written; the patch matrix never needs to reach memory.
+
+    Its left side is pixels: a float32 weight in three signed bytes a number leaves three exact byte products.
+    """
     size = itemsize(dtype)
-    return Work(crop_bytes + (columns + patches) * embed * size, 2 * patches * columns * embed)
+    moved, flops = crop_bytes + (columns + patches) * embed * size, 2 * patches * columns * embed
+    return Work(moved, flops, 3 if dtype == "float32" else 0)
 
 
 def patches_work(crop_bytes: int, patches: int, columns: int) -> Work:
@@ -90,15 +100,25 @@ class Ceilings:
             if dtype == "float32" and device == "cpu" and torch.backends.mkldnn.is_available():
                 products.append(lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
             found.flops[dtype] = 2 * side**3 / min(_seconds(product, device) for product in products)
+        a, b = (torch.randint(-128, 128, (side, side), device=device, dtype=torch.int8) for _ in range(2))
+        found.flops["int8"] = 2 * side**3 / _seconds(lambda: torch._int_mm(a, b.t()), device)
         return found
 
     def bandwidth(self, size: int) -> float:
-        """Of the smallest size measured that is at least `size`."""
-        return next((rate for moved, rate in sorted(self.moved.items()) if moved >= size), self.moved[max(self.moved)])
+        """Between two sizes measured, on the line between them over the size's logarithm."""
+        sizes = sorted(self.moved)
+        place = bisect_left(sizes, size)
+        if place in (0, len(sizes)):
+            return self.moved[sizes[min(place, len(sizes) - 1)]]
+        low, high = sizes[place - 1 : place + 1]
+        share = math.log(size / low) / math.log(high / low)
+        return (1 - share) * self.moved[low] + share * self.moved[high]
 
     def floor(self, work: Work, dtype: str) -> float:
         """Seconds below which no implementation with these rates can fall."""
         compute = work.flops / self.flops[dtype] if work.flops else 0.0
+        if work.byte_products:
+            compute = min(compute, work.byte_products * work.flops / self.flops["int8"])
         return max(work.bytes / self.bandwidth(work.bytes), compute)
 
     def as_dict(self) -> dict[str, object]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -11,18 +14,26 @@ import torch
 
 from bench.cases import Case, WrongResult
 from bench.rooflines import Ceilings, Work
-from bench.timers import Ratio, Repeated, clock, host_microseconds, paired_ratio, prepare
+from bench.timers import (
+    FEWEST_ROUNDS,
+    Ratio,
+    Repeated,
+    clock,
+    host_microseconds,
+    median_interval,
+    paired_ratio,
+    prepare,
+)
 
-SECONDS_PER_ROW = 0.6
+SECONDS_PER_ROW = 0.5
 ROUNDS = (9, 101)
-SELF_TIMED_ROUNDS = 3
 
 Row = dict[str, Any]
 
 
-def wrong_row(case: Case, error: WrongResult) -> Row:
-    """A row that was not timed, because a result was wrong."""
-    return _identity(case) | {"wrong": str(error)}
+def wrong_row(case: Case, error: Exception) -> Row:
+    """A row that was not timed, because a result was wrong or there was none."""
+    return _identity(case) | {"wrong": str(error) if isinstance(error, WrongResult) else repr(error)}
 
 
 def _identity(case: Case) -> Row:
@@ -38,10 +49,22 @@ def _rounds(units: list[Repeated]) -> int:
     return min(ROUNDS[1], max(ROUNDS[0], int(SECONDS_PER_ROW / (time.perf_counter() - begin))))
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """No garbage collection falls into a timed call; pytest-benchmark keeps it from ours only."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def measure(case: Case, benchmark: Any) -> Row:
     """Check `case`, time it in rounds through pytest-benchmark's `benchmark` fixture, and return the row.
 
-    Every round times each alternative first and ours last. The fixture's timer must be `clock(case.device)`.
+    Every round times each alternative first, beginning with another one each time, and ours last. The fixture's timer
+    must be `clock(case.device)`.
 
     Raises:
         WrongResult: ours or an alternative gives another result; nothing was timed.
@@ -50,8 +73,12 @@ def measure(case: Case, benchmark: Any) -> Row:
     absent = {name: calls for name, calls in case.alternatives.items() if isinstance(calls, str)}
     # Calls that time themselves take seconds, were warmed up by the check, and are no kernels to be put into a graph.
     device, warm_up = "cpu" if case.self_timed else case.device, not case.self_timed
-    ours = prepare(case.ours, device, warm_up)
-    others = {name: prepare(calls, device, warm_up) for name, calls in case.alternatives.items() if name not in absent}
+    ours = prepare(case.ours, device, warm_up, case.capture)
+    others = {
+        name: prepare(calls, device, warm_up, case.capture)
+        for name, calls in case.alternatives.items()
+        if name not in absent
+    }
     now = clock(case.device)
     series: dict[str, list[float]] = {name: [] for name in others}
     own: list[float] = []
@@ -62,26 +89,29 @@ def measure(case: Case, benchmark: Any) -> Row:
         return result if case.self_timed else now() - begin
 
     def time_others() -> None:
-        for name, unit in others.items():
-            series[name].append(seconds(unit) / unit.count)
+        names = list(others)
+        turn = len(series[names[0]]) % len(names) if names else 0
+        for name in names[turn:] + names[:turn]:
+            series[name].append(seconds(others[name]) / others[name].count)
 
-    rounds = SELF_TIMED_ROUNDS if case.self_timed else _rounds([ours, *others.values()])
-    if case.self_timed:
-        benchmark.pedantic(lambda: own.append(ours.call()), setup=time_others, rounds=rounds, iterations=1)
-    else:
-        benchmark.pedantic(ours.call, setup=time_others, rounds=rounds, iterations=1)
-        own = [total / ours.count / case.calls for total in benchmark.stats.stats.data]
-    median = statistics.median(own)
+    rounds = FEWEST_ROUNDS if case.self_timed else _rounds([ours, *others.values()])
+    with _no_collections():
+        if case.self_timed:
+            benchmark.pedantic(lambda: own.append(ours.call()), setup=time_others, rounds=rounds, iterations=1)
+        else:
+            benchmark.pedantic(ours.call, setup=time_others, rounds=rounds, iterations=1)
+            own = [total / ours.count / case.calls for total in benchmark.stats.stats.data]
+    low, high = median_interval(own)
     row: Row = {
         **_identity(case),
         "rounds": rounds,
         "graph": ours.graph,
-        "ours_ms": median * 1e3,
-        "bytes": case.work.bytes if case.work else None,
-        "flops": case.work.flops if case.work else None,
+        "ours_ms": statistics.median(own) * 1e3,
+        "ours_low": low * 1e3,
+        "ours_high": high * 1e3,
+        "work": asdict(case.work) if case.work else None,
         "host_us": host_microseconds(case.ours[0], device) if device == "cuda" else None,
         "workspace": case.workspace,
-        **({"settings": case.settings} if case.settings else {}),
         **({"sweep": asdict(case.sweep)} if case.sweep else {}),
         **({"timeline": case.timeline()} if case.timeline else {}),
         "alternatives": {},
@@ -100,27 +130,38 @@ def measure(case: Case, benchmark: Any) -> Row:
     return row
 
 
-def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several processes' results.
+def merge(suites: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """One result of the suites' results, each of one or several processes that measured the same rows.
 
     Where memory lies and who the neighbours are changes from process to process more than from round to round: times
-    and ratios become medians over the processes, and an interval spans all of theirs. A row is wrong if it was once.
+    and ratios become medians over the processes, and an interval spans all of theirs. A row is wrong if it was once,
+    or if a process lacks it. Every row is judged by the best rates that any process reached.
     """
+    runs = [run for suite in suites for run in suite]
     ceilings = Ceilings.best_of([run["ceilings"] for run in runs])
-    rows = [_merge_row([run["rows"][i] for run in runs], ceilings) for i in range(len(runs[0]["rows"]))]
-    return {
-        "environment": runs[0]["environment"] | {"processes": len(runs)},
-        "ceilings": ceilings.as_dict(),
-        "rows": rows,
-    }
+    rows = []
+    for suite in suites:
+        found: dict[str, list[Row]] = {}
+        for row in (row for run in suite for row in run["rows"]):
+            found.setdefault(row["name"], []).append(row)
+        rows += [_merge_row(same, len(suite), ceilings) for same in found.values()]
+    environment = runs[0]["environment"] | {"processes": max(len(suite) for suite in suites)}
+    return {"environment": environment, "ceilings": ceilings.as_dict(), "rows": rows}
 
 
-def _merge_row(rows: list[Row], ceilings: Ceilings) -> Row:
+def _merge_row(rows: list[Row], processes: int, ceilings: Ceilings) -> Row:
     row = next((row for row in rows if "wrong" in row), None) or dict(rows[0])
+    if len(rows) != processes:
+        row["wrong"] = f"only {len(rows)} of {processes} processes measured it"
     if "wrong" in row:
         return row
     seconds = statistics.median(row["ours_ms"] for row in rows) / 1e3
-    row["ours_ms"] = seconds * 1e3
+    row |= {
+        "ours_ms": seconds * 1e3,
+        "ours_low": min(row["ours_low"] for row in rows),
+        "ours_high": max(row["ours_high"] for row in rows),
+        "processes": processes,
+    }
     if row["host_us"] is not None:
         row["host_us"] = statistics.median(row["host_us"] for row in rows)
     for name in row["alternatives"]:
@@ -131,11 +172,13 @@ def _merge_row(rows: list[Row], ceilings: Ceilings) -> Row:
         ratio = Ratio(statistics.median(other["ratio"] for other in others), low, high)
         milliseconds = statistics.median(other["ms"] for other in others)
         row["alternatives"][name] = others[0] | {"ms": milliseconds, **asdict(ratio), "noisy": ratio.noisy}
-    if row["bytes"] is not None:
-        floor = ceilings.floor(Work(row["bytes"], row["flops"]), row["dtype"])
+    if row["work"] is not None:
+        work = Work(**row["work"])
+        floor = ceilings.floor(work, row["dtype"])
         row |= {
-            "GB_per_s": row["bytes"] / seconds / 1e9,
-            "TFLOP_per_s": row["flops"] / seconds / 1e12,
+            "GB_per_s": work.bytes / seconds / 1e9,
+            "TFLOP_per_s": work.flops / seconds / 1e12,
+            "bound": "bytes" if floor == work.bytes / ceilings.bandwidth(work.bytes) else "operations",
             "floor_ms": floor * 1e3,
             "roofline": floor / seconds,
         }

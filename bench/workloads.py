@@ -140,7 +140,7 @@ class Decode:
     """`tokens` of an answer about a photo, one by one, of `preset` (random weights); the time of one."""
 
     preset: str
-    tokens: int = 16
+    tokens: int = 8
     quick: bool = True
 
     @property
@@ -153,8 +153,8 @@ MEGAPIXEL = 14 * 14 * 4 * 1280
 
 ROI = (
     *(Roi(*PHOTO, 1, dtype, max_pixels=12_845_056) for dtype in ("float32", "bfloat16")),
-    *(Roi(*LARGE, 1, dtype, max_pixels=MEGAPIXEL) for dtype in ("float32", "bfloat16")),
-    Roi(*PHOTO, 1, "float32", max_pixels=12_845_056, new_geometry=False),
+    *(Roi(*LARGE, 1, dtype, max_pixels=MEGAPIXEL, quick=dtype == "float32") for dtype in ("float32", "bfloat16")),
+    Roi(*PHOTO, 1, "float32", max_pixels=12_845_056, new_geometry=False, quick=False),
     *(
         Roi(*DOCUMENT, n, dtype, longest_edge=512, quick=n <= 4, sweep="regions")
         for dtype in ("float32", "bfloat16")
@@ -205,7 +205,7 @@ REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
 """Crops of 54 to 91 and of 324 tokens."""
 ENGINE = {
     "cpu": (
-        *(SecondLook("2b-slice", look, sweep="history") for look in (*REGIONS, "clip")),
+        *(SecondLook("2b-slice", look, quick=look != REGIONS[1], sweep="history") for look in (*REGIONS, "clip")),
         Decode("2b-slice"),
         *(
             SecondLook("2b-slice", look, history, quick=False, sweep="history")
@@ -220,9 +220,9 @@ ENGINE = {
         *(SecondLook("2b", look, quick=False) for look in ("dino", "sam")),
     ),
 }
-DROP_IN_IMAGES = (DropInImage(*PHOTO, 12_845_056), DropInImage(*LARGE, MEGAPIXEL))
+DROP_IN_IMAGES = (DropInImage(*PHOTO, 12_845_056), DropInImage(*LARGE, MEGAPIXEL, quick=False))
 DROP_IN_DECODE = tuple(
-    DropInDecode(preset, cache, context, quick=(context, cache) == (300, "dynamic"))
+    DropInDecode(preset, cache, context, quick=False)
     for preset, context in (("tiny", 256), ("2b-slice", 300), ("2b-slice", 4096))
     for cache in ("dynamic", "static")
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,7 +47,8 @@ class Case:
     value, and what the series' rows have in common. timeline: after the timing, milliseconds of every stage, for ours
     ("ours") and every alternative that knows them. workspace: bytes one call of ours needs beside its inputs and
     outputs, or None where it was not measured. calls: of the function in one call of ours. self_timed: every call
-    returns the seconds that count, because only a part of it does.
+    returns the seconds that count, because only a part of it does. capture: whether a CUDA graph may repeat a call; not
+    where it must differ from the one before.
     """
 
     op: str
@@ -62,8 +63,8 @@ class Case:
     calls: int = 1
     self_timed: bool = False
     sweep: Sweep | None = None
+    capture: bool = True
     timeline: Callable[[], dict[str, dict[str, float]]] | None = None
-    settings: dict[str, object] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -99,8 +100,11 @@ def peer(
 
 
 def workspace(call: Call, device: str, outputs: int) -> int | None:
-    """Peak bytes that a call of ours takes from torch's allocator beyond its `outputs`; CUDA only."""
-    if device != "cuda":
+    """Peak bytes that a call of ours takes from torch's allocator beyond its `outputs`.
+
+    None on a CPU, where libraries take their buffers from malloc and nothing counts them.
+    """
+    if device == "cpu":
         return None
     call()
     torch.cuda.synchronize()
@@ -110,6 +114,11 @@ def workspace(call: Call, device: str, outputs: int) -> int | None:
     torch.cuda.synchronize()
     del result
     return max(0, torch.cuda.max_memory_allocated() - before - outputs)
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` in float32 on a CPU through oneDNN, where torch takes MKL; its sums are less exact."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,26 @@ class Buffers:
             self.q, self.k, self.v, self.table, self.positions, self.slots, self.k_cache, self.v_cache, SECTIONS
         )
 
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The rows of both caches at our slots."""
+        return tuple(c.view(-1, *t.shape[1:])[self.slots] for c, t in ((self.k_cache, self.k), (self.v_cache, self.v)))
+
+    def forget(self) -> None:
+        for cache in (self.k_cache, self.v_cache):
+            cache.fill_(float("nan"))
+
     def in_place(self) -> None:
         append_visual_kv_(
             self.q, self.k, self.v, self.table, self.positions, self.slots, self.k_cache, self.v_cache, SECTIONS
         )
+
+    def rotated_in_place(self) -> Tensor:
+        """What `in_place` makes of q, which afterwards holds what it held."""
+        before = self.q.clone()
+        self.in_place()
+        after = self.q.clone()
+        self.q.copy_(before)
+        return after
 
     def copy(self) -> None:
         for target, source in zip(self.copies, (self.q, self.k, self.v)):
@@ -75,7 +93,11 @@ def eager_append(
     return rotate(q)
 
 
-def _transformers(buffers: Buffers, capacity: int) -> Call:
+Stored = Callable[[], tuple[Tensor, Tensor]]
+"""What a call stored: keys and values [tokens, heads, head_dim]."""
+
+
+def _transformers(buffers: Buffers, capacity: int) -> tuple[Call, Stored]:
     from transformers import Qwen2Config, StaticCache
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
@@ -95,7 +117,11 @@ def _transformers(buffers: Buffers, capacity: int) -> Call:
         static.layers[0].cumulative_length.zero_()
         return rotated[0].transpose(0, 1)
 
-    return call
+    def stored() -> tuple[Tensor, Tensor]:
+        layer, tokens = static.layers[0], buffers.k.shape[0]
+        return tuple(t[0, :, :tokens].transpose(0, 1) for t in (layer.keys, layer.values))
+
+    return call, stored
 
 
 def _flashinfer(buffers: Buffers) -> Call:
@@ -147,8 +173,8 @@ def build(workload: Append, device: str) -> Case:
     work = append_work(workload)
     sets = [Buffers(workload, device) for _ in range(1 + ROTATION_BYTES[device] // work.bytes)][:64]
     first = sets[0]
-    alternatives: dict[str, list[Call] | str] = {"copy of the same bytes": [s.copy for s in sets]}
-    checked: dict[str, Call] = {}
+    timed: dict[str, list[Call] | str] = {}
+    elsewhere: dict[str, Stored] = {}
     if not workload.in_place:
         compiled = torch.compile(eager_append, fullgraph=True)
 
@@ -156,36 +182,39 @@ def build(workload: Append, device: str) -> Case:
             flat = [cache.view(-1, *s.k.shape[1:]) for cache in (s.k_cache, s.v_cache)]
             return lambda: compiled(s.q, s.k, s.v, s.cos, s.sin, s.slots, *flat)
 
-        alternatives["eager index_copy_"] = [s.eager for s in sets]
-        alternatives["torch.compile"] = [compile_of(s) for s in sets]
-        checked |= {"eager": first.eager, "torch.compile": compile_of(first)}
+        timed["eager index_copy_"] = [s.eager for s in sets]
+        timed["torch.compile"] = [compile_of(s) for s in sets]
         if not workload.page_size:
-            missing = absent("transformers")
-            name = "transformers rotary + StaticCache"
-            alternatives[name] = missing or [_transformers(s, workload.capacity) for s in sets]
-            if not missing:
-                checked["transformers"] = alternatives[name][0]
+            name, missing = "transformers rotary + StaticCache", absent("transformers")
+            if missing:
+                timed[name] = missing
+            else:
+                pairs = [_transformers(s, workload.capacity) for s in sets]
+                timed[name], elsewhere[name] = [call for call, _ in pairs], pairs[0][1]
         unusable = None if device == "cuda" else "needs a GPU"
         if workload.page_size:
-            alternatives["rotation + FlashInfer append"] = peer("flashinfer", _flashinfer, sets, unusable=unusable)
-        alternatives["Liger M-RoPE + index_copy_"] = peer("liger_kernel", _liger, sets, unusable=unusable)
-        alternatives["flash_attn_with_kvcache"] = absent("flash_attn") or (
+            timed["rotation + FlashInfer append"] = peer("flashinfer", _flashinfer, sets, unusable=unusable)
+        timed["Liger M-RoPE + index_copy_"] = peer("liger_kernel", _liger, sets, unusable=unusable)
+        timed["flash_attn_with_kvcache"] = absent("flash_attn") or (
             "attends in the same call, and turns a token by one position, not three"
         )
 
     def check() -> None:
-        expected = first.eager()
-        keys = first.k_cache.clone()
-        first.k_cache.zero_()
-        require_close("append_visual_kv: q", first.ours(), expected, TOLERANCES[workload.dtype])
-        require_close("append_visual_kv: k cache", first.k_cache, keys, TOLERANCES[workload.dtype])
-        for name, call in checked.items():
-            require_close(name, call(), expected, TOLERANCES[workload.dtype])
+        tolerance = TOLERANCES[workload.dtype]
+        expected, stored = first.eager(), first.stored()
+        own = {"ours": [first.rotated_in_place if workload.in_place else first.ours]}
+        for name, calls in (own | timed).items():
+            if isinstance(calls, str):
+                continue
+            first.forget()
+            require_close(f"append_visual_kv: {name}: q", calls[0](), expected, tolerance)
+            for part, found, right in zip("kv", elsewhere.get(name, first.stored)(), stored):
+                require_close(f"append_visual_kv: {name}: {part} cache", found, right, tolerance)
 
     ours = [s.in_place if workload.in_place else s.ours for s in sets]
     outputs = 0 if workload.in_place else first.q.numel() * first.q.element_size()
     op = "append_visual_kv_" if workload.in_place else "append_visual_kv"
     return Case(
-        op, workload.shape, workload.dtype, device, ours, alternatives, check, work,
-        workspace(ours[0], device, outputs), sweep=sweep(op, workload),
+        op, workload.shape, workload.dtype, device, ours, {"copy of the same bytes": [s.copy for s in sets]} | timed,
+        check, work, workspace(ours[0], device, outputs), sweep=sweep(op, workload),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, absent, peer, require_close, sweep, workspace
+from bench.cases import TOLERANCES, Case, absent, onednn, peer, require_close, sweep, workspace
 from bench.rooflines import patches_work, roi_work
 from bench.timers import Call
 from bench.workloads import Roi
@@ -18,6 +19,7 @@ from vpt_kernels import fold_patch_weight, plan_regions, qwen2_vl_policy, roi_pa
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 EMBED, PATCH = 1280, 14
+PROCESSOR = "transformers' Pillow processor + F.linear"
 Box = tuple[int, int, int, int, int]
 
 
@@ -41,13 +43,13 @@ class Problem:
         if self.dtype.is_floating_point:
             self.embed = fold_patch_weight(convolution, MEAN, STD, dtype=self.dtype)
             self.flat = convolution.reshape(EMBED, -1).to(self.dtype)
+            self.raw, self.raw_bias = _folded(convolution, self.dtype)
         limits = {"longest_edge": workload.longest_edge, "max_pixels": workload.max_pixels}
         self.policy = qwen2_vl_policy(**{name: value for name, value in limits.items() if value})
-        self._fresh = count()
 
-    def boxes(self) -> list[Box]:
-        """`regions` boxes in a grid, moved by a few pixels from call to call if they are to be new."""
-        i = next(self._fresh) if self.workload.new_geometry else 0
+    def boxes(self, turn: int = 0) -> list[Box]:
+        """`regions` boxes in a grid, moved by a few pixels from turn to turn if they are to be new."""
+        i = turn if self.workload.new_geometry else 0
         width, height, n = self.workload.width, self.workload.height, self.workload.regions
         across = round(n**0.5)
         boxes = []
@@ -58,16 +60,30 @@ class Problem:
             boxes.append((0, left + i % 7, top + i % 3, right - i % 5, bottom - i % 11))
         return boxes
 
+    def in_turn(self, call: Callable[[list[Box]], object]) -> Call:
+        """`call` on new boxes each time; every call made by this method sees the same ones in the same turn."""
+        turn = count()
+        return lambda: call(self.boxes(next(turn)))
+
     def plan(self, boxes: list[Box]):
         return plan_regions([self.size], boxes, self.policy)
 
-    def ours(self, boxes: list[Box] | None = None) -> Tensor:
-        return roi_patch_embed([self.image], self.plan(boxes or self.boxes()), self.embed)
+    def crop_bytes(self, boxes: list[Box]) -> int:
+        """Bytes of the image that the boxes' results depend on: whole lines, of those that the NEAREST step takes."""
+        longest, read = self.workload.longest_edge, 0
+        for _, left, top, right, bottom in boxes:
+            width, height = right - left, bottom - top
+            reduction = min(1.0, longest / max(width, height)) if longest else 1.0
+            read += 3 * width * int(height * reduction)
+        return read
 
-    def patches(self) -> Tensor:
-        return roi_patches([self.image], self.plan(self.boxes()))
+    def ours(self, boxes: list[Box]) -> Tensor:
+        return roi_patch_embed([self.image], self.plan(boxes), self.embed)
 
-    def transformers(self) -> Callable[..., Tensor]:
+    def patches(self, boxes: list[Box]) -> Tensor:
+        return roi_patches([self.image], self.plan(boxes))
+
+    def transformers(self) -> Callable[[list[Box]], Tensor]:
         """Pillow's crop and NEAREST step, transformers' Pillow processor, one GEMM: its pixels are equal to ours."""
         from PIL import Image
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -76,8 +92,8 @@ class Problem:
         processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=limit)
         picture = Image.fromarray(self.array)
 
-        def call(boxes: list[Box] | None = None) -> Tensor:
-            crops = [picture.crop(box[1:]) for box in boxes or self.boxes()]
+        def call(boxes: list[Box]) -> Tensor:
+            crops = [picture.crop(box[1:]) for box in boxes]
             longest = self.workload.longest_edge
             for number, crop in enumerate(crops if longest else ()):
                 if max(crop.size) > longest:
@@ -89,10 +105,10 @@ class Problem:
         return call
 
     def resized(
-        self, boxes: list[Box] | None = None, resize: Callable[[Tensor, tuple[int, int]], Tensor] = _interpolate
+        self, boxes: list[Box], resize: Callable[[Tensor, tuple[int, int]], Tensor] = _interpolate
     ) -> list[tuple[Tensor, int, int]]:
         """torch's uint8 resize on the CPU, float32 on a GPU, of what remains after the NEAREST step; not bit-exact."""
-        boxes, longest = boxes or self.boxes(), self.workload.longest_edge
+        longest = self.workload.longest_edge
         result = []
         for (rows, columns), (_, left, top, right, bottom) in zip(self.plan(boxes).grids, boxes):
             crop = self.image[top:bottom, left:right].permute(2, 0, 1)[None]
@@ -105,27 +121,50 @@ class Problem:
 
     def interpolate(
         self,
-        boxes: list[Box] | None = None,
-        linear: Callable[..., Tensor] = F.linear,
+        boxes: list[Box],
+        linear: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
         resize: Callable[[Tensor, tuple[int, int]], Tensor] = _interpolate,
     ) -> Tensor:
+        """Pixels as they are: scale and offset are in the weight and the bias."""
         matrices = []
         for pixels, rows, columns in self.resized(boxes, resize):
             blocks = pixels.reshape(3, rows // 2, 2, PATCH, columns // 2, 2, PATCH).permute(1, 4, 2, 5, 3, 6, 0)
-            matrices.append((blocks.reshape(rows * columns, -1).to(self.dtype) - 128) / 256)
-        return linear(torch.cat(matrices), self.embed.weight).add_(self.embed.bias[0, -1].to(self.dtype))
+            matrices.append(blocks.reshape(rows * columns, -1))
+        matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        return linear(matrix.to(self.dtype), self.raw, self.raw_bias)
 
-    def torchvision(self) -> Tensor:
+    def torchvision(self, boxes: list[Box]) -> Tensor:
         from torchvision.transforms.v2 import InterpolationMode, functional
 
         def resize(crop: Tensor, size: tuple[int, int]) -> Tensor:
             return functional.resize(crop, list(size), InterpolationMode.BICUBIC, antialias=True)
 
-        return self.interpolate(resize=resize)
+        return self.interpolate(boxes, resize=resize)
+
+    def transformers_fast(self) -> Callable[[list[Box]], Tensor]:
+        """transformers' processor on torchvision, which crops and resizes on the device; not bit-exact."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+        processor = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=self.workload.max_pixels)
+        planes = self.image.permute(2, 0, 1)
+
+        def call(boxes: list[Box]) -> Tensor:
+            crops = [planes[:, top:bottom, left:right] for _, left, top, right, bottom in boxes]
+            values = processor(images=crops, return_tensors="pt", device=self.device)["pixel_values"]
+            return F.linear(values.to(self.dtype), self.flat)
+
+        return call
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _folded(convolution: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight [embed, pixels of a patch in the order y, x, channel] and bias for pixels of 0 … 255."""
+    weight = convolution.double().sum(2)
+    mean, std = (
+        torch.tensor(values, dtype=torch.double, device=weight.device)[:, None, None] for values in (MEAN, STD)
+    )
+    scaled = weight / (255 * std)
+    bias = -(weight * mean / std).sum((1, 2, 3))
+    return scaled.permute(0, 2, 3, 1).flatten(1).to(dtype).contiguous(), bias.to(dtype)
 
 
 def build(workload: Roi, device: str) -> Case:
@@ -133,46 +172,60 @@ def build(workload: Roi, device: str) -> Case:
     boxes = problem.boxes()
     rows = problem.plan(boxes).rows
     operand = torch.randn(rows, 3 * PATCH * PATCH, device=device).to(problem.dtype)
+    # What computes the same pixels, within the dtype; the others take another level here and there, and on large
+    # reductions other taps.
+    exact: dict[str, Callable[[list[Box]], Tensor]] = {"ours": problem.ours}
+    inexact = {"F.interpolate, not exact, + F.linear": problem.interpolate}
+    reasons = {}
     missing = absent("transformers")
-    transformers = None if missing else problem.transformers()
-    alternatives: dict[str, list[Call] | str] = {
-        "transformers' Pillow processor + F.linear": missing or [transformers],
-        "F.interpolate, not exact, + F.linear": [problem.interpolate],
-        "GEMM alone": [lambda: F.linear(operand, problem.embed.weight)],
+    if missing:
+        reasons[PROCESSOR] = missing
+    else:
+        exact[PROCESSOR] = problem.transformers()
+    peers: dict[str, Callable[[], Callable[[list[Box]], Tensor]]] = {
+        "torchvision's resize, not exact, + F.linear": lambda: problem.torchvision
     }
-    name = "torchvision's resize, not exact, + F.linear"
-    alternatives[name] = peer("torchvision", lambda one: one.torchvision, [problem])
+    if workload.max_pixels:  # it knows no longest edge
+        peers["transformers' torchvision processor, not exact, + F.linear"] = problem.transformers_fast
+    for name, make in peers.items():
+        calls = peer("torchvision", lambda boxes, make=make: partial(make(), boxes), [boxes])
+        if isinstance(calls, str):
+            reasons[name] = calls
+        else:
+            inexact[name] = make()
+    ceilings: dict[str, Call] = {"GEMM alone": lambda: F.linear(operand, problem.raw)}
     if workload.dtype == "float32" and device == "cpu" and torch.backends.mkldnn.is_available():
         # F.linear takes MKL for float32; oneDNN is faster on some processors, and less exact.
-        alternatives["F.interpolate, not exact, + oneDNN"] = [lambda: problem.interpolate(linear=_onednn)]
-        alternatives["GEMM alone, oneDNN"] = [lambda: _onednn(operand, problem.embed.weight)]
-    alternatives["torch.compile"] = "compiles anew for every size of a region"
-    if not workload.new_geometry:
-        compiled = torch.compile(problem.interpolate)
-        alternatives["torch.compile"] = [lambda: compiled(boxes)]
+        inexact["F.interpolate, not exact, + oneDNN"] = lambda boxes: problem.interpolate(boxes, onednn)
+        ceilings["GEMM alone, oneDNN"] = lambda: onednn(operand, problem.raw)
+    if workload.new_geometry:
+        reasons["torch.compile"] = "compiles anew for every size of a region"
+    else:
+        inexact["torch.compile"] = torch.compile(problem.interpolate)
 
     def check() -> None:
-        ours = problem.ours(boxes)
-        if transformers:
-            exact = 1e-4 if workload.dtype == "float32" else 2e-2
-            require_close("roi_patch_embed against transformers", ours, transformers(boxes), exact)
-        # Not exact: pixels differ by a level here and there, and on large reductions in the choice of taps.
-        require_close("F.interpolate", problem.interpolate(boxes), ours, 3e-2)
+        if missing:
+            expected = roi_patch_embed([problem.image], problem.plan(boxes), problem.embed, backend="reference")
+        else:
+            expected = exact[PROCESSOR](boxes)
+        for name, call in (exact | inexact).items():
+            tolerance = TOLERANCES[workload.dtype] if name in exact else 3e-2
+            require_close(f"roi_patch_embed: {name}", call(boxes), expected, tolerance)
 
-    crop_bytes = sum(3 * (right - left) * (bottom - top) for _, left, top, right, bottom in boxes)
-    work = roi_work(crop_bytes, rows, 3 * PATCH * PATCH, EMBED, workload.dtype)
-    outputs = rows * EMBED * problem.dtype.itemsize
+    work = roi_work(problem.crop_bytes(boxes), rows, 3 * PATCH * PATCH, EMBED, workload.dtype)
+    timed = {name: [problem.in_turn(call)] for name, call in (exact | inexact).items()}
     return Case(
         "roi_patch_embed",
         workload.shape + ("" if workload.new_geometry else ", same boxes"),
         workload.dtype,
         device,
-        [problem.ours],
-        alternatives,
+        timed.pop("ours"),
+        timed | {name: [call] for name, call in ceilings.items()} | reasons,
         check,
         work,
-        workspace(problem.ours, device, outputs),
+        workspace(lambda: problem.ours(boxes), device, rows * EMBED * problem.dtype.itemsize),
         sweep=sweep("roi_patch_embed", workload),
+        capture=not workload.new_geometry,
     )
 
 
@@ -181,20 +234,26 @@ def build_patches(workload: Roi, device: str) -> Case:
     problem = Problem(workload, device)
     boxes = problem.boxes()
     plan = problem.plan(boxes)
+    side = 3 * PATCH * PATCH
 
     def check() -> None:
-        ours = roi_patches([problem.image], plan)
-        require_close("roi_patches", ours, roi_patches([problem.image], plan, backend="reference"), 0.0)
+        expected = roi_patches([problem.image], plan, backend="reference")
+        require_close("roi_patches", problem.patches(boxes), expected, 0.0)
+        resized = [pixels.flatten() for pixels, _, _ in problem.resized(boxes)]
+        images = expected.reshape(-1, side).split([rows * columns for rows, columns in plan.grids])
+        for pixels, patches, (rows, columns) in zip(resized, images, plan.grids):
+            grid = patches.reshape(rows // 2, columns // 2, 2, 2, PATCH, PATCH, 3).permute(6, 0, 2, 4, 1, 3, 5)
+            require_close("F.interpolate", pixels, grid.flatten(), 3e-2)
 
-    crop_bytes = sum(3 * (right - left) * (bottom - top) for _, left, top, right, bottom in boxes)
     return Case(
         "roi_patches",
         workload.shape,
         "uint8",
         device,
-        [problem.patches],
-        {"F.interpolate, not exact": [problem.resized]},
+        [problem.in_turn(problem.patches)],
+        {"F.interpolate, not exact": [problem.in_turn(problem.resized)]},
         check,
-        patches_work(crop_bytes, plan.rows, plan.row_bytes),
-        workspace(problem.patches, device, plan.rows * plan.row_bytes),
+        patches_work(problem.crop_bytes(boxes), plan.rows, plan.row_bytes),
+        workspace(lambda: problem.patches(boxes), device, plan.rows * plan.row_bytes),
+        capture=False,
     )

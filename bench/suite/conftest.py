@@ -68,15 +68,15 @@ def _ceilings(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any, _ceilings: None) -> Callable[[Case], None]:
-    """Measures a case and keeps its row; a wrong case becomes a row that says so, and a failure."""
+    """Measures a case and keeps its row; a wrong or failing case becomes a row that says so, and a failure."""
 
     def run(case: Case) -> None:
         rows = request.config.stash[ROWS]
         try:
             rows.append(measure(case, benchmark))
-        except WrongResult as error:
+        except Exception as error:  # noqa: BLE001  (whatever it was, the row must not vanish)
             rows.append(wrong_row(case, error))
-            pytest.fail(str(error), pytrace=False)
+            pytest.fail(rows[-1]["wrong"], pytrace=not isinstance(error, WrongResult))
         finally:
             _save(request.config)
 

@@ -13,6 +13,6 @@ from bench.suite.conftest import DEVICE
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter, disable_gc=True)
 
 
-@pytest.mark.parametrize("name", host.NAMES)
+@pytest.mark.parametrize("name", host.MAKERS)
 def test_host(name: str, record: Callable[[Case], None]) -> None:
     record(host.build(name, DEVICE))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from bench import __main__ as command
-from bench import charts, report, rows, scaling, workloads
-from bench.cases import Case, WrongResult, append, control, require_close, roi
+from bench import charts, goals, report, rows, scaling, workloads
+from bench.alternatives import ALTERNATIVES
+from bench.cases import Case, WrongResult, append, control, host, require_close, roi
 from bench.rooflines import Ceilings, Work, append_work
 from bench.rows import measure, merge, wrong_row
-from bench.timers import Ratio, paired_ratio
+from bench.timers import Ratio, median_interval, paired_ratio
 from tests.helpers import numbers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,26 +68,28 @@ def case(ours: float = 1e-3, check: Any = lambda: None, **others: float) -> Case
     return Case("append_visual_kv", "made up", "float32", "cpu", [TIME.call(ours)], calls, check, Work(1 << 20, 0))
 
 
-def result(made: Case) -> dict[str, Any]:
-    row = measure(made, Pedantic())
-    return {"environment": {"cpu": "made up"}, "ceilings": CEILINGS.as_dict(), "rows": [row]}
+def result(*made: Case) -> dict[str, Any]:
+    rows = [measure(one, Pedantic()) for one in made]
+    return {"environment": {"cpu": "made up"}, "ceilings": CEILINGS.as_dict(), "rows": rows}
 
 
-def test_a_planted_slowdown_is_noticed() -> None:
-    before = merge([result(case(1e-3, eager=4e-3))])
-    same, slow = merge([result(case(1e-3, eager=4e-3))]), merge([result(case(2e-3, eager=4e-3))])
-    assert report.compare(before, same)[1] == []
-    assert report.compare(before, slow)[1] == [before["rows"][0]["name"]]
+# With an alternative, with nothing but a ceiling, and with neither, as the host rows.
+@pytest.mark.parametrize("others", ({"eager": 4e-3}, {"copy of the same bytes": 4e-4}, {}))
+def test_a_planted_slowdown_is_noticed(others) -> None:
+    before = merge([[result(case(1e-3, **others))]])
+    same, slow = merge([[result(case(1e-3, **others))]]), merge([[result(case(2e-3, **others))]])
+    assert report.compare(before, same)[1:] == ([], 1.0)
+    assert report.compare(before, slow)[1:] == ([before["rows"][0]["name"]], 0.0)
     assert report.compare(slow, before)[1] == []
 
 
 def test_a_slower_machine_is_no_slowdown() -> None:
-    before, after = merge([result(case(1e-3, eager=4e-3))]), merge([result(case(3e-3, eager=12e-3))])
+    before, after = merge([[result(case(1e-3, eager=4e-3))]]), merge([[result(case(3e-3, eager=12e-3))]])
     assert report.compare(before, after)[1] == []
 
 
 def test_missing_and_wrong_rows_fail_a_comparison() -> None:
-    before = merge([result(case(eager=2e-3))])
+    before = merge([[result(case(eager=2e-3))]])
     wrong = {**before, "rows": [wrong_row(case(), WrongResult("off by one"))]}
     assert report.compare(before, wrong)[1] == report.compare(before, {**before, "rows": []})[1] != []
 
@@ -100,7 +105,7 @@ def test_a_planted_wrong_result_is_never_timed(monkeypatch, build, workload) -> 
     good = getattr(module, name)
     made = build(workload, "cpu")
     made.check()
-    monkeypatch.setattr(module, name, lambda *arguments: good(*arguments) * 1.01)
+    monkeypatch.setattr(module, name, lambda *arguments, **options: good(*arguments, **options) * 1.01)
     benchmark = Pedantic()
     with pytest.raises(WrongResult, match="not timed"):
         measure(made, benchmark)
@@ -125,9 +130,34 @@ def test_intervals_hold_the_median_as_often_as_they_say() -> None:
     assert hits >= 0.93 * 400
 
 
-def test_paired_ratio_wants_pairs() -> None:
+@pytest.mark.parametrize("count, low, high", ((6, 0, 5), (9, 1, 7), (20, 5, 14), (101, 40, 60)))
+def test_order_statistics_of_the_sign_test(count, low, high) -> None:
+    """Tables of the binomial distribution: the largest r with 2 · P(at most r of count heads) ≤ 5 %."""
+    values = numbers("order", count).permutation(count).tolist()
+    assert median_interval(values) == (low, high)
+
+
+def test_paired_ratio_wants_pairs_and_enough_of_them() -> None:
     with pytest.raises(ValueError, match="2 and 3"):
         paired_ratio([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="at least 6"):
+        paired_ratio([1.0] * 5, [1.0] * 5)
+
+
+def test_rounds_begin_with_another_alternative_each_time_and_collect_no_garbage() -> None:
+    order: list[str] = []
+    names = ("a", "b", "c", "ours")
+
+    def call(name: str) -> Any:
+        return lambda: (order.append(name), TIME.call(1e-3)(), gc.isenabled() and order.append("collected"))
+
+    calls = {name: [call(name)] for name in names}
+    made = Case("op", "made up", "float32", "cpu", calls.pop("ours"), calls, lambda: None, None)
+    row = measure(made, Pedantic())
+    assert gc.isenabled()
+    timed = order[-4 * row["rounds"] :]
+    assert "collected" not in timed and timed[3::4] == ["ours"] * row["rounds"]
+    assert {timed[4 * i] for i in range(row["rounds"])} == {"a", "b", "c"}
 
 
 def test_noise_is_named() -> None:
@@ -137,7 +167,7 @@ def test_noise_is_named() -> None:
 def test_processes_are_merged() -> None:
     runs = [result(case(1e-3, eager=seconds)) for seconds in (2e-3, 4e-3, 8e-3)]
     others = [run["rows"][0]["alternatives"]["eager"] for run in runs]
-    merged = merge(runs)["rows"][0]
+    merged = merge([runs])["rows"][0]
     assert merged["alternatives"]["eager"]["ratio"] == statistics.median(other["ratio"] for other in others)
     assert merged["alternatives"]["eager"]["low"] == others[0]["low"]
     assert merged["alternatives"]["eager"]["high"] == others[2]["high"] and merged["alternatives"]["eager"]["noisy"]
@@ -147,11 +177,34 @@ def test_processes_are_merged() -> None:
 def test_a_row_that_was_wrong_once_is_wrong() -> None:
     good = result(case(eager=2e-3))
     bad = {**good, "rows": [wrong_row(case(), WrongResult("off by one"))]}
-    assert "wrong" in merge([good, bad, good])["rows"][0]
+    assert "wrong" in merge([[good, bad, good]])["rows"][0]
+
+
+def test_rows_are_merged_by_name_and_none_may_be_missing() -> None:
+    short, long = case(1e-3, eager=2e-3), case(5e-3, eager=5e-3)
+    long.shape = "another"
+    merged = merge([[result(short, long), result(long, short)], [result(long)]])
+    assert [round(row["alternatives"]["eager"]["ratio"]) for row in merged["rows"]] == [2, 1, 1]
+    assert [row["processes"] for row in merged["rows"]] == [2, 2, 1]
+    lacking = merge([[result(short, long), result(short)]])["rows"]
+    assert "wrong" not in lacking[0] and "only 1 of 2 processes" in lacking[1]["wrong"]
+
+
+def test_every_row_is_judged_by_the_best_rates_of_all_suites() -> None:
+    ops, engine = result(case(eager=2e-3)), result(case(eager=2e-3))
+    engine["ceilings"] = Ceilings("cpu", {1 << 20: 2e9, 1 << 28: 1e8}, {"float32": 1e10}).as_dict()
+    merged = merge([[ops], [engine]])
+    for row in merged["rows"]:
+        assert row["roofline"] == pytest.approx((1 << 20) / 2e9 / (row["ours_ms"] / 1e3))
+    assert merged["ceilings"]["moved"][1 << 20] == 2e9
 
 
 def test_floors() -> None:
-    assert CEILINGS.bandwidth(1000) == 1e9 and CEILINGS.bandwidth(1 << 21) == CEILINGS.bandwidth(1 << 30) == 1e8
+    assert CEILINGS.bandwidth(1000) == 1e9 and CEILINGS.bandwidth(1 << 28) == CEILINGS.bandwidth(1 << 30) == 1e8
+    assert CEILINGS.bandwidth(1 << 24) == pytest.approx((1e9 + 1e8) / 2)  # half way between the exponents
+    by_bytes = Ceilings("cpu", {1 << 20: 1e9}, {"float32": 1e10, "int8": 6e10})
+    assert by_bytes.floor(Work(1000, 10**9, 3), "float32") == pytest.approx(3e9 / 6e10)
+    assert by_bytes.floor(Work(1000, 10**9), "float32") == pytest.approx(0.1)
     assert CEILINGS.floor(Work(1000, 10**9), "float32") == pytest.approx(0.1)
     assert CEILINGS.floor(Work(1 << 30, 1), "float32") == pytest.approx((1 << 30) / 1e8)
     per_token = 2 * (12 + 2 * 2) * 128 * 4 + 128 * 4 + 4 * 8
@@ -159,15 +212,16 @@ def test_floors() -> None:
 
 
 def test_everything_is_drawn_and_written(tmp_path: Path) -> None:
-    made = merge([result(case(1e-3, eager=4e-3)), result(case(1e-3, eager=4e-3))])
+    made = merge([[result(case(1e-3, eager=4e-3)), result(case(1e-3, eager=4e-3))]])
     made["environment"] |= {"threads": 2, "torch": "2", "date": "2026-01-01", "transformers": "5", "commit": "c"}
     made["environment"]["capability"] = "AVX2"
     made["rows"].append(wrong_row(case(), WrongResult("off by one")))
-    made["rows"][0]["alternatives"]["peer"] = {"absent": "peer is not installed"}
+    made["rows"][0]["alternatives"]["flash_attn_with_kvcache"] = {"absent": "peer is not installed"}
     for draw in (charts.ratio_bars, charts.roofline):
-        draw(made, tmp_path / "a.svg")
+        for name in ("a.svg", "b.svg"):
+            draw(made, tmp_path / name)
         first = (tmp_path / "a.svg").read_bytes()
-        assert first.startswith(b"<?xml")
+        assert first.startswith(b"<?xml") and first == (tmp_path / "b.svg").read_bytes()
     for text in (report.markdown(made), report.readme_block({"here": made})):
         assert "eager" in text and "wrong" in text
     assert "peer is not installed" in report.markdown(made)
@@ -180,17 +234,53 @@ def test_a_file_that_is_no_result(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="x.json"):
             report.load(tmp_path / "x.json")
     with pytest.raises(ValueError, match="markers"):
-        report.replace_block("no markers", "block")
+        report.replace_block("no markers", "goals", "block")
+
+
+def test_goals_are_rows_and_alternatives_that_exist() -> None:
+    names = {f"{op} | {w.shape} | {w.dtype}" for op, group in (
+        ("roi_patch_embed", workloads.ROI), ("roi_patches", workloads.PATCHES),
+        ("control_cross_attention", workloads.CONTROL), ("append_visual_kv", workloads.APPEND),
+    ) for w in group}  # fmt: skip
+    for workload in workloads.ENGINE["cpu"]:
+        op = "decode" if isinstance(workload, workloads.Decode) else "second look"
+        names.add(f"{op} | {workload.shape} | float32")
+    names |= {f"{name} | host time, {shape} | –" for name, (_, shape) in host.MAKERS.items()}
+    for goal in goals.GOALS:
+        assert {name for name, _ in goal.rows} <= names and goal.against in {"", *ALTERNATIVES}
+
+
+def test_a_missed_goal_is_called_missed() -> None:
+    def rows(change: float) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for goal in goals.GOALS:
+            for name, limit in goal.rows:
+                row = found.setdefault(name, {"name": name, "ours_ms": limit / 1e3 / change, "alternatives": {}})
+                row["alternatives"][goal.against] = {"ratio": limit * change}
+        return list(found.values())
+
+    assert "missed" not in goals.table([{"rows": rows(1.01)}])
+    assert goals.table([{"rows": rows(0.99)}]).count("missed") == sum(len(goal.rows) for goal in goals.GOALS)
+    assert "not measured" in goals.table([{"rows": []}]) and "missed" not in goals.table([{"rows": []}])
+    assert goals.table([{"rows": rows(1.01)}, {"rows": rows(0.99)}]) == goals.table([{"rows": rows(1.01)}])
+
+
+def test_a_part_never_replaces_a_result() -> None:
+    done = CliRunner().invoke(command.app, ["run", "--only", "append"])
+    assert done.exit_code == 2 and "--out" in done.output
 
 
 def test_the_readme_shows_the_committed_results() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert report.replace_block(readme, report.readme_block(command.committed())) == readme
+    assert command.with_results(readme) == readme
 
 
 def test_pictures_and_tables_belong_to_the_results() -> None:
-    for machine, loaded in command.committed().items():
+    for machine, results in command.committed().items():
         folder = ROOT / "bench/results" / machine
-        assert (folder / "quick.md").read_text() == scaling.page(loaded)
-        for name in ("ratios", "strongest", "roofline", "second-look", "scaling"):
-            assert (folder / f"quick-{name}.svg").is_file()
+        for name, loaded in results.items():
+            assert (folder / f"{name}.md").read_text() == scaling.page(loaded)
+            pictures = list(folder.glob(f"{name}-*.svg"))
+            assert len(pictures) >= 4
+            for picture in pictures:
+                assert f"drawn from result {charts.digest(loaded)}" in picture.read_text(), picture

@@ -73,8 +73,9 @@ def test_names_of_rows_are_unique():
 def test_pictures(tmp_path):
     timeline = {"ours": {"crop+embed": 3.0, "ViT": 20.0, "append": 10.0, "rest": 1.0},
                 "published procedure": {"crop+embed": 9.0, "ViT": 40.0, "append": 99.0, "rest": 3.0}}  # fmt: skip
-    rows = [_row(size, size + 1, 2 * size + 2, timeline=timeline, sweep={"axis": "history", "at": size, "series": "op"})
-            for size in (0, 4, 16)]  # fmt: skip
+    published = {"published procedure": {"ms": 2, "ratio": 2.5, "low": 2, "high": 3, "noisy": False}}
+    rows = [_row(size, size + 1, 2 * size + 2, timeline=timeline, sweep={"axis": "history", "at": size, "series": "op"},
+                 alternatives=published) for size in (0, 4, 16)]  # fmt: skip
     assert charts.timeline(_result(*rows), tmp_path / "t.svg") and charts.scaling(_result(*rows), tmp_path / "s.svg")
     assert (tmp_path / "t.svg").read_text().count("34 ms") == 1  # once: the row without history
     assert not charts.timeline(_result(), tmp_path / "n.svg") and not charts.scaling(_result(), tmp_path / "n.svg")
