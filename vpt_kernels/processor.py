@@ -106,9 +106,10 @@ class QwenVLImageProcessor:
 
         Args:
             images: one image or a list: PIL images, paths, bytes of image files, or uint8 [height, width, 3] tensors
-                or arrays, see `decode_image`.
-            boxes: (image, left, top, right, bottom) in pixels per crop, right and bottom exclusive; default: every
-                whole image.
+                or arrays, see `decode_image`. Files are turned as their EXIF orientation says and PIL images are
+                not, as in transformers.
+            boxes: (image, left, top, right, bottom) in pixels per crop, of the turned image, right and bottom
+                exclusive; default: every whole image.
 
         Returns:
             {"pixel_values": embeddings [Σ patches, E], "image_grid_thw": int64 [boxes, 3] = (1, rows, columns)}, both
@@ -130,7 +131,7 @@ class QwenVLImageProcessor:
 
     def _plan(self, images: Any, boxes: Sequence[Sequence[int]] | None) -> tuple[list[Tensor], RegionPlan]:
         listed = list(images) if isinstance(images, (list, tuple)) else [images]
-        pixels = [decode_image(image, MAX_PIXELS).to(self.embed.weight.device) for image in listed]
+        pixels = [decode_image(image, MAX_PIXELS, orient_files=True).to(self.embed.weight.device) for image in listed]
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         if boxes is None:
             boxes = [(number, 0, 0, width, height) for number, (height, width) in enumerate(sizes)]
