@@ -100,12 +100,6 @@ def test_intermediates_and_gradients_take_the_old_way() -> None:
     assert report.calls == {"original: intermediate outputs are wanted": 1, "original: gradients are enabled": 1}
 
 
-def test_a_single_condition_is_not_repeated() -> None:
-    projector = filled(published.PROJECTORS["detection"]())
-    with patch(projector), torch.no_grad(), pytest.raises(ValueError, match="nothing is broadcast"):
-        projector(normal(2, 5, 48, key="f"), normal(1, published.HIDDEN, key="c"))
-
-
 @pytest.mark.parametrize("kind, change, reason", [
     ("detection", lambda m: setattr(m, "projector_scale", 2), "projector_scale is 2"),
     ("detection", lambda m: setattr(m.layernorm_feature, "eps", 1e-6), "eps 1e-06"),
