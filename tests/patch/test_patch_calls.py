@@ -53,6 +53,17 @@ def test_positions_of_a_batch_of_one(models, kind) -> None:
     assert largest(after[0], before[0]) < BOUND and largest(after[1], before[1]) < BOUND
 
 
+@torch.no_grad()
+def test_positions_of_a_batch_of_one_for_each_axis() -> None:
+    """As before transformers 5: the angles of three axes come to the attention unmixed."""
+    text, embeds = foreign.filled(published.LanguageModel()), normal(2, 6, published.HIDDEN, key="axes")
+    positions = torch.stack([torch.arange(6), torch.arange(6) // 2, torch.arange(6) % 2])[:, None]
+    before, _ = text(embeds, positions, published.DynamicCache(), None)
+    with patch(text) as report:
+        after, _ = text(embeds, positions, published.DynamicCache(), None)
+    assert report.calls["append_visual_kv_"] == 2 and largest(after, before) < BOUND
+
+
 @each_qwen
 def test_autocast_takes_the_old_way(models, kind) -> None:
     model, given = models[kind], foreign.prompt(models[kind], foreign.ONE)

@@ -46,8 +46,11 @@ class Rotations(tuple):
             cos, sin = self
             half = cos.shape[-1] // 2
             table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
-            row = torch.arange(table.shape[0], device=cos.device).view(cos.shape[:-1])
-            self._rotations[shape] = (table, row.expand(3, *shape).reshape(3, -1))
+            row, places = torch.arange(table.shape[0], device=cos.device), cos.shape[:-1]
+            if places[-2:] != shape:
+                row = row.view(places).expand(*places[:-2], *shape)
+            # One row of angles for all three axes, or one for each.
+            self._rotations[shape] = (table, row.reshape(3 if len(places) == 3 else 1, -1).expand(3, -1))
         return self._rotations[shape]
 
 
@@ -157,10 +160,11 @@ def _reason(hidden: Tensor | None, given: dict[str, Any], name: str, index: int)
         return f"hidden_states, {name} or position_embeddings is not given by name"
     if torch.is_autocast_enabled(hidden.device.type):
         return "autocast"
-    layer, cos = _layer(given[name], index), given["position_embeddings"][0]
+    layer = _layer(given[name], index)
     if isinstance(layer, str):
         return layer
-    if any(angles not in (1, tokens) for angles, tokens in zip(cos.shape[-3:-1], hidden.shape[:2])):
+    places, shape = given["position_embeddings"][0].shape[-3:-1], hidden.shape[:2]
+    if places != shape and any(angles not in (1, tokens) for angles, tokens in zip(places, shape)):
         return "position_embeddings are of another batch or length"
     if layer.is_initialized and not layer.keys.dtype == layer.values.dtype == hidden.dtype:
         return f"the cache holds {layer.keys.dtype} and {layer.values.dtype}"
