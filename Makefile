@@ -115,7 +115,7 @@ test-dist: dist
 	cd $(VENV)/clean && bin/python -I installed.py
 
 types: $(VENV)/types/.ready
-	PYTHONPATH=$(VENV)/types $(BIN)/python -m mypy --config-file tests/types/mypy.ini tests/types/public_api.py
+	PYTHONPATH=$(VENV)/types $(BIN)/python -m mypy --config-file tests/types/mypy.ini tests/types
 	PYTHONPATH=$(VENV)/types $(BIN)/python -m pyright --pythonpath $(BIN)/python -p tests/types
 
 $(VENV)/types/.ready: $(VENV)/.ready

@@ -18,6 +18,8 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 NOTE = "<!-- Written by docs/generate.py; change the docstrings and run `make docs`. -->\n"
 MODULES = ("vpt_kernels", "vpt_kernels.layers", "vpt_kernels.hub", "vpt_model")
+COMMANDS = ("cli", "convert", "demo", "figure", "golden", "mini", "terminal", "verify")
+"""Modules of `vpt_model` that only its command line needs, which prints its errors itself."""
 RAISED = ("ValueError", "TypeError", "BackendUnavailable", "RuntimeError", "ImportError")
 
 
@@ -87,11 +89,15 @@ def _text(docstring: str) -> str:
 def errors() -> str:
     lines = ["# Errors", "", NOTE]
     lines += [
-        "What `vpt_kernels` raises; `{…}` stands for a value. A message says what was found, what is needed and what",
-        "to do. After an error nothing has been written: outputs, caches and models are as they were.",
+        "What `vpt_kernels` and `vpt_model` raise; `{…}` stands for a value. A message says what was found, what is",
+        "needed and what to do. A call that raises ValueError or TypeError has written nothing: its outputs and its",
+        "cache are as they were. A model of another library that was patched calls layer by layer: an error in one",
+        "leaves the tokens in the caches of those before it, as without `patch`.",
         "",
     ]
-    for path in sorted((ROOT / "vpt_kernels").rglob("*.py")):
+    for path in [*sorted((ROOT / "vpt_kernels").rglob("*.py")), *sorted((ROOT / "vpt_model").rglob("*.py"))]:
+        if path.relative_to(ROOT).parts[1].removesuffix(".py") in COMMANDS:
+            continue
         found = _raised(ast.parse(path.read_text()))
         if found:
             lines += [f"## `{path.relative_to(ROOT).as_posix()}`", "", "| error | message |", "|---|---|"]
@@ -147,7 +153,7 @@ def support() -> str:
             dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in capability.dtypes)
             devices = "any" if capability.devices is None else ", ".join(capability.devices)
             lines.append(f"| `{operator}` | {name} | {devices} | {dtypes} |")
-    lines += ["", "## Modules that `patch` replaces", "", "| class | operator |", "|---|---|"]
+    lines += ["", "## Modules that `patch` replaces", "", "| class | name in `ops` |", "|---|---|"]
     lines += [f"| `{kind}` | `{rule.op}` |" for rule in RULES for kind in rule.classes]
     lines += [
         "",

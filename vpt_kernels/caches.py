@@ -42,7 +42,8 @@ def append_to_vllm_pages_(
     Args:
         q, k, v, cos_sin, positions, sections, interleaved, k_scale, v_scale, backend: as of `append_visual_kv_`.
         kv_cache: [2, blocks, block_size, kv heads, head_dim], or the pair of its halves; updated in place.
-        slot_mapping: int32 or int64 [T]; −1 marks padding, whose k and v are not stored.
+        slot_mapping: int32 or int64 [≤ T]; −1 marks padding, whose k and v are not stored. Where it is shorter, the
+            rows of q, k, v and positions behind it are padding of a captured graph: they are left alone.
 
     Raises:
         ValueError: kv_cache is not a pair of caches; else as `append_visual_kv_`.
@@ -52,9 +53,11 @@ def append_to_vllm_pages_(
     if len(kv_cache) != 2:
         raise ValueError(f"kv_cache holds {len(kv_cache)} tensors; it must hold two, the keys' and the values' pages")
     k_cache, v_cache = kv_cache
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    require_tensor("slot_mapping", slot_mapping, None, None, 1)
+    require_tensor("positions", positions, None, None, 2)
+    count, scales = slot_mapping.shape[0], {"k_scale": k_scale, "v_scale": v_scale}
     append_visual_kv_(
-        q, k, v, cos_sin, positions, slot_mapping, k_cache, v_cache, sections,
+        q[:count], k[:count], v[:count], cos_sin, positions[:, :count], slot_mapping, k_cache, v_cache, sections,
         interleaved=interleaved, **scales, backend=backend,
     )  # fmt: skip
 
@@ -79,8 +82,8 @@ def flashinfer_slots(
         page_size: rows of a page. tokens: append_indptr[−1], which is on the device.
 
     Returns:
-        Slots: page · page_size + row. Tokens beyond append_indptr[−1], and those of a request that has fewer
-        rows than new tokens, have slot −1: nothing is stored for them.
+        Slots: page · page_size + row. Tokens beyond append_indptr[−1], those of a request that has fewer rows than
+        new tokens, and those whose page lies outside kv_indices have slot −1: nothing is stored for them.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices, page_size < 1.
@@ -111,7 +114,9 @@ def flashinfer_slots(
     length = (pages - 1) * page_size + kv_last_page_len
     row = length[request] - append_indptr[1:][request] + token
     padding |= (row < 0) | (row >= pages[request] * page_size)
-    page = kv_indices[(kv_indptr[request] + row.clamp(min=0) // page_size).clamp(0, kv_indices.shape[0] - 1)]
+    place = kv_indptr[request] + row.clamp(min=0) // page_size
+    padding |= (place < 0) | (place >= kv_indices.shape[0])
+    page = kv_indices[place.clamp(0, kv_indices.shape[0] - 1)]
     return torch.where(padding, -1, page.long() * page_size + row % page_size)
 
 
@@ -190,9 +195,10 @@ def append_to_layer_(
         not every token copies the cache. Rows that the layer gave out before are never written again.
 
     Raises:
-        TypeError: another class of layer, which stores other rows, or wrong dtypes.
+        TypeError: another class of layer, which stores other rows, or wrong dtypes: also one that the layer has not.
         ValueError: the tokens do not fit a static layer (on a GPU, where the length is not known without a
-            synchronisation, they are dropped instead), or wrong shapes. The layer holds what it held after an error.
+            synchronisation, they are dropped instead), wrong shapes, a batch, heads or a device that the layer has
+            not, or a q that is no view of [batch · tokens, …]. The layer is what it was after an error.
     """
     kind = type(layer).__name__
     if kind not in LAYERS:
@@ -228,16 +234,30 @@ def append_rows_(
     """`append_to_layer_` of checked arguments; slots_of: `page_slots`, or one that remembers it for other layers."""
     q, k, v = qkv
     batch, count = k.shape[:2]
+    if q.shape[:2] != k.shape[:2] or v.shape != k.shape or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [batch, tokens, heads, head_dim] "
+            "with equal batch, tokens and head_dim, and k like v"
+        )
+    try:
+        rows = (q.view(-1, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1))
+    except RuntimeError:
+        raise ValueError(
+            f"q has strides {q.stride()} at shape {tuple(q.shape)}: batch and tokens do not merge into one dimension, "
+            "in which q is rotated in place; pass q.contiguous()"
+        ) from None
     static = type(layer).__name__ == "StaticLayer"
-    if static:
-        start = _room(layer, k, v)
-        keys, values = layer.keys, layer.values
-    else:
-        start = layer.get_seq_length()
-        keys, values = _grown(layer, k, v, start)
-    slots = (page_slots if isinstance(start, Tensor) else slots_of)(batch, start, count, keys.shape[2], k.device)
-    rows = (q.view(-1, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1))
-    append_visual_kv_(*rows, *rotation, slots, keys, values, sections, layout="HND", **options)
+    before = {} if layer.is_initialized else dict(vars(layer))
+    try:
+        start = _room(layer, k, v) if static else layer.get_seq_length()
+        _require_fitting(layer, k, start)
+        keys, values = (layer.keys, layer.values) if static else _grown(layer, k, v, start)
+        slots = (page_slots if isinstance(start, Tensor) else slots_of)(batch, start, count, keys.shape[2], k.device)
+        append_visual_kv_(*rows, *rotation, slots, keys, values, sections, layout="HND", **options)
+    except Exception:
+        # A static layer takes the shape of its first tokens, even of those that it then refuses.
+        vars(layer).update(before)
+        raise
     if static:
         layer.cumulative_length.add_(count)
         return keys, values
@@ -260,13 +280,24 @@ def _room(layer: Any, k: Tensor, v: Tensor) -> int | Tensor:
             )
     if not layer.is_initialized:
         layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-    _require_batch(layer, k.shape[0])
     return length
 
 
-def _require_batch(layer: Any, batch: int) -> None:
-    if layer.keys.shape[0] != batch:
-        raise ValueError(f"the layer holds a batch of {layer.keys.shape[0]}, the tokens are of a batch of {batch}")
+def _require_fitting(layer: Any, k: Tensor, length: int | Tensor) -> None:
+    """Raise unless k [batch, tokens, heads, head_dim] can follow what the layer holds."""
+    if isinstance(length, int) and not length and type(layer).__name__ != "StaticLayer":
+        return
+    held, (batch, _, heads, head_dim) = layer.keys, k.shape
+    if held.shape[0] != batch:
+        raise ValueError(f"the layer holds a batch of {held.shape[0]}, the tokens are of a batch of {batch}")
+    if (held.shape[1], held.shape[3]) != (heads, head_dim):
+        raise ValueError(
+            f"the layer holds {held.shape[1]} heads of {held.shape[3]}, the tokens have {heads} of {head_dim}"
+        )
+    if held.dtype != k.dtype:
+        raise TypeError(f"k is {k.dtype}; it must be {held.dtype}, as the layer's keys")
+    if held.device != k.device:
+        raise ValueError(f"k is on {k.device}, the layer on {held.device}; move them to one device")
 
 
 _spare: WeakKeyDictionary[Any, tuple[Tensor, Tensor, Tensor, Tensor]] = WeakKeyDictionary()
@@ -280,9 +311,7 @@ def _grown(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tenso
     the very tensors that it was given by the last append; what was cropped, reordered or shared is copied.
     """
     batch, count, heads, head_dim = k.shape
-    if length:
-        _require_batch(layer, batch)
-    known = _spare.get(layer)
+    known = _spare.get(layer) if length else None
     if known is not None and known[0] is layer.keys and known[1] is layer.values:
         # A tensor made in inference mode must not be changed outside of it.
         usable = torch.is_inference_mode_enabled() or not known[2].is_inference()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from vpt_kernels.roi_patch_embed.geometry import RegionPolicy, plan_regions
 
 class RoiPatchEmbed(nn.Module):
     """uint8 images and boxes → patch tokens; replaces image processor and patch embedding.
+
+    `.to(dtype)` rounds the folded weight and keeps the bias in float32; on flat images it is more exact to make the
+    module from a weight that has that dtype already.
 
     Args:
         weight: [E, 3, p, p] or [E, 3, T, p, p], a patch convolution's; bias: [E] or None.
@@ -38,6 +42,15 @@ class RoiPatchEmbed(nn.Module):
         self.register_buffer("weight", folded.weight)
         self.register_buffer("bias", folded.bias)
 
+    def _apply(self, function, recurse: bool = True) -> RoiPatchEmbed:
+        exact = self.bias
+        super()._apply(function, recurse)
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        if self.bias.dtype != wide:
+            # From before the conversion: rounding the bias and widening it again would lose its digits.
+            self.bias = exact.to(self.bias.device, wide)
+        return self
+
     def forward(
         self, images: Sequence[Tensor], boxes: Sequence[Sequence[int]] | None = None
     ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
@@ -54,21 +67,31 @@ class RoiPatchEmbed(nn.Module):
 
 
 class ControlCrossAttention(nn.Module):
-    """A published projector (`MinimalProjector`, `MinimalSamProjector`, `MinimalCLIPProjector`) with fixed weights."""
+    """A published projector (`MinimalProjector`, `MinimalSamProjector`, `MinimalCLIPProjector`) with fixed weights.
+
+    After weights were changed by hand, in place, call `.to()` or `load_state_dict`: what is folded from them follows.
+    """
 
     _NAMES = tuple(ControlProjector.__dataclass_fields__)
 
     def __init__(self, projector: ControlProjector) -> None:
         super().__init__()
         for name in self._NAMES:
-            # The score maps follow from the weights: they are folded again wherever those go.
+            # The score maps follow from the weights: they are folded again when those are moved, converted or loaded.
             self.register_buffer(name, getattr(projector, name), persistent=not name.startswith("score"))
+
+    def _score(self) -> None:
+        projector = scored(ControlProjector(*(getattr(self, name) for name in self._NAMES)))
+        self.score_weight, self.score_bias = projector.score_weight, projector.score_bias
 
     def _apply(self, function, recurse: bool = True) -> ControlCrossAttention:
         super()._apply(function, recurse)
-        projector = scored(ControlProjector(*(getattr(self, name) for name in self._NAMES)))
-        self.score_weight, self.score_bias = projector.score_weight, projector.score_bias
+        self._score()
         return self
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        super()._load_from_state_dict(*given)
+        self._score()
 
     def forward(self, features: Tensor, control: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
         """[tokens, H]; arguments as of `control_cross_attention`."""

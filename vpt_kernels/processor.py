@@ -32,7 +32,8 @@ class QwenVLImageProcessor:
         pass_order: "installed" resamples in the order of the installed Pillow, "hv" as Pillow ≤ 12.0 does.
 
     Raises:
-        ValueError: shapes or limits that do not fit; or E = 3·T·p·p, which would make embeddings look like pixels.
+        ValueError: shapes or limits that do not fit; or E = 3·T·p·p or 3·p·p, which would make embeddings look like
+            pixels or patches.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class QwenVLImageProcessor:
             raise ValueError(f"min_pixels {min_pixels} and max_pixels {max_pixels} must be positive and in this order")
         with torch.no_grad():
             self.embed = fold_patch_weight(weight, mean, std, bias)
-        if weight[0].numel() == weight.shape[0]:
-            raise ValueError(
-                f"the weight {tuple(weight.shape)} has as many outputs as inputs: a model could not tell embeddings "
-                "from pixel values; use roi_patch_embed and call the vision tower's blocks"
-            )
         patch_size = self.embed.patch_size
+        if weight.shape[0] in (weight[0].numel(), 3 * patch_size**2):
+            raise ValueError(
+                f"the weight {tuple(weight.shape)} has as many outputs as inputs or as a patch has bytes: a model "
+                "could not tell embeddings from those; use roi_patch_embed and call the vision tower's blocks"
+            )
         options = {"patch_size": patch_size, "merge_size": merge_size, "pass_order": pass_order}
         self.policy = qwen2_vl_policy(min_pixels, max_pixels, **options)
 
@@ -106,9 +107,10 @@ class QwenVLImageProcessor:
 
         Args:
             images: one image or a list: PIL images, paths, bytes of image files, or uint8 [height, width, 3] tensors
-                or arrays, see `decode_image`.
-            boxes: (image, left, top, right, bottom) in pixels per crop, right and bottom exclusive; default: every
-                whole image.
+                or arrays, see `decode_image`. Files are turned as their EXIF orientation says and PIL images are
+                not, as in transformers.
+            boxes: (image, left, top, right, bottom) in pixels per crop, of the turned image, right and bottom
+                exclusive; default: every whole image.
 
         Returns:
             {"pixel_values": embeddings [Σ patches, E], "image_grid_thw": int64 [boxes, 3] = (1, rows, columns)}, both
@@ -130,7 +132,7 @@ class QwenVLImageProcessor:
 
     def _plan(self, images: Any, boxes: Sequence[Sequence[int]] | None) -> tuple[list[Tensor], RegionPlan]:
         listed = list(images) if isinstance(images, (list, tuple)) else [images]
-        pixels = [decode_image(image, MAX_PIXELS).to(self.embed.weight.device) for image in listed]
+        pixels = [decode_image(image, MAX_PIXELS, orient_files=True).to(self.embed.weight.device) for image in listed]
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         if boxes is None:
             boxes = [(number, 0, 0, width, height) for number, (height, width) in enumerate(sizes)]

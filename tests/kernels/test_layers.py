@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn.functional import conv2d
 
@@ -30,6 +31,22 @@ def test_roi_patch_embed_equals_the_convolution() -> None:
     torch.testing.assert_close(tokens.double(), expected, rtol=1e-5, atol=1e-5)
     whole, grids = layer([image, image])
     assert grids == ((4, 6), (4, 6)) and torch.equal(whole[24:], tokens)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_roi_patch_embed_in_other_dtypes(dtype: torch.dtype) -> None:
+    """The weight is converted, the bias keeps its digits, also on the way back."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(32, 3, 14, 14, generator=generator) / 24, torch.randn(32, generator=generator)
+    image = torch.randint(0, 256, (56, 84, 3), dtype=torch.uint8, generator=generator)
+    layer = RoiPatchEmbed(weight, MEAN, STD, qwen2_vl_policy(), bias)
+    expected, exact = layer([image])[0], layer.bias.clone()
+    layer.to(dtype)
+    tokens, _ = layer([image])
+    assert tokens.dtype == layer.weight.dtype == dtype
+    assert layer.bias.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(tokens.float(), expected, rtol=0.02, atol=0.05)
+    assert torch.equal(layer.float().bias, exact) and layer([image])[0].dtype == torch.float32
 
 
 def test_control_cross_attention() -> None:
@@ -69,3 +86,21 @@ def test_score_maps_follow_the_weights(monkeypatch) -> None:
     assert not any(name.startswith("score") for name in layer.state_dict())
     monkeypatch.undo()
     assert layer.float().score_weight is None
+
+
+def test_score_maps_follow_a_loaded_state(monkeypatch) -> None:
+    """Also where the layer is a part of what is loaded, and where the tensors are assigned."""
+    monkeypatch.setitem(backends.CAPABILITIES["control_cross_attention"], "triton", backends._CPP)
+
+    def made() -> ControlCrossAttention:
+        pair, wide = (torch.rand(8), torch.randn(8)), (torch.randn(8, 8), torch.randn(8))
+        given = {"condition_norm": pair, "condition": wide, "feature_norm": (torch.rand(4), torch.randn(4))}
+        return ControlCrossAttention(fold_projector("linear", **given, feature=(torch.randn(8, 4), torch.randn(8))))
+
+    source = made()
+    for assign in (False, True):
+        other = torch.nn.ModuleList([made()])
+        assert not torch.equal(other[0].score_weight, source.score_weight)
+        other.load_state_dict(torch.nn.ModuleList([source]).state_dict(), assign=assign)
+        assert torch.equal(other[0].score_weight, source.score_weight)
+        assert torch.equal(other[0].score_bias, source.score_bias)

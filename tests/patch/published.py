@@ -70,7 +70,7 @@ class Qwen2VLSdpaAttention(nn.Module):
         self.k_proj, self.v_proj = (nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM) for _ in range(2))
         self.o_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
 
-    def forward(self, hidden_states, past_key_value=None, position_embeddings=None):
+    def forward(self, hidden_states, attention_mask=None, past_key_value=None, position_embeddings=None):
         query_states, key_states, value_states = (
             layer(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
@@ -86,6 +86,9 @@ class Qwen2VLSdpaAttention(nn.Module):
             cache_kwargs = {"sin": sin, "cos": cos}
             key_states, value_states = past_key_value.update(key_states, value_states, self.layer_idx, cache_kwargs)
         mask = torch.ones(query_states.shape[2], key_states.shape[2], dtype=torch.bool).tril(past)
+        if attention_mask is not None:
+            # A padding row sees itself, or nothing would be left of it but NaN.
+            mask = mask & attention_mask[:, None, None].bool() | mask.triu(past)
         out = F.scaled_dot_product_attention(query_states, key_states, value_states, attn_mask=mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None, past_key_value
 
@@ -101,11 +104,14 @@ class LanguageModel(nn.Module):
         )
         self.norm = nn.LayerNorm(HIDDEN)
 
-    def forward(self, embeds: Tensor, position_ids: Tensor, cache: DynamicCache | None):
+    def forward(self, embeds: Tensor, position_ids: Tensor, cache: DynamicCache | None, mask: Tensor | None):
         position_embeddings = self.rotary_emb(embeds, position_ids)
         for layer in self.layers:
             out, _, cache = layer["self_attn"](
-                layer["norm"](embeds), past_key_value=cache, position_embeddings=position_embeddings
+                layer["norm"](embeds),
+                attention_mask=mask,
+                past_key_value=cache,
+                position_embeddings=position_embeddings,
             )
             embeds = embeds + out
         return self.norm(embeds), cache
@@ -197,6 +203,7 @@ class VPT_Qwen2VLForConditionalGeneration(nn.Module):  # noqa: N801  (the author
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
         grid_thw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> SimpleNamespace:
         """Two passes: the first finds the control state in front of the action, the second sees what it conditions."""
         embeds = self.model.embed_tokens(input_ids)
@@ -210,11 +217,11 @@ class VPT_Qwen2VLForConditionalGeneration(nn.Module):  # noqa: N801  (the author
         if features is not None:
             plain, _ = projector(features, **options)
             embeds = embeds.masked_scatter((input_ids == PAD)[..., None], plain)
-        hidden, _ = self.model(embeds, position_ids, copy.deepcopy(past_key_values))
+        hidden, _ = self.model(embeds, position_ids, copy.deepcopy(past_key_values), attention_mask)
         control = hidden[:, :-1][input_ids[:, 1:] == ACTION]
         if features is not None:
             conditioned, _ = projector(features, control, output_intermediate=False, **options)
             embeds = embeds.masked_scatter((input_ids == PAD)[..., None], conditioned)
         embeds = embeds.masked_scatter((input_ids == ACTION)[..., None], control)
-        hidden, cache = self.model(embeds, position_ids, copy.deepcopy(past_key_values))
+        hidden, cache = self.model(embeds, position_ids, copy.deepcopy(past_key_values), attention_mask)
         return SimpleNamespace(logits=self.lm_head(hidden), past_key_values=cache)

@@ -55,6 +55,23 @@ def test_vllm(pair: bool) -> None:
         append_to_vllm_pages_(q, k, v, TABLE, positions, torch.zeros(3, 3, 4, KV_HEADS, DIM), slots, SECTIONS)
 
 
+def test_vllm_pads_what_it_captured() -> None:
+    """Fewer slots than rows: the rest is padding, whose q and positions nobody reads."""
+    q, k, v, positions = tokens(5, "captured")
+    expected_q, expected_k = rotated(q, k, v, positions)
+    pages, padding = torch.full((2, 3, 4, KV_HEADS, DIM), 7.0), q[3:].clone()
+    positions[:, 3:] = 1 << 40
+    append_to_vllm_pages_(q, k, v, TABLE, positions, pages, torch.tensor([9, -1, 4]), SECTIONS)
+    assert_same_bits(q, torch.cat([expected_q[:3], padding]))
+    expected = torch.full((2, 12, KV_HEADS, DIM), 7.0)
+    expected[:, 9], expected[:, 4] = (torch.stack([expected_k[token], v[token]]) for token in (0, 2))
+    assert_same_bits(pages.flatten(1, 2), expected)
+    with pytest.raises(ValueError, match=r"slots \(6,\) must be"):
+        append_to_vllm_pages_(q, k, v, TABLE, positions, pages, torch.arange(6), SECTIONS)
+    with pytest.raises(TypeError, match="slot_mapping is list"):
+        append_to_vllm_pages_(q, k, v, TABLE, positions, pages, [0, 1, 2, 3, 4], SECTIONS)
+
+
 def page_table(lengths: list[int], page: int, pages: list[int]) -> dict[str, Tensor]:
     counts = [-(-length // page) for length in lengths]
     last = [length - (count - 1) * page for length, count in zip(lengths, counts)]
@@ -115,6 +132,12 @@ def test_flashinfer_bad_tables() -> None:
     indptr = torch.tensor([0, 3])
     assert flashinfer_slots(torch.tensor([0, 5]), **table, page_size=4, tokens=5).tolist() == [-1, -1, 0, 1, 2]
     assert flashinfer_slots(indptr[:1], indptr[:0], indptr[:1], indptr[:0], 4, 2).tolist() == [-1, -1]
+    # Pages that the table does not have are not replaced by ones that it has, on which others live.
+    wrong = {"kv_indices": torch.tensor([3, 1]), "kv_last_page_len": torch.tensor([2])}
+    for ends, found in (([0, 5], [12, 13, 14, 15, 4, 5, 6, 7] + [-1] * 10), ([-1, 1], [-1] * 4 + [12, 13])):
+        count = len(found)
+        given = {**wrong, "kv_indptr": torch.tensor(ends)}
+        assert flashinfer_slots(torch.tensor([0, count]), **given, page_size=4, tokens=count).tolist() == found
     with pytest.raises(ValueError, match="one more than the 1 entries"):
         flashinfer_slots(indptr[:1], **table, page_size=4, tokens=3)
     with pytest.raises(TypeError, match="append_indptr is torch.float32"):
@@ -222,6 +245,61 @@ def test_another_batch_is_refused() -> None:
         with pytest.raises(ValueError, match="the layer holds a batch of 1, the tokens are of a batch of 2"):
             appended(layer, 2, "second", batch=2)
         assert int(layer.get_seq_length()) == 2
+
+
+@pytest.mark.parametrize("way", ("spare", "copy", "static"))
+def test_tokens_that_do_not_fit_a_layer(way: str) -> None:
+    """The same errors for each way, before anything is stored; also where q is no view of all tokens."""
+    layer = StaticLayer(max_cache_len=8) if way == "static" else DynamicLayer()
+    appended(layer, 2, "first")
+    if way == "copy":
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    before = layer.keys, layer.keys.clone()
+    q, k, v, positions = tokens(2, "second")
+    q, k, v = (x[None] for x in (q, k, v))
+
+    def append(*qkv: Tensor) -> None:
+        append_to_layer_(*qkv, TABLE, positions, layer, SECTIONS)
+
+    with pytest.raises(ValueError, match="the layer holds 2 heads of 16, the tokens have 1 of 16"):
+        append(q, k[:, :, :1], v[:, :, :1])
+    with pytest.raises(TypeError, match="k is torch.bfloat16; it must be torch.float32, as the layer's keys"):
+        append(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    for wrong in ((q, k, v[:, :1]), (q, k[:, :1], v[:, :1]), (q[..., :8], k, v)):
+        with pytest.raises(ValueError, match="k like v"):
+            append(*wrong)
+    positions[0, 0] = 64
+    with pytest.raises(ValueError, match="build a longer table"):
+        append(q, k, v)
+    assert layer.keys is before[0] and int(layer.get_seq_length()) == 2
+    assert_same_bits(layer.keys, before[1])
+
+
+def test_queries_that_are_no_view() -> None:
+    q, k, v, positions = tokens(6, "view")
+    q, k, v = (x.unflatten(0, (2, 3)) for x in (q, k, v))
+    layer = DynamicLayer()
+    with pytest.raises(ValueError, match=r"batch and tokens do not merge .* pass q.contiguous\(\)"):
+        append_to_layer_(q.transpose(0, 1).contiguous().transpose(0, 1), k, v, TABLE, positions, layer, SECTIONS)
+    assert not layer.is_initialized
+
+
+def test_a_refused_first_append_leaves_a_layer_without_a_shape() -> None:
+    layer = StaticLayer(max_cache_len=8)
+    q, k, v, positions = tokens(6, "refused")
+    q, k, v = (x.unflatten(0, (2, 3)) for x in (q, k, v))
+    with pytest.raises(ValueError, match="build a longer table"):
+        append_to_layer_(q, k, v, TABLE, positions + 64, layer, SECTIONS)
+    assert not layer.is_initialized and layer.keys is None
+    appended(layer, 3, "another batch")
+    assert layer.keys.shape[0] == 1 and int(layer.get_seq_length()) == 3
+
+
+def test_no_tokens_fix_no_batch() -> None:
+    layer = DynamicLayer()
+    appended(layer, 0, "nothing")
+    appended(layer, 3, "something", batch=2)
+    assert layer.keys.shape == (2, KV_HEADS, 3, DIM)
 
 
 def test_a_full_static_layer_is_left_alone() -> None:

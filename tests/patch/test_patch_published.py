@@ -67,6 +67,41 @@ def test_it_says_the_same(kind: str) -> None:
     assert report.calls == {"linear": 1, "append_visual_kv_": 2 * passes, "table": passes, **projector}
 
 
+def padded(kind: str) -> dict[str, Tensor]:
+    """Two rows, the shorter one padded at the left: two images and two looks, one image and one look."""
+    looks = [[published.ACTION_START, published.ACTION, 9, *[published.PAD] * pads, 11] for pads in PADS[kind]]
+    image = [*[published.IMAGE] * 6, 7]
+    texts = [[5, 6, *image, 8, *image, *looks[0], *looks[1]], [5, *image, *looks[2]]]
+    length = max(map(len, texts))
+    ids = torch.tensor([[0] * (length - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (length - len(text)) + [1] * len(text) for text in texts])
+    given = inputs(kind) | {"input_ids": ids, "attention_mask": mask, "pixel_values": normal(72, 1176, key="three")}
+    return given | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0).repeat(3, 1, 1)}
+
+
+@each_kind
+@torch.no_grad()
+def test_a_padded_batch_of_three_images(kind: str) -> None:
+    """The prefill and a step behind it; the padding of one row says nothing to the other."""
+    model, given = filled(published.VPT_Qwen2VLForConditionalGeneration(kind)), padded(kind)
+    mask = given["attention_mask"]
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = model(**given, past_key_values=published.DynamicCache())
+        longer = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+        places = mask.sum(1).repeat(3, 1)[..., None]
+        step = model(torch.tensor([[7], [8]]), places, out.past_key_values, attention_mask=longer)
+        return out.logits, step.logits
+
+    before = run()
+    with patch(model) as report:
+        after = run()
+    for a, b in zip(after, before):
+        assert (a - b).abs().max() < BOUND < b.std()
+    assert report.calls["control_cross_attention"] == (1 if kind == "clip" else 2)
+    assert report.calls["append_visual_kv_"] == 8
+
+
 @each_kind
 def test_the_condition_matters(kind: str) -> None:
     """The bound is tight enough: a projector without its update moves the logits far beyond it."""
@@ -98,12 +133,6 @@ def test_intermediates_and_gradients_take_the_old_way() -> None:
         projector(features, control)[0].sum().backward()
     assert intermediate["attention"].shape == (2, 5) and projector.linear_feature.weight.grad is not None
     assert report.calls == {"original: intermediate outputs are wanted": 1, "original: gradients are enabled": 1}
-
-
-def test_a_single_condition_is_not_repeated() -> None:
-    projector = filled(published.PROJECTORS["detection"]())
-    with patch(projector), torch.no_grad(), pytest.raises(ValueError, match="nothing is broadcast"):
-        projector(normal(2, 5, 48, key="f"), normal(1, published.HIDDEN, key="c"))
 
 
 @pytest.mark.parametrize("kind, change, reason", [

@@ -109,6 +109,33 @@ def test_kinds_of_input(models, pictures) -> None:
     assert empty["pixel_values"].shape == (0, 32) and empty["image_grid_thw"].shape == (0, 3)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_turned_as_transformers_turns_them(models, pictures, tmp_path, orientation) -> None:
+    """A path and its bytes by EXIF; the opened picture and its pixels stay as they are stored."""
+    theirs, path = published("qwen2_vl"), tmp_path / "turned.jpg"
+    ours, exif = QwenVLImageProcessor.of(models["qwen2_vl"], theirs), Image.Exif()
+    exif[0x0112] = orientation
+    pictures[5].crop((0, 0, 200, 120)).save(path, exif=exif)
+    for source, known in ((str(path), str(path)), (path, str(path)), (path.read_bytes(), str(path))):
+        expected = theirs(images=known, return_tensors="pt")
+        assert torch.equal(ours(source)["image_grid_thw"], expected["image_grid_thw"])
+        assert_same_bits(ours.patches(source), levels(expected["pixel_values"], theirs))
+    with Image.open(path) as stored:
+        expected = levels(theirs(images=stored, return_tensors="pt")["pixel_values"], theirs)
+        assert_same_bits(ours.patches(stored), expected)
+        assert_same_bits(ours.patches(np.array(stored)), expected)
+
+
+def test_a_broken_orientation_is_an_error(models) -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "title"
+    Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
+    data = bytearray(file.getvalue())
+    data[data.find(b"Exif") + 17] = 0x45  # the first tag's number: an integer tag that holds text
+    with pytest.raises(ValueError, match="cannot be decoded: required argument is not an integer; pass a complete"):
+        QwenVLImageProcessor.of(models["qwen2_vl"])(bytes(data))
+
+
 def test_dtype_limits_and_order(models) -> None:
     weight = models["qwen2_vl"].model.visual.patch_embed.proj.weight.bfloat16()
     options = {"mean": (0.5,) * 3, "std": (0.5,) * 3}

@@ -9,16 +9,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("vpt_kernels", "vpt_model")
+KINDS = ("*.py", "*.json", "*.safetensors", "py.typed")
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError unless the wheel is an abi3 one with every module, and the sdist has all that builds it."""
+    """Raise ValueError unless the wheel is an abi3 one with every module and weight, and the sdist has all for it."""
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     python, abi, platform = wheel.stem.split("-")[-3:]
     if (python, abi) != ("cp310", "abi3") or platform == "any":
         raise ValueError(f"{wheel.name} has the tag {python}-{abi}-{platform}; expected: cp310-abi3-<platform>")
-    files = [path for name in FOLDERS for kind in ("*.py", "*.json", "py.typed") for path in (ROOT / name).rglob(kind)]
+    files = [path for name in FOLDERS for kind in KINDS for path in (ROOT / name).rglob(kind)]
     modules = {path.relative_to(ROOT).as_posix() for path in files}
+    if not any(name.endswith(".safetensors") for name in modules):
+        raise ValueError(f"{ROOT} has no *.safetensors, the demo's weights: nothing would be checked for them")
     missing = modules | {"vpt_kernels/_C.so"}
     with zipfile.ZipFile(wheel) as packed:
         missing -= set(packed.namelist())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_kernels.checks import CHECK_VALUES, require_inference
 from vpt_kernels.patch.rules import Forward, Rule, folded, hooked, lacks
 from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed, fold_patch_weight, roi_patch_embed
 from vpt_kernels.roi_patch_embed.geometry import MAX_SIZE, RegionPolicy, plan_regions
@@ -42,22 +44,44 @@ def _refuse_flat(module: nn.Module) -> str | None:
     return _refuse_convolution(module.proj, nn.Conv3d, kernel)
 
 
+def _holds(module: nn.Module, rows: Tensor) -> str:
+    """What the rows are: "pixels", "bytes" of `roi_patches`, or "embeddings"."""
+    area, width = module.patch_size**2, rows.shape[-1]
+    if rows.dtype == torch.uint8:
+        return "bytes"
+    if rows.dim() != 2 or width == module.in_channels * module.temporal_patch_size * area:
+        return "pixels"
+    if width == 3 * area == module.embed_dim:
+        raise ValueError(
+            f"hidden_states are {rows.dtype} [N, {width}]: uint8 patches that were cast, or embeddings, which are as "
+            "wide in this model; give the vision tower the uint8 patches, or pixel values"
+        )
+    # A model casts its pixel values to the dtype of its weights before they come here.
+    return "bytes" if width == 3 * area else "embeddings" if width == module.embed_dim else "pixels"
+
+
 def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[str]) -> Tensor:
     """`forward` of the Qwen-VL family's patch embeddings.
 
     hidden_states: normalised patches [N, 3·T·p·p] (any shape of as many numbers) as transformers' processor gives
-    them; or uint8 patches [N, p·p·3] of `roi_patches`; or embeddings [N, E] of `QwenVLImageProcessor`, which pass.
+    them; or uint8 patches [N, p·p·3] of `roi_patches`, also cast to floats; or embeddings [N, E] of
+    `QwenVLImageProcessor`, which pass.
+
+    Raises:
+        ValueError: uint8 patches of another shape, floats in their place that are no bytes (seen on the CPU), a
+            weight that would need a gradient; or E = p·p·3, where cast patches look like embeddings.
     """
-    weight, bias, width = module.proj.weight, module.proj.bias, hidden_states.shape[-1]
-    if hidden_states.dtype == torch.uint8:
+    weight, holds = module.proj.weight, _holds(module, hidden_states)
+    if holds == "bytes":
+        tokens = _embed_bytes(module, hidden_states)
         calls["roi_patch_embed"] += 1
-        return _embed_bytes(module, hidden_states)
-    inputs = weight[0].numel()
-    if hidden_states.dim() == 2 and width == module.embed_dim != inputs:
+        return tokens
+    if holds == "embeddings":
         calls["embedded already"] += 1
         return hidden_states.to(weight.dtype)
     calls["linear"] += 1
-    return F.linear(hidden_states.reshape(-1, inputs).to(weight.dtype), weight.flatten(1), bias)
+    flat = weight.flatten(1)
+    return F.linear(hidden_states.reshape(-1, flat.shape[1]).to(weight.dtype), flat, module.proj.bias)
 
 
 def _embed_bytes(module: nn.Module, patches: Tensor) -> Tensor:
@@ -65,6 +89,13 @@ def _embed_bytes(module: nn.Module, patches: Tensor) -> Tensor:
     if patches.dim() != 2 or patches.shape[1] != 3 * p * p:
         raise ValueError(
             f"uint8 patches have shape {tuple(patches.shape)}; they must be [N, {3 * p * p}], see roi_patches"
+        )
+    require_inference(weight=module.proj.weight, bias=module.proj.bias)
+    given, patches = patches, patches.to(torch.uint8)
+    if (given.device.type == "cpu" or CHECK_VALUES) and given is not patches and not torch.equal(patches, given):
+        raise ValueError(
+            f"patches [N, {3 * p * p}] are {given.dtype} and not all whole numbers in 0…255; give those of "
+            f"roi_patches, or pixel values [N, {module.proj.weight[0].numel()}]"
         )
     policy = RegionPolicy(lambda height, width: (height, width), patch_size=p)
     # Patches one below the other are an image of one column of patches, which needs no resampling.
@@ -117,10 +148,28 @@ def embed_sam(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> T
     return embed_images(module, pixel_values, calls)
 
 
-def _counted(function: Forward) -> Forward:
+def _make_flat(original: Forward, calls: Counter[str]) -> Forward:
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        holds = _holds(self, hidden_states)
+        reason = None if holds == "embeddings" else _refuse_flat(self)
+        if reason is None:
+            return embed_flat_patches(self, hidden_states, calls)
+        if holds == "bytes":
+            raise ValueError(f"uint8 patches cannot be embedded: {reason}; undo that, or give the model pixel values")
+        calls[f"original: {reason}"] += 1
+        return original(self, hidden_states)
+
+    return forward
+
+
+def _make_image(function: Forward) -> Callable[[Forward, Counter[str]], Forward]:
     def make(original: Forward, calls: Counter[str]) -> Forward:
-        def forward(self: nn.Module, *inputs: Tensor, **named: Tensor) -> Tensor:
-            return function(self, *inputs, *named.values(), calls)
+        def forward(self: nn.Module, pixel_values: Tensor) -> Tensor:
+            reason = _refuse_image(self)
+            if reason is None:
+                return function(self, pixel_values, calls)
+            calls[f"original: {reason}"] += 1
+            return original(self, pixel_values)
 
         return forward
 
@@ -128,12 +177,12 @@ def _counted(function: Forward) -> Forward:
 
 
 RULES = (
-    Rule("roi_patch_embed", tuple(NORMALISATION), _refuse_flat, _counted(embed_flat_patches)),
-    Rule("roi_patch_embed", ("Dinov2PatchEmbeddings",), _refuse_image, _counted(embed_dinov2)),
+    Rule("roi_patch_embed", tuple(NORMALISATION), _refuse_flat, _make_flat),
+    Rule("roi_patch_embed", ("Dinov2PatchEmbeddings",), _refuse_image, _make_image(embed_dinov2)),
     Rule(
         "roi_patch_embed",
         ("SamPatchEmbeddings",),
         lambda module: _refuse_image(module) or lacks(module, "image_size"),
-        _counted(embed_sam),
+        _make_image(embed_sam),
     ),
 )

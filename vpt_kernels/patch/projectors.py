@@ -15,7 +15,7 @@ FORMS = {"MinimalProjector": "linear", "MinimalSamProjector": "conv", "MinimalCL
 _EPS = 1e-5
 
 
-def _refuse(module: nn.Module) -> str | None:
+def _refuse_parts(module: nn.Module) -> str | None:
     missing = lacks(
         module, "projector_scale", "linear_feature", "linear_condition", "layernorm_feature", "layernorm_condition"
     )
@@ -43,11 +43,17 @@ def _refuse(module: nn.Module) -> str | None:
             return f"its {name} has eps {part.eps}; the operator's is {_EPS}"
         if part.weight is None or part.bias is None:
             return f"its {name} has no weight or no bias"
-    try:
-        fold(module)
-    except ValueError as error:
-        return str(error)
     return None
+
+
+def _refuse(module: nn.Module) -> str | None:
+    reason = _refuse_parts(module)
+    if reason is None:
+        try:
+            fold(module)
+        except ValueError as error:
+            reason = str(error)
+    return reason
 
 
 def fold(module: nn.Module) -> ControlProjector:
@@ -74,14 +80,41 @@ def project(module: nn.Module, hidden_states: Tensor, conditions: Tensor | None,
     """Projected tokens [tokens, H] of [images, tokens, D], [images, C, h, w] or, ragged by grid_thw, [tokens, H].
 
     Raises:
-        ValueError: the rows of `conditions` are not one per image; the published code would repeat a single one.
+        ValueError: grid_thw is missing where it is needed; else as `control_cross_attention`, for instance conditions
+            of other than one row per image, of which the published code would repeat a single one.
     """
     ends = None
     if FORMS[type(module).__name__] == "identity":
+        if grid_thw is None:
+            raise ValueError("grid_thw is None; it must be [images, 3], by which the tokens are those of images")
         lengths = grid_thw.prod(-1).cumsum(0) // module.spatial_merge_size**2
         ends = torch.cat([lengths.new_zeros(1), lengths]).to(hidden_states.device)
+    if conditions is not None:
+        conditions = conditions.contiguous()
     projector = folded(module, list(module.parameters()), lambda: fold(module))
     return control_cross_attention(hidden_states, conditions, projector, ends)
+
+
+def _reason(
+    module: nn.Module,
+    hidden_states: Tensor,
+    conditions: Tensor | None,
+    output_intermediate: bool,
+    grid_thw: Tensor | None,
+) -> str | None:
+    """Why this call takes the module's own forward, or None."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return "autocast"
+    if output_intermediate and conditions is not None:
+        return "intermediate outputs are wanted"
+    if FORMS[type(module).__name__] == "identity":
+        if conditions is None:
+            return "without a condition there is nothing to compute"
+        if grid_thw is None:
+            return "grid_thw is missing"
+    return _refuse_parts(module)
 
 
 def _make(original: Forward, calls: Counter[str]) -> Forward:
@@ -92,22 +125,19 @@ def _make(original: Forward, calls: Counter[str]) -> Forward:
         output_intermediate: bool = False,
         grid_thw: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        identity = FORMS[type(self).__name__] == "identity"
-        reason = None
-        if torch.is_grad_enabled():
-            reason = "gradients are enabled"
-        elif output_intermediate and conditions is not None:
-            reason = "intermediate outputs are wanted"
-        elif identity and conditions is None:
-            reason = "without a condition there is nothing to compute"
-        elif identity and grid_thw is None:
-            reason = "grid_thw is missing"
-        if reason is not None:
-            calls[f"original: {reason}"] += 1
-            grid = {"grid_thw": grid_thw} if identity else {}
-            return original(self, hidden_states, conditions, output_intermediate, **grid)
-        calls["control_cross_attention"] += 1
-        return project(self, hidden_states, conditions, grid_thw), None
+        reason = _reason(self, hidden_states, conditions, output_intermediate, grid_thw)
+        if reason is None:
+            try:
+                projected = project(self, hidden_states, conditions, grid_thw)
+            except (TypeError, ValueError) as error:
+                # Nothing was computed yet: the module's own code takes more, or has an error of its own.
+                reason = str(error).partition(";")[0]
+            else:
+                calls["control_cross_attention"] += 1
+                return projected, None
+        calls[f"original: {reason}"] += 1
+        grid = {"grid_thw": grid_thw} if FORMS[type(self).__name__] == "identity" else {}
+        return original(self, hidden_states, conditions, output_intermediate, **grid)
 
     return forward
 

@@ -26,10 +26,9 @@ CACHES = ("past_key_values", "past_key_value")
 class Rotations(tuple):
     """(cos, sin) of one forward call of the model, and what its layers derive from them, computed once."""
 
-    _rotation: tuple[Tensor, Tensor] | None = None
-
     def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
         self._slots: dict[tuple, Tensor] = {}
+        self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def slots(self, *place: Any) -> Tensor:
         """`page_slots`, whose arguments are the same in every layer."""
@@ -37,17 +36,22 @@ class Rotations(tuple):
             self._slots[place] = page_slots(*place)
         return self._slots[place]
 
-    @property
-    def rotation(self) -> tuple[Tensor, Tensor]:
-        """The kernel's table, one row per token (and axis), and the positions [3, T] that read it."""
-        if self._rotation is None:
+    def of(self, batch: int, count: int) -> tuple[Tensor, Tensor]:
+        """The kernel's table, one row per angle, and the positions [3, batch · count] that read it.
+
+        A batch or a number of tokens of one is that of every row or token, as where the model multiplies.
+        """
+        shape = batch, count
+        if shape not in self._rotations:
             cos, sin = self
             half = cos.shape[-1] // 2
             table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
-            tokens = cos.shape[-3] * cos.shape[-2]
-            row = torch.arange(table.shape[0], device=cos.device)
-            self._rotation = (table, row.expand(3, -1) if cos.dim() == 3 else row.view(3, tokens))
-        return self._rotation
+            row, places = torch.arange(table.shape[0], device=cos.device), cos.shape[:-1]
+            if places[-2:] != shape:
+                row = row.view(places).expand(*places[:-2], *shape)
+            # One row of angles for all three axes, or one for each.
+            self._rotations[shape] = (table, row.reshape(3 if len(places) == 3 else 1, -1).expand(3, -1))
+        return self._rotations[shape]
 
 
 class _Append:
@@ -66,8 +70,8 @@ class _Append:
         query, self.query = self.query, None
         q = query.transpose(1, 2).contiguous()
         kv = append_rows_(
-            self._layer, (q, key.transpose(1, 2), value.transpose(1, 2)), self._rotations.rotation, self.sections, {},
-            self._rotations.slots,
+            self._layer, (q, key.transpose(1, 2), value.transpose(1, 2)), self._rotations.of(*q.shape[:2]),
+            self.sections, {}, self._rotations.slots,
         )  # fmt: skip
         if q.data_ptr() != query.data_ptr():
             query.copy_(q.transpose(1, 2))
@@ -146,22 +150,33 @@ def _layer(kv_cache: Any, index: int) -> Any:
     return layers[index] if name in LAYERS else f"{name} stores other rows"
 
 
-def _reason(given: dict[str, Any], name: str, index: int) -> Any:
+def _reason(hidden: Tensor | None, given: dict[str, Any], name: str, index: int) -> Any:
     """The layer to append to, or the reason why this call takes the original way."""
     if torch.compiler.is_compiling():
         return "torch.compile"
     if torch.is_grad_enabled():
         return "gradients are enabled"
-    if name not in given or given.get("position_embeddings") is None:
-        return f"{name} or position_embeddings is not given by name"
-    return _layer(given[name], index)
+    if hidden is None or name not in given or given.get("position_embeddings") is None:
+        return f"hidden_states, {name} or position_embeddings is not given by name"
+    if torch.is_autocast_enabled(hidden.device.type):
+        return "autocast"
+    layer = _layer(given[name], index)
+    if isinstance(layer, str):
+        return layer
+    places, shape = given["position_embeddings"][0].shape[-3:-1], hidden.shape[:2]
+    if places != shape and any(angles not in (1, tokens) for angles, tokens in zip(places, shape)):
+        return "position_embeddings are of another batch or length"
+    if layer.is_initialized and not layer.keys.dtype == layer.values.dtype == hidden.dtype:
+        return f"the cache holds {layer.keys.dtype} and {layer.values.dtype}"
+    return layer
 
 
 def _make_attention(original: Forward, calls: Counter[str]) -> Forward:
     exchanged, name = _exchanged(original), _cache_name(original)
 
     def forward(self: nn.Module, *inputs: Any, **given: Any) -> Any:
-        layer = _reason(given, name, self.layer_idx)
+        hidden = inputs[0] if inputs else given.get("hidden_states")
+        layer = _reason(hidden, given, name, self.layer_idx)
         if isinstance(layer, str):
             calls[f"original: {layer}"] += 1
             return original(self, *inputs, **given)

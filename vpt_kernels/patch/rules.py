@@ -20,7 +20,7 @@ class Rule:
 
     op: the operator that takes over. classes: names of the classes, matched exactly. refuse: why a module of such a
     class cannot be replaced, or None. make: from the forward of the module's class and a counter to the forward that
-    replaces it, a function of (module, …) that holds no module, so that copies of a patched model stay independent.
+    replaces it, a function of (module, …). What a caller can change after patching, it looks at in every call.
     """
 
     op: str
@@ -44,10 +44,21 @@ _folded: WeakKeyDictionary[nn.Module, tuple[list[tuple], list[Tensor], Any]] = W
 
 
 def folded(module: nn.Module, tensors: list[Tensor], fold: Callable[[], Folded]) -> Folded:
-    """`fold()`, remembered until one of the module's `tensors` is changed in place, moved, converted or replaced."""
-    key = [(t.data_ptr(), t.dtype, t.device, None if t.is_inference() else t._version) for t in tensors]
+    """`fold()`, remembered until one of the module's `tensors` is changed in place, moved, converted or replaced.
+
+    A change through `.data` or another alias that autograd does not track is not seen: `forget` the module then.
+    """
+    if any(t.is_inference() for t in tensors):
+        # They have no version, by which a change in place is seen.
+        return fold()
+    key = [(t.data_ptr(), t.dtype, t.device, t._version) for t in tensors]
     known = _folded.get(module)
     if known is None or known[0] != key:
         # The tensors are kept so that their addresses are not given to others.
         known = _folded[module] = (key, [t.detach() for t in tensors], fold())
     return known[2]
+
+
+def forget(module: nn.Module) -> None:
+    """Fold anew when the module is called next."""
+    _folded.pop(module, None)

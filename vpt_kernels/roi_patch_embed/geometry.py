@@ -234,7 +234,7 @@ def plan_regions(sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]
     Raises:
         ValueError: a box is empty or leaves its image, the index is unknown, a resized size is not a multiple of
             patch_size × merge_size, or a window does not fit.
-        TypeError: a box coordinate is not an integer.
+        TypeError: a box is not a sequence (one box instead of a list of them), or a coordinate not an integer.
     """
     block = policy.patch_size * policy.merge_size
     filter_id = FILTERS.index(policy.resample)
@@ -242,8 +242,14 @@ def plan_regions(sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]
     grids: list[tuple[int, int]] = []
     offsets = [0]
     for number, box in enumerate(boxes):
-        if len(box) != 5:
-            raise ValueError(f"box {number} has {len(box)} numbers; give (image, left, top, right, bottom)")
+        try:
+            numbers = len(box)
+        except TypeError:
+            raise TypeError(
+                f"box {number} is {box!r}, not five numbers; give a list of boxes (image, left, top, right, bottom)"
+            ) from None
+        if numbers != 5:
+            raise ValueError(f"box {number} has {numbers} numbers; give (image, left, top, right, bottom)")
         try:
             image, left, top, right, bottom = map(index, box)
         except TypeError:
