@@ -137,8 +137,8 @@ def with_results(text: str) -> str:
     quick = {machine: found["quick"] for machine, found in results.items() if "quick" in found}
     text = reports.replace_block(text, "measured", reports.readme_block(quick))
     # The goals are for CPUs; there is one such machine.
-    on_cpu = next(list(found.values()) for found in results.values() if "gpu" not in found["quick"]["environment"])
-    return reports.replace_block(text, "goals", goals.table(on_cpu))
+    on_cpu = [list(results[machine].values()) for machine, found in quick.items() if "gpu" not in found["environment"]]
+    return reports.replace_block(text, "goals", goals.table(on_cpu[0]))
 
 
 if __name__ == "__main__":

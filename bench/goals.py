@@ -81,7 +81,7 @@ def table(results: Sequence[Result]) -> str:
             if goal.against:
                 wanted.append(f"{limit:g}×")
                 value = None if "wrong" in row else row["alternatives"][goal.against].get("ratio")
-                met, shown = value is not None and value >= limit, f"{value:.2g}×" if value else "not measured"
+                met, shown = value is not None and value >= limit, f"{value:.3g}×" if value else "not measured"
             else:
                 wanted.append(duration(limit / 1e3))
                 value = row.get("ours_ms")

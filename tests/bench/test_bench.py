@@ -190,6 +190,11 @@ def test_rows_are_merged_by_name_and_none_may_be_missing() -> None:
     assert "wrong" not in lacking[0] and "only 1 of 2 processes" in lacking[1]["wrong"]
 
 
+def test_no_row_is_above_what_the_same_rounds_reached() -> None:
+    row = merge([[result(case(1e-3, **{"floor: the bytes read": 5e-4, "eager": 1e-4}))]])["rows"][0]
+    assert row["roofline"] == pytest.approx(0.5, rel=0.1)  # by the rates alone it would be 1.05
+
+
 def test_every_row_is_judged_by_the_best_rates_of_all_suites() -> None:
     ops, engine = result(case(eager=2e-3)), result(case(eager=2e-3))
     engine["ceilings"] = Ceilings("cpu", {1 << 20: 2e9, 1 << 28: 1e8}, {"float32": 1e10}).as_dict()
