@@ -137,15 +137,20 @@ class DropInDecode:
 
 @dataclass(frozen=True)
 class Decode:
-    """`tokens` of an answer about a photo, one by one, of `preset` (random weights); the time of one."""
+    """`tokens` of an answer about a photo, one by one, of `preset` (random weights), in each of `batch` rows.
+
+    The time of one token of every row.
+    """
 
     preset: str
+    batch: int = 1
     tokens: int = 8
     quick: bool = True
+    sweep: str = ""
 
     @property
     def shape(self) -> str:
-        return f"one token, {self.preset}"
+        return f"one token{f' of each of {self.batch} rows' if self.batch > 1 else ''}, {self.preset}"
 
 
 PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)
@@ -206,7 +211,8 @@ REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
 ENGINE = {
     "cpu": (
         *(SecondLook("2b-slice", look, quick=look != REGIONS[1], sweep="history") for look in (*REGIONS, "clip")),
-        Decode("2b-slice"),
+        Decode("2b-slice", sweep="batch"),
+        *(Decode("2b-slice", batch, quick=False, sweep="batch") for batch in (2, 4, 8)),
         *(
             SecondLook("2b-slice", look, history, quick=False, sweep="history")
             for look in (*REGIONS, "clip")

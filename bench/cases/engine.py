@@ -274,25 +274,29 @@ class Decoding:
 
     def __init__(self, workload: Decode, device: str) -> None:
         self.names, self.device = (workload.preset, "clip", device), device
-        self.made, self.count, self.photo = procedures(*self.names), workload.tokens, default_image()
+        self.made, self.photo = procedures(*self.names), default_image()
+        self.count, self.batch = workload.tokens, workload.batch
         language = self.made.engine.model.language
         # A tied embedding is read whole by the head; of its own rows one per token.
         self.weights = [tensor for layer in language.layers for tensor in vars(layer).values()] + [language.head]
         self.ids, self.prompt = self._ours()[1], self.made.engine.fed[0]
 
     def ours(self) -> float:
-        """Seconds per token."""
+        """Seconds per token of every row."""
         return self._ours()[0]
 
-    def _ours(self) -> tuple[float, list[int]]:
-        engine, ids, times = self.made.engine, [], []
+    def _ours(self) -> tuple[float, list[list[int]]]:
+        engine, times = self.made.engine, []
+        ids: list[list[int]] = [[] for _ in range(self.batch)]
         engine.fed = []
         # Random weights may choose to stop; what is timed is a number of tokens.
         with patch.object(engine, "ids", replace(engine.ids, stop=frozenset())):
-            for event in engine.stream(self.photo, QUESTION, max_new_tokens=1 + self.count):
+            rows = [engine._admit(self.photo, QUESTION, None, 1 + self.count, False, None) for _ in ids]
+            for row, event in engine._together(rows):
                 if isinstance(event, Token):
-                    times.append(time.perf_counter())
-                    ids.append(event.id)
+                    ids[row].append(event.id)
+                    if row == self.batch - 1:
+                        times.append(time.perf_counter())
         return (times[-1] - times[0]) / self.count, ids
 
     def read(self) -> float:
@@ -308,7 +312,7 @@ class Decoding:
     def work(self) -> Work:
         stored = len(self.prompt.tokens) + self.count // 2
         cache = self.made.engine._idle[0].bytes_per_token * stored
-        return Work(sum(weight.nbytes for weight in self.weights) + cache, 0)
+        return Work(sum(weight.nbytes for weight in self.weights) + self.batch * cache, 0)
 
 
 class Decoded:
@@ -319,7 +323,8 @@ class Decoded:
 
         self.problem, self.model = problem, transformers_twin(*problem.names)
         self.cache = DynamicCache(config=self.model.config.get_text_config())
-        self.first = self._step(problem.prompt.embeds, problem.prompt.positions)
+        prompt = problem.prompt.embeds.expand(problem.batch, -1, -1)
+        self.first = self._step(prompt, problem.prompt.positions)
         self.length, self.position = self.cache.get_seq_length(), int(problem.prompt.positions.max()) + 1
 
     def __call__(self) -> float:
@@ -329,23 +334,25 @@ class Decoded:
         with our_linear():
             return self.decode()[0]
 
-    def decode(self) -> tuple[float, list[int]]:
+    def decode(self) -> tuple[float, list[list[int]]]:
         begin, ids = time.perf_counter(), [self.first]
         for number in range(self.problem.count):
-            embeds = self.model.model.language_model.embed_tokens(torch.tensor(ids[-1:], device=self.problem.device))
+            tokens = torch.tensor(ids[-1], device=self.problem.device)[:, None]
+            embeds = self.model.model.language_model.embed_tokens(tokens)
             ids.append(self._step(embeds, torch.full((3, 1), self.position + number)))
         seconds = (time.perf_counter() - begin) / self.problem.count
         self.cache.crop(self.length - self.cache.get_seq_length())
-        return seconds, ids
+        return seconds, [list(row) for row in zip(*ids)]
 
-    def _step(self, embeds: Tensor, positions: Tensor) -> int:
+    def _step(self, embeds: Tensor, positions: Tensor) -> list[int]:
+        """The next token of every row, from embeddings [batch, T, H] at the same positions [3, T]."""
         output = self.model.model.language_model(
-            inputs_embeds=embeds[None],
-            position_ids=positions[:, None].to(embeds.device),
+            inputs_embeds=embeds,
+            position_ids=positions[:, None].expand(-1, len(embeds), -1).to(embeds.device),
             past_key_values=self.cache,
             use_cache=True,
         )
-        return int(self.model.lm_head(output.last_hidden_state[0, -1:])[0].argmax())
+        return self.model.lm_head(output.last_hidden_state[:, -1]).argmax(-1).tolist()
 
 
 def build_decoding(workload: Decode, device: str) -> Case:
@@ -370,7 +377,10 @@ def build_decoding(workload: Decode, device: str) -> Case:
     if device == "cpu":
         alternatives[DECODED_WITH_OUR_LINEAR] = missing or [theirs.with_our_linear]
     ours = [problem.ours]
-    return Case("decode", workload.shape, "float32", device, ours, alternatives, check, problem.work, self_timed=True)
+    return Case(
+        "decode", workload.shape, "float32", device, ours, alternatives, check, problem.work, self_timed=True,
+        sweep=sweep("decode", workload),
+    )  # fmt: skip
 
 
 def build(workload: SecondLook | Decode, device: str) -> Case:

@@ -56,7 +56,7 @@ def test_every_sweep_has_a_series():
         found = sweep(op, workload)
         if found:
             groups.setdefault((found.series, found.axis), []).append(found.at)
-    assert {axis for _, axis in groups} == {"regions", "pixels", "images", "tokens", "history"}
+    assert {axis for _, axis in groups} == {"regions", "pixels", "images", "tokens", "history", "batch"}
     for key, sizes in groups.items():
         assert len(sizes) >= 3 and len(set(sizes)) == len(sizes), key
     one = sweep("append", Append(54, "2b", "float32", sweep="tokens"))
