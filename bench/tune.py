@@ -26,7 +26,7 @@ from torch import Tensor
 from bench.cases import TOLERANCES, WrongResult, require_close
 from bench.cases.append import SECTIONS, Buffers
 from bench.cases.roi import Problem
-from bench.timers import Ratio, clock, paired_ratio, prepare
+from bench.timers import FEWEST_ROUNDS, Ratio, clock, paired_ratio, prepare
 from bench.workloads import DOCUMENT, LMS, PHOTO, Append, Roi
 from vpt_kernels import append_visual_kv, control_cross_attention, fold_projector, roi_patch_embed
 from vpt_kernels.launch import TUNED, TUNED_FILE, capability
@@ -188,9 +188,11 @@ def best(answers: Sequence[tuple[Launch, Ratio | str]]) -> Launch | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=sorted({question.kernel for question in QUESTIONS}))
-    parser.add_argument("--rounds", type=int, default=21, help="timed in turn, per candidate")
+    parser.add_argument("--rounds", type=int, default=21, help=f"timed in turn, per candidate; at least {FEWEST_ROUNDS}")
     parser.add_argument("--write", type=Path, default=TUNED_FILE, help="default: %(default)s")
     options = parser.parse_args(arguments)
+    if options.rounds < FEWEST_ROUNDS:
+        parser.error(f"--rounds {options.rounds} is too few to compare by; give at least {FEWEST_ROUNDS}")
     if not torch.cuda.is_available():
         print("bench.tune: torch sees no CUDA device; launches can only be measured on a GPU", file=sys.stderr)
         return 2

@@ -70,7 +70,7 @@ def _question(change: float = 0.0) -> tune.Question:
 
 
 def test_candidates_are_timed_or_excused():
-    ratio, reason = (result for _, result in tune.answer(_question(), "cpu", rounds=3))
+    ratio, reason = (result for _, result in tune.answer(_question(), "cpu", rounds=6))
     assert isinstance(ratio, Ratio)
     assert "power of 2" in reason  # a block of three tokens does not compile
     assert not launch.TUNED.get("sm_0", {}).get("append_kernel")  # nothing stays behind
@@ -78,7 +78,7 @@ def test_candidates_are_timed_or_excused():
 
 def test_a_wrong_candidate_ends_the_run():
     with pytest.raises(WrongResult, match="relative difference"):
-        list(tune.answer(_question(change=1.0), "cpu", rounds=3))
+        list(tune.answer(_question(change=1.0), "cpu", rounds=6))
 
 
 def test_what_is_kept(tmp_path):
