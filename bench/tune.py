@@ -188,7 +188,7 @@ def best(answers: Sequence[tuple[Launch, Ratio | str]]) -> Launch | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=sorted({question.kernel for question in QUESTIONS}))
-    parser.add_argument("--rounds", type=int, default=21, help=f"timed in turn, per candidate; at least {FEWEST_ROUNDS}")
+    parser.add_argument("--rounds", type=int, default=21, help=f"in turn, per candidate; at least {FEWEST_ROUNDS}")
     parser.add_argument("--write", type=Path, default=TUNED_FILE, help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.rounds < FEWEST_ROUNDS:
