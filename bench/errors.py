@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.cases.roi import MEAN, STD
 from vpt_kernels import (
     ControlProjector,
     append_visual_kv,
@@ -22,7 +23,6 @@ from vpt_kernels import (
     rotary_table,
 )
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -160,6 +160,17 @@ class Problem:
         }
 
 
+def continued(model: Any, cache: Any, embeds: Tensor, positions: Tensor) -> Tensor:
+    """transformers' last hidden states [batch, H] of embeddings [batch, T, H], in each row at positions [3, T]."""
+    output = model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions[:, None].expand(-1, len(embeds), -1).to(embeds.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state[:, -1]
+
+
 class Continued:
     """transformers with the cache of the first look; every call takes the second look and forgets it again."""
 
@@ -260,13 +271,7 @@ class Continued:
         return embeds
 
     def _forward(self, chunk: Chunk, embeds: Tensor) -> Tensor:
-        output = self.model.model.language_model(
-            inputs_embeds=embeds[None],
-            position_ids=chunk.positions[:, None].to(embeds.device),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[0, -1:]
+        return continued(self.model, self.cache, embeds[None], chunk.positions)
 
 
 class Decoding:
@@ -346,13 +351,7 @@ class Decoded:
 
     def _step(self, embeds: Tensor, positions: Tensor) -> list[int]:
         """The next token of every row, from embeddings [batch, T, H] at the same positions [3, T]."""
-        output = self.model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=positions[:, None].expand(-1, len(embeds), -1).to(embeds.device),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return self.model.lm_head(output.last_hidden_state[:, -1]).argmax(-1).tolist()
+        return self.model.lm_head(continued(self.model, self.cache, embeds, positions)).argmax(-1).tolist()
 
 
 def build_decoding(workload: Decode, device: str) -> Case:

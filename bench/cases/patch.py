@@ -7,11 +7,10 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bench.cases import Case, WrongResult, absent, require_close
+from bench.cases import Case, WrongResult, absent, require_close, smooth_pixels
 from bench.workloads import DropInDecode, DropInImage
 from vpt_kernels import QwenVLImageProcessor, patch
 
@@ -33,9 +32,7 @@ def build_image(workload: DropInImage, device: str) -> Case:
     from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 
     torch.manual_seed(0)
-    coarse = torch.from_numpy(np.random.default_rng(0).random((1, 3, 12, 16), dtype=np.float32))
-    smooth = torch.nn.functional.interpolate(coarse, (workload.height, workload.width), mode="bilinear")[0]
-    picture = Image.fromarray(np.ascontiguousarray((smooth * 255).byte().permute(1, 2, 0).numpy()))
+    picture = Image.fromarray(smooth_pixels(workload.height, workload.width))
     plain, patched = (PatchEmbed(PATCH, 2, 3, EMBED).to(device) for _ in range(2))
     patched.load_state_dict(plain.state_dict())
     patch(patched)

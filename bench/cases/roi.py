@@ -6,12 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import TOLERANCES, Case, absent, onednn, peer, require_close, sweep, workspace
+from bench.cases import TOLERANCES, Case, absent, onednn, peer, require_close, smooth_pixels, sweep, workspace
 from bench.rooflines import patches_work, roi_work
 from bench.timers import Call
 from bench.workloads import Roi
@@ -32,10 +31,7 @@ class Problem:
 
     def __init__(self, workload: Roi, device: str) -> None:
         torch.manual_seed(0)
-        # Smooth, so that an alternative that takes another tap here and there is still recognised as right.
-        coarse = torch.from_numpy(np.random.default_rng(0).random((1, 3, 12, 16), dtype=np.float32))
-        smooth = F.interpolate(coarse, (workload.height, workload.width), mode="bilinear")[0]
-        pixels = np.ascontiguousarray((smooth * 255).byte().permute(1, 2, 0).numpy())
+        pixels = smooth_pixels(workload.height, workload.width)
         self.workload, self.device, self.dtype = workload, device, getattr(torch, workload.dtype)
         self.size, self.array = (workload.height, workload.width), pixels
         self.image = torch.from_numpy(pixels).to(device)

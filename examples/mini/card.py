@@ -47,7 +47,7 @@ Drawn on photographs that scikit-image ships by `vpt_model/mini/scenes.py`, SHA-
 
 From random weights on one thread of an AMD EPYC (AVX-512, bfloat16), without interruption, beside other work on the
 other core: {minutes:.0f} minutes of computing time, 24 by the clock, {steps:,} steps of 16 scenes, seed 0. Curriculum
-and hints: `examples/mini/README.md`. Records and evaluations, of the controls too: `examples/mini/results/`.
+and hints: `examples/mini/README.md`. Records and evaluations, of the controls too: `bench/results/vpt-mini/`.
 
 ## Accuracy
 

@@ -25,7 +25,8 @@ from vpt_model.mini.scenes import KINDS, fingerprint
 # model card's figures less four standard deviations of a sample of 50.
 LEAST = {"tag": (0.96, 1), "two tags": (0.96, 1), "attribute": (0.96, 1), "count": (0.76, 1)}
 MOST_DIRECT = 0.25
-RESULTS = Path(__file__).resolve().parents[2] / "examples/mini/results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench/results/vpt-mini"
 
 
 def vpt(*arguments: object) -> Result:
@@ -92,6 +93,30 @@ def test_the_package_ships_a_small_float16_checkpoint_and_its_card() -> None:
     assert fingerprint() in card, "the pictures' generator is not the one that the weights were trained with"
     evaluation = json.loads((RESULTS / "evaluation.json").read_text())
     assert table(evaluation) in card, "python -m examples.mini.card writes the card from the evaluation"
+
+
+def right(name: str, kind: str, path: str, control: str = "true") -> str:
+    """A share of right answers in a committed evaluation, as prose gives it."""
+    lines = json.loads((RESULTS / f"{name}.json").read_text())
+    found = next(line for line in lines if (line["kind"], line["path"], line["control"]) == (kind, path, control))
+    share = 100 * found["score"]["right"]
+    return f"{share:.1f} %" if kind == "tag" or share > 99 else f"{share:.0f} %"
+
+
+def test_the_prose_repeats_the_committed_evaluations() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"tags read {right('evaluation', 'tag', 'free')} with a second look, {right('evaluation', 'tag', 'direct')}"
+        in readme
+    )
+    assert (
+        f"{right('evaluation', 'count', 'free')} with its own control state, "
+        f"{right('evaluation', 'count', 'free', 'zero')} without it, "
+        f"{right('evaluation', 'count', 'direct')} with no second look"
+    ) in readme
+    card = " ".join((mini.FOLDER / "README.md").read_text(encoding="utf-8").split())
+    assert f"(`--control first-look`): tags {right('evaluation-first-look', 'tag', 'direct')}," in card
+    assert f"(`--control crop`, 7 minutes): {right('evaluation-crop', READ, 'free')}." in card
 
 
 def test_eval_mini_reports_as_json_and_as_a_table() -> None:
