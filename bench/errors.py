@@ -1,6 +1,7 @@
 """Errors of the operators and of same-dtype PyTorch, both against float64: `python -m bench.errors`.
 
-Prints the tables of the operators' READMEs: largest absolute error and root mean square, ours and PyTorch's.
+Prints the tables of the operators' READMEs, whose numbers are in `bench/results/`: largest absolute error and root mean
+square, ours and PyTorch's.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,12 @@ def test_pictures_and_tables_belong_to_the_results() -> None:
         assert len(pictures) >= 4
         for picture in pictures:
             assert f"drawn from result {charts.digest(loaded)}" in picture.read_text(), picture
+
+
+def test_the_operators_errors_are_the_committed_ones() -> None:
+    """Rows of the operators' pages, "case | dtype | ours | PyTorch | largest value", are those of `bench.errors`."""
+    measured = (ROOT / "bench/results/amd-epyc-avx512-2-threads/errors.md").read_text().splitlines()
+    row = re.compile(r"^\| (\w[\w ]* \| \w+ \| \S+ / \S+ \| \S+ / \S+ \| \S+ \|)$", re.MULTILINE)
+    stated = [found for page in (ROOT / "vpt_kernels").glob("*/README.md") for found in row.findall(page.read_text())]
+    assert len(stated) == len(measured) - 2
+    assert all(any(line.endswith(found) for line in measured) for found in stated)
