@@ -27,11 +27,11 @@ ALTERNATIVES = {
         "Qwen2-VL of transformers (SDPA) over the same weights, its DynamicCache continued with our positions"
     ),
     "transformers, the same with our float32 products": (
-        "the same, its nn.Linear and patch embedding multiplying through vpt_model.linear (oneDNN) as the engine does"
+        "the same, its nn.Linear and patch embedding multiplying as the engine does (oneDNN)"
     ),
-    "published procedure": "the conversation prefilled again, two language-model calls a token (vpt_model.reference)",
+    "published procedure": "the conversation prefilled again, two language-model calls a token",
     "transformers, its cache continued": "Qwen2-VL of transformers (SDPA) over the same weights, greedy, DynamicCache",
-    "transformers, with our float32 products": "the same, its nn.Linear multiplying through vpt_model.linear",
+    "transformers, with our float32 products": "the same, its nn.Linear multiplying as the engine does",
     "floor: the weights read once": "sum() over every weight that a token needs",
     "transformers' processor and patch embedding": "Qwen2VLImageProcessorPil and PatchEmbed, a Conv3d, as shipped",
     "transformers' processor, patched patch embedding": "the same with vpt_kernels.patch on the embedding only",

@@ -21,7 +21,7 @@ from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGener
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vpt_kernels import QwenVLImageProcessor, patch
-from vpt_model.positions import mrope_positions
+from vpt_model.network.positions import mrope_positions
 
 NEW_TOKENS = 5
 

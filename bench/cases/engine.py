@@ -26,16 +26,16 @@ from bench.cases import Case, WrongResult, absent, sweep
 from bench.rooflines import Work
 from bench.transformers_model import transformers_model
 from bench.workloads import Decode, SecondLook
+from vpt_model.app.demo import QUESTION, default_image
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS
-from vpt_model.conversation import Chunk
-from vpt_model.demo import QUESTION, default_image
 from vpt_model.engine import Engine
-from vpt_model.events import Clock, Look, Stage, Token
-from vpt_model.linear import linear
-from vpt_model.model import Model
-from vpt_model.reference import PublishedProcedure
-from vpt_model.tokens import Tokenizer
+from vpt_model.engine.conversation import Chunk
+from vpt_model.engine.events import Clock, Look, Stage, Token
+from vpt_model.network.linear import linear
+from vpt_model.network.model import Model
+from vpt_model.published.procedure import PublishedProcedure
+from vpt_model.text.tokens import Tokenizer
 
 LONGEST_EDGE, CAPACITY = 512, 8192
 CONTINUED = "transformers, cache continued with explicit positions"

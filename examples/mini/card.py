@@ -92,7 +92,7 @@ def table(lines: list[dict]) -> str:
 
 if __name__ == "__main__":
     from vpt_model.config import PRESETS
-    from vpt_model.verify import parameter_counts
+    from vpt_model.published.verify import parameter_counts
 
     folder, evaluation = sys.argv[1:]
     counts = parameter_counts(PRESETS["mini"])

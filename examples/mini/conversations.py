@@ -13,9 +13,9 @@ from vpt_kernels import plan_regions, qwen2_vl_policy, roi_patches
 from vpt_model.config import PRESETS
 from vpt_model.mini.scenes import COLOURS, SHAPES, SIDE, SYMBOLS, Question, Scene, Thing, make_question, make_scene
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER, LOOK_TRIGGERS, tokenizer
-from vpt_model.positions import mrope_positions
-from vpt_model.prompt import PromptFormat, action_round, first_round, region_round
-from vpt_model.tokens import crop_box, parse_look, parse_region_ids
+from vpt_model.network.positions import mrope_positions
+from vpt_model.text.prompt import PromptFormat, action_round, first_round, region_round
+from vpt_model.text.tokens import crop_box, parse_look, parse_region_ids
 
 CONFIG = PRESETS["mini"]
 POLICY = qwen2_vl_policy(longest_edge=CONFIG.image_resolution)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vpt_kernels import rotary_table
 from vpt_model.config import ModelConfig
-from vpt_model.positions import vision_positions
-from vpt_model.vision import MEAN, STD
+from vpt_model.network.positions import vision_positions
+from vpt_model.network.vision import MEAN, STD
 
 State = Mapping[str, Tensor]
 GAZE = 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.aot.variant import Variant
-from vpt_model import attention_triton as attention
+from vpt_model.network import attention_triton as attention
 
 _TUNED = ("BLOCK_M", "BLOCK_N", "SPLIT")
 _LENGTHS = dict.fromkeys(("starts", "past", "counts"), "*i32")

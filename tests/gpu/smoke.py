@@ -24,7 +24,7 @@ from vpt_kernels import (
     sam_policy,
 )
 from vpt_kernels.backends import CAPABILITIES, BackendUnavailable
-from vpt_model.attention_triton import attend
+from vpt_model.network.attention_triton import attend
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,14 +7,14 @@ import torch
 
 from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype
 from tests.model.attention_inputs import make, oracle
+from tests.model.engine.test_graphs import Fed
 from tests.model.inputs import random_image, tiny_config, tiny_state
-from tests.model.test_graphs import Fed
-from vpt_model import attention, attention_triton
 from vpt_model.config import ENCODERS
 from vpt_model.engine import Engine
-from vpt_model.graphs import BUCKETS
-from vpt_model.model import Model
-from vpt_model.tokens import Tokenizer
+from vpt_model.engine.graphs import BUCKETS
+from vpt_model.network import attention, attention_triton
+from vpt_model.network.model import Model
+from vpt_model.text.tokens import Tokenizer
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""Calls of `vpt_model.attention.attend` with everything that must not be read NaN, and an oracle."""
+"""Calls of `vpt_model.network.attention.attend` with everything that must not be read NaN, and an oracle."""
 
 from __future__ import annotations
 

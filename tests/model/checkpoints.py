@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.model.inputs import tiny_config
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, ModelConfig
-from vpt_model.tokens import Tokenizer
+from vpt_model.text.tokens import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

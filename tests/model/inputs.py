@@ -10,9 +10,9 @@ import torch
 
 from vpt_model.checkpoint import random_state
 from vpt_model.config import PRESETS, ModelConfig
-from vpt_model.golden import Recording, load_recording
-from vpt_model.model import Model
-from vpt_model.tokens import TokenIds
+from vpt_model.network.model import Model
+from vpt_model.published.recordings import Recording, load_recording
+from vpt_model.text.tokens import TokenIds
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from vpt_model.engine import Engine
-from vpt_model.events import Answer
-from vpt_model.positions import mrope_positions
-from vpt_model.prompt import action_round, first_round, region_round
-from vpt_model.reference_encoders import Weights, project
+from vpt_model.engine.events import Answer
+from vpt_model.network.positions import mrope_positions
+from vpt_model.published.encoders import Weights, project
+from vpt_model.text.prompt import action_round, first_round, region_round
 
 Box = tuple[int, int, int, int]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vpt_model.cache import KVCache
+from vpt_model.network.cache import KVCache
 
 VIEWS = ("select", "slice", "transpose", "unsqueeze", "view", "expand", "unflatten", "as_strided", "detach", "alias")
 

@@ -1,4 +1,5 @@
-"""vpt-mini: a trained model of two million parameters that really looks twice, and the task that it was trained on."""
+"""vpt-mini lives here, a trained model of two million parameters that really looks twice, with the task that it was
+trained on; it may import engine, network, checkpoint, text, config and vpt_kernels."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ import torch
 
 from vpt_model.checkpoint import Checkpoint
 from vpt_model.config import ModelConfig
-from vpt_model.model import Model
-from vpt_model.tokens import Tokenizer
+from vpt_model.network.model import Model
+from vpt_model.text.tokens import Tokenizer
 
 FOLDER = Path(__file__).parent / "weights"
 """The shipped checkpoint, laid out like a released one."""

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpt_model import attention, mini, perception, vision
-from vpt_model.engine import Engine
-from vpt_model.events import Answer
+from vpt_model import mini
+from vpt_model.engine import Engine, perception
+from vpt_model.engine.events import Answer
 from vpt_model.mini.scenes import KINDS, Question, crop, make_question, make_scene
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER, LOOK_TRIGGERS
-from vpt_model.model import Model
-from vpt_model.prompt import PromptFormat
+from vpt_model.network import attention, vision
+from vpt_model.network.model import Model
+from vpt_model.text.prompt import PromptFormat
 
 PATHS = ("free", "always look", "direct")
 CONTROLS = ("true", "zero", "another's")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vpt_model.tokens import GRID, RegionSpan, crop_box
+from vpt_model.text.tokens import GRID, RegionSpan, crop_box
 
 SIDE = 298
 """Width and height of a picture: the largest of which 3×3 of the 8×8 cells never exceed 112 pixels."""

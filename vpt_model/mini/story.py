@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vpt_model.engine import Engine
-from vpt_model.events import Answer, Box, Done, Look, Region, Token
+from vpt_model.engine.events import Answer, Box, Done, Look, Region, Token
 from vpt_model.mini.scenes import KINDS, Question, Scene, make_question
 
 

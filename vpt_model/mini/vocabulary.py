@@ -6,8 +6,8 @@ from functools import cache
 
 from vpt_model.config import PRESETS
 from vpt_model.mini.scenes import COLOURS, SHAPES
-from vpt_model.prompt import REENCODE_TRIGGER, REGION_TRIGGER
-from vpt_model.tokens import Tokenizer
+from vpt_model.text.prompt import REENCODE_TRIGGER, REGION_TRIGGER
+from vpt_model.text.tokens import Tokenizer
 
 DIRECT_TRIGGER = "Answer the question using a single word or phrase."
 LOOK_TRIGGERS = {"region": REGION_TRIGGER, "clip": REENCODE_TRIGGER, None: None}

@@ -1,0 +1,184 @@
+"""The engine's memory and work: what touches a cache, what stays alive, what a look costs however many came before."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.model.inputs import random_image, tiny_model
+from tests.model.watch import CacheTraffic, LiveMemory, tensors
+from vpt_model.checkpoint import random_state
+from vpt_model.config import ENCODERS, PRESETS
+from vpt_model.engine import Engine
+from vpt_model.engine.conversation import Conversation
+from vpt_model.engine.events import Answer, Clock, Done, Event, Look
+from vpt_model.network.model import Model
+from vpt_model.text.tokens import Tokenizer, parse_look
+
+IMAGE = random_image(150, 230, seed=3)
+QUESTION = "What is written on the sign?"
+REGION = "region:x2,y1,x5,y4"
+LAYERS = PRESETS["tiny"].num_hidden_layers
+
+
+def engine_of(encoder: str = "clip", **options) -> Engine:
+    kind = ENCODERS[encoder]
+    return Engine(tiny_model(kind), Tokenizer.byte_level(320, kind), **options)
+
+
+def fed(answer: Answer) -> int:
+    return sum(stage.work["tokens"] for stage in answer.timings if "tokens" in stage.work)
+
+
+class TestCacheTraffic:
+    @pytest.mark.parametrize("encoder", ENCODERS)
+    @pytest.mark.parametrize("look", [REGION, "re-encode"])
+    def test_only_appends_and_attention_touch_a_cache(self, encoder, look):
+        engine = engine_of(encoder, max_looks=2)
+        (cache,) = engine._idle
+        before = cache.keys.data_ptr(), cache.values.data_ptr()
+        with CacheTraffic(engine._idle) as traffic:
+            looks = [encoder if look == "re-encode" else look] * 2
+            answer = engine.ask(IMAGE, QUESTION, looks=looks, max_new_tokens=5)
+        assert len(answer.looks) == 2 and traffic.other == []
+        assert sum(traffic.appended) == LAYERS * fed(answer), "every token is written once per layer"
+        assert len(traffic.read) == len(traffic.appended)
+        assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before and engine._idle == [cache]
+
+    def test_a_batch_writes_no_row_twice(self):
+        engine = engine_of()
+        engine._idle = [engine.new_cache() for _ in range(3)]
+        with CacheTraffic(engine._idle) as traffic:
+            answers = engine.ask_batch([IMAGE] * 3, [QUESTION, "Why?", ""], looks=[[REGION], ["clip"], None])
+        assert traffic.other == [] and sum(traffic.appended) == LAYERS * sum(map(fed, answers))
+
+    @torch.inference_mode()
+    def test_the_watcher_sees_copies(self):
+        (cache,) = engine_of()._idle
+        query, keys = torch.zeros(1, 4, 3, 32), cache.keys[0].transpose(0, 1)[None]
+        for name, touch in (
+            ("clone", lambda: cache.keys.clone()),
+            ("cat", lambda: torch.cat([cache.values, cache.values])),
+            ("copy_", lambda: cache.keys[:, 1:2].copy_(cache.keys[:, :1])),
+            ("contiguous", lambda: cache.keys.transpose(1, 2).contiguous()),
+            ("composed attention", lambda: torch.nn.functional.scaled_dot_product_attention(
+                query, keys, keys, dropout_p=0.5, enable_gqa=True)),
+        ):  # fmt: skip
+            with CacheTraffic([cache]) as traffic:
+                touch()
+            assert name in traffic.other
+
+    def test_memory_beside_the_cache_does_not_depend_on_its_capacity(self):
+        peaks = []
+        for capacity in (512, 4096):
+            engine = engine_of(capacity=capacity)
+            with LiveMemory() as memory:
+                engine.ask(IMAGE, QUESTION, looks=[REGION], max_new_tokens=5)
+            peaks.append(memory.peak)
+        assert peaks[0] == peaks[1]
+
+
+class Work(TorchDispatchMode):
+    """Elements that each operation returned; attention and its mask, which grow with what came before, only called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        size = 0 if name in ("full", "triu_") else sum(x.numel() for x in tensors(result))
+        if name not in ("slice", "select", "transpose", "unsqueeze", "detach"):
+            self.done[name, size] += 1
+        return result
+
+
+@pytest.mark.parametrize("look", [REGION, "clip"])
+def test_forty_looks_in_one_conversation_cost_the_same_each(look):
+    looks, options = 40, {"max_new_tokens": 4, "looks": [look] * 40}
+    engine, costs, lengths = engine_of(max_looks=looks, capacity=4096), [], []
+    (cache,) = engine._idle
+    with Work() as work:
+        for event in engine.stream(IMAGE, QUESTION, **options):
+            if isinstance(event, Look):
+                costs.append(work.done)
+                lengths.append(cache.length)
+                work.done = Counter()
+            elif isinstance(event, Done):
+                answer = event.answer
+    assert len(answer.looks) == looks and len({tuple(sorted(cost.items())) for cost in costs[1:]}) == 1
+    assert len({after - before for before, after in zip(lengths, lengths[1:])}) == 1
+    assert fed(answer) == lengths[-1] + len(answer.ids) - 1, "no token was fed twice"
+    assert answer.ids == engine_of(max_looks=looks, capacity=4096).ask(IMAGE, QUESTION, **options).ids
+
+
+def prefilled(engine: Engine, talk: Conversation) -> None:
+    user = engine.tokenizer.encode(engine.prompt.user_text(QUESTION, True))
+    for _ in engine._together([engine._prefill(talk, user)]):
+        pass
+
+
+def on_a_fork(engine: Engine, talk: Conversation, look: str) -> Answer:
+    """The answer of a second conversation that begins behind the first look of `talk` and is forgotten."""
+    cache = talk.cache.fork()
+    forced = deque([parse_look(look, engine.ids)])
+    fork = replace(talk, cache=cache, forced=forced, turns=[], looks=[], notices=[], clock=Clock(engine.model.device))
+
+    def row() -> Iterator[Event]:
+        yield Done((yield from engine._converse(fork)))
+
+    *_, (_, done) = engine._together([row()])
+    cache.release()
+    return done.answer
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("looks", [24, pytest.param(1000, marks=pytest.mark.slow)])
+def test_looks_over_forks_of_one_conversation_leave_nothing_behind(looks):
+    engine = engine_of()
+    specs = [REGION, "clip", "region:x0,y0,x7,y7"]
+    fresh = {spec: engine_of().ask(IMAGE, QUESTION, looks=[spec], max_new_tokens=3).ids for spec in specs}
+    memory, alive, objects = LiveMemory(), [], []
+    with engine._conversation(image=IMAGE, max_new_tokens=3) as talk:
+        prefilled(engine, talk)
+        length = talk.cache.length
+        with memory:
+            for number in range(looks):
+                spec = specs[number % len(specs)]
+                assert on_a_fork(engine, talk, spec).ids == fresh[spec]
+                assert talk.cache.length == length
+                if number % (2 * len(specs)) == 0:
+                    gc.collect()
+                    alive.append(memory.now)
+                    objects.append(len(gc.get_objects()))
+                if number == looks // 4:
+                    quarter = resident()
+    assert set(alive) == {alive[0]}, "bytes of tensors"
+    assert objects[-1] - objects[1] <= 2, "Python objects (the two that this test keeps)"
+    assert resident() - quarter < 4 << 20, "pages of the process"
+    assert len(engine._idle) == 1
+
+
+@pytest.mark.slow
+def test_peak_memory_is_weights_cache_and_the_largest_activation():
+    config = replace(PRESETS["2b-slice"], kind="clip")
+    state = random_state(config)
+    engine = Engine(Model.from_state(config, state), Tokenizer.byte_level(config.vocab_size, "clip"))
+    weights = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()}.values())
+    with LiveMemory() as memory:
+        answer = engine.ask(random_image(384, 512), QUESTION, looks=["clip"], max_new_tokens=3)
+    prefill = next(stage.work["tokens"] for stage in answer.timings if stage.name == "prefill")
+    largest = prefill * 2 * config.intermediate_size * 4
+    necessary = weights + engine._idle[0].nbytes + largest
+    assert weights + engine._idle[0].nbytes + memory.peak <= 1.05 * necessary
+    assert memory.peak <= 3 * largest, "gate and up, their product, and what is small beside them"

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers import SEED
+from vpt_model.engine.sampling import Sampler, Sampling, greedy
+
+
+class Reads(TorchDispatchMode):
+    """Operations whose result, or its shape, the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        if tags.intersection(function.tags):
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def logits(count: int, vocab: int = 200) -> torch.Tensor:
+    return torch.randn(count, vocab, generator=torch.Generator().manual_seed(SEED)) * 3
+
+
+def probabilities(row: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """transformers' chain of the published evaluation."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TemperatureLogitsWarper(temperature)(None, row[None])
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.softmax(-1)[0]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (2.0, 30, 0.6)])
+def test_draws_follow_the_distribution_of_transformers(temperature, top_k, top_p):
+    (row,) = logits(1)
+    sampler, draws = Sampler(Sampling(temperature, top_k, top_p, seed=SEED)), 4000
+    counts = Counter(sampler(row) for _ in range(draws))
+    expected = probabilities(row, temperature, top_k, top_p)
+    assert {token for token, p in enumerate(expected.tolist()) if p == 0}.isdisjoint(counts)
+    for token, p in enumerate(expected.tolist()):
+        # Six standard deviations: about one false alarm in a million runs.
+        assert abs(counts[token] - draws * p) <= 6 * (draws * p * (1 - p)) ** 0.5 + 3
+
+
+def test_the_published_settings_are_greedy():
+    sampler, greedy = Sampler(Sampling(temperature=0.95, top_k=10, top_p=0.1)), Sampler()
+    for row in logits(500, 2000):
+        assert sampler(row) == greedy(row) == int(row.argmax())
+
+
+def test_the_lowest_id_wins_ties():
+    row = torch.tensor([0.0, 5.0, 5.0, 5.0, 1.0])
+    for sampling in (Sampling(), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(0.95, 10, 0.1)):
+        assert Sampler(sampling)(row) == 1
+
+
+def test_seeds_decide():
+    rows = logits(40)
+
+    def draws(seed: int) -> list[int]:
+        sampler = Sampler(Sampling(1.0, seed=seed))
+        return [sampler(row) for row in rows]
+
+    assert draws(1) == draws(1) != draws(2)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5), Sampling(1e-30, 3, 0.5)])
+def test_broken_logits(sampling):
+    """NaN is not chosen over, it is told; infinities are numbers that are too large."""
+    nan, infinity = float("nan"), float("inf")
+    for row in ([-1.0, nan, 3.0e4, -infinity], [1.0, infinity, nan], [nan, nan]):
+        assert Sampler(sampling)(torch.tensor(row)) is None
+    assert Sampler(sampling)(torch.tensor([1.0, infinity, -infinity])) == 1
+
+
+def test_greedy_of_several_rows():
+    nan = float("nan")
+    assert greedy(torch.tensor([[0.0, 2.0, 2.0], [5.0, nan, 7.0], [3.0, 1.0, 3.0]])).tolist() == [1, -1, 0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, 20, 0.8, seed=4)])
+def test_one_number_is_read_per_token(sampling):
+    """On a GPU every read is a wait, and so is every shape that depends on values."""
+    sampler, (row,) = Sampler(sampling), logits(1)
+    with Reads() as reads:
+        sampler(row)
+    assert reads.names == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)

@@ -1,0 +1,129 @@
+"""The re-encoders against transformers' own processors and models."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
+from vpt_model.config import ModelConfig
+from vpt_model.network.encoders import build_encoder
+from vpt_model.network.model import Model
+
+KINDS = ["detection", "seg"]
+SIZES = [(150, 230), (700, 380), (1300, 900), (40, 600), (300, 300)]
+
+
+def whole(kind: str):
+    """transformers' model, complete with its patch convolution, with the weights of the tiny one."""
+    from transformers import Dinov2Config, Dinov2Model, SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+    config, prefix = tiny_config(kind), f"{kind}_model."
+    if kind == "detection":
+        model = Dinov2Model(Dinov2Config(**vars(config.dino), attn_implementation="eager"))
+    else:
+        model = SamVisionEncoder(SamVisionConfig(**vars(config.sam), attn_implementation="eager"))
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in tiny_state(kind).items() if k.startswith(prefix)})
+    return model.eval()
+
+
+def processed(kind: str, image: torch.Tensor) -> torch.Tensor:
+    """transformers' processor behind the NEAREST step of the authors' data pipeline: [1, 3, h, w]."""
+    from PIL import Image
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    picture, longest = Image.fromarray(image.numpy()), 512 if kind == "detection" else 1024
+    if max(picture.size) > longest:
+        factor = longest / max(picture.size)
+        picture = picture.resize((int(picture.width * factor), int(picture.height * factor)), Image.Resampling.NEAREST)
+    options = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    if kind == "detection":
+        crop = {"height": 224, "width": 224}
+        processor = BitImageProcessorPil(size={"shortest_edge": 256}, crop_size=crop, resample=3, **options)
+    else:
+        edge = tiny_config(kind).sam.image_size
+        pad = {"height": edge, "width": edge}
+        processor = SamImageProcessorPil(size={"longest_edge": edge}, pad_size=pad, **options)
+    return torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])[None]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_encoded_as_by_transformers(kind, size):
+    image, encoder = random_image(*size), tiny_model(kind).encoder
+    expected = whole(kind)(processed(kind, image)).last_hidden_state
+    expected = expected if kind == "seg" else expected[:, 1:]
+    with torch.inference_mode():
+        patches = encoder.embed_regions([image], [(0, 0, 0, size[1], size[0])])
+        found = encoder(patches)
+    assert found.shape == expected.shape and expected.std() > 0.5
+    assert (found - expected).abs().max() <= 1e-4
+    assert (patches - encoder.embed_pixel_values(processed(kind, image))).abs().max() <= 1e-4
+    tokens = expected.shape[1] if kind == "detection" else expected[0, 0].numel() // 16
+    assert encoder.tokens == tokens and encoder.grid[0] * encoder.grid[1] == len(patches)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_images_at_once(kind):
+    images, encoder = [random_image(150, 230), random_image(300, 90, seed=1)], tiny_model(kind).encoder
+    with torch.inference_mode():
+        both = encoder(encoder.embed_regions(images, [(0, 0, 0, 230, 150), (1, 10, 20, 90, 300)]))
+        alone = encoder(encoder.embed_regions(images[1:], [(0, 10, 20, 90, 300)]))
+    assert len(both) == 2 and (both[1:] - alone).abs().max() <= 1e-5
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_weights_stay_bfloat16(kind):
+    encoder, exact, prefix = build_encoder(kind, tiny_config(kind)), tiny_model(kind).encoder, f"{kind}_model."
+    state = {k.removeprefix(prefix): v.bfloat16() for k, v in tiny_state(kind).items() if k.startswith(prefix)}
+    encoder.load(state)
+    image, box = random_image(150, 230), (0, 0, 0, 230, 150)
+    with torch.inference_mode():
+        found, expected = (model(model.embed_regions([image], [box])) for model in (encoder, exact))
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().mean() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "first"),
+    [("detection", 304_368_640, "embeddings.cls_token"), ("seg", 308_278_272, "pos_embed")],
+)
+def test_the_published_encoders(kind, parameters, first):
+    """Their tensors under transformers' names; nothing is allocated for them before `load`."""
+    encoder = build_encoder(kind, ModelConfig(kind=kind))
+    state = encoder.state_dict()
+    assert sum(tensor.numel() for tensor in state.values()) == parameters and first in state
+    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+    assert list(tiny_model(kind).encoder.state_dict()) == list(build_encoder(kind, tiny_config(kind)).state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_shared_with_the_state(kind):
+    state = tiny_state(kind)
+    for name, tensor in Model.from_state(tiny_config(kind), state).encoder.state_dict().items():
+        assert tensor.data_ptr() == state[f"{kind}_model.{name}"].data_ptr()
+
+
+def test_what_does_not_fit():
+    encoder = build_encoder("seg", tiny_config("seg"))
+    state = {k.removeprefix("seg_model."): v for k, v in tiny_state("seg").items() if k.startswith("seg_model.")}
+    with pytest.raises(ValueError, match="pos_embed"):
+        encoder.load({name: tensor for name, tensor in state.items() if name != "pos_embed"})
+    with pytest.raises(ValueError, match="surplus"):
+        encoder.load(state | {"surplus": torch.zeros(1)})
+    with pytest.raises(ValueError, match="pos_embed"):
+        encoder.load(state | {"pos_embed": torch.zeros(1, 2, 2, 32)})
+    for kind in ("clip", "dino", None):
+        with pytest.raises(ValueError, match=repr(kind)):
+            build_encoder(kind, tiny_config())
+
+
+def test_transformers_is_named_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install 'vpt-kernels\[encoders\]'"):
+        build_encoder("seg", tiny_config("seg"))

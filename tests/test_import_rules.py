@@ -1,0 +1,168 @@
+"""The import rules: who may import whom. Each wing states its own in the first sentence of its `__init__`."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS, MODEL = ROOT / "vpt_kernels", ROOT / "vpt_model"
+IMPLEMENTATIONS = {"reference", "triton", "cuda", "cpp"}
+
+
+def module(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that the file names in an import, at its top or inside a function, relative ones resolved."""
+    package = module(path).split(".") if path.name == "__init__.py" else module(path).split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def reaches(path: Path, target: str) -> bool:
+    return any(name == target or name.startswith(target + ".") for name in imports(path))
+
+
+KERNEL_FILES = sorted(KERNELS.rglob("*.py"))
+each_kernel_file = pytest.mark.parametrize("path", KERNEL_FILES, ids=module)
+
+
+def test_the_reader_of_imports_works():
+    assert reaches(KERNELS / "__init__.py", "vpt_kernels.backends")
+    assert reaches(KERNELS / "roi_patch_embed" / "reference.py", "torch")
+    assert not reaches(KERNELS / "library.py", "vpt_kernels.backends")
+    assert len(KERNEL_FILES) > 10
+
+
+@each_kernel_file
+def test_kernels_know_no_model(path):
+    for target in ("vpt_model", "transformers", "tests", "bench"):
+        assert not reaches(path, target)
+
+
+@each_kernel_file
+def test_implementations_stand_apart(path):
+    """An implementation imports neither another one, nor the public functions, nor the choice between backends."""
+    if path.stem not in IMPLEMENTATIONS:
+        return
+    for other in KERNEL_FILES:
+        if other != path and other.stem in IMPLEMENTATIONS | {"api", "backends"}:
+            assert not reaches(path, module(other)), f"{module(path)} imports {module(other)}"
+    assert "vpt_kernels" not in imports(path)
+
+
+@each_kernel_file
+def test_only_the_package_imports_implementations(path):
+    """Registration happens on import: `vpt_kernels/__init__.py` alone brings implementations in."""
+    if path == KERNELS / "__init__.py":
+        return
+    for other in KERNEL_FILES:
+        if other != path and other.stem in IMPLEMENTATIONS:
+            assert not reaches(path, module(other)), f"{module(path)} imports {module(other)}"
+
+
+def stated(wing: Path) -> set[str]:
+    """What the first sentence of the wing's docstring allows it: the names behind "may import"."""
+    docstring = ast.get_docstring(ast.parse((wing / "__init__.py").read_text()))
+    sentence = " ".join(docstring.split(".")[0].split())
+    return set(re.split(r", | and ", sentence.partition("may import ")[2]))
+
+
+WINGS = sorted(path.parent for path in MODEL.glob("*/__init__.py"))
+WING_FILES = [(wing, path) for wing in WINGS for path in sorted(wing.rglob("*.py"))]
+RULES = {
+    "app": {"mini", "published", "engine", "network", "checkpoint", "text", "config", "vpt_kernels"},
+    "mini": {"engine", "network", "checkpoint", "text", "config", "vpt_kernels"},
+    "published": {"engine", "network", "checkpoint", "text", "config", "vpt_kernels"},
+    "engine": {"network", "checkpoint", "text", "config", "vpt_kernels"},
+    "network": {"checkpoint", "text", "config", "vpt_kernels"},
+    "checkpoint": {"text", "config"},
+    "text": {"config"},
+}
+"""What the sentences must say: a wing cannot allow itself more in passing."""
+
+
+@pytest.mark.parametrize("wing", WINGS, ids=module)
+def test_a_wing_says_what_it_may_import(wing):
+    assert stated(wing) == RULES[wing.name]
+
+
+@pytest.mark.parametrize(("wing", "path"), WING_FILES, ids=[module(path) for _, path in WING_FILES])
+def test_a_wing_imports_what_it_says(wing, path):
+    found = {name for name in imports(path) if name.split(".")[0] in ("vpt_model", "vpt_kernels", "tests", "bench")}
+    for name in found - {"vpt_model"}:
+        parts = name.split(".")
+        target = parts[1] if parts[0] == "vpt_model" else parts[0]
+        assert target in stated(wing) | {wing.name}, f"{module(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted(MODEL.glob("*.py")), ids=module)
+def test_the_ground_floor_holds_config_and_aliases_only(path):
+    assert path.stem in {"__init__", "config", "model", "tokens"}
+    if path.stem == "config":
+        assert not reaches(path, "vpt_model") and not reaches(path, "vpt_kernels")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=module)
+def test_the_bench_imports_the_packages_only(path):
+    assert stated(ROOT / "bench") == {"vpt_kernels", "vpt_model"}
+    assert not reaches(path, "tests")
+
+
+def test_the_published_procedure_stands_apart():
+    """The baseline shares configuration, vocabulary and prompts with the engine, nothing that computes."""
+    for path in (MODEL / "published" / "procedure.py", MODEL / "published" / "encoders.py"):
+        for target in ("vpt_model.engine", "vpt_model.network", "vpt_kernels"):
+            assert not reaches(path, target)
+        assert "vpt_model" not in imports(path)
+
+
+@pytest.mark.parametrize("path", sorted(MODEL.rglob("*.py")), ids=module)
+def test_the_model_uses_public_kernels_only(path):
+    inner = {name for name in imports(path) if name.startswith("vpt_kernels.")}
+    public = {f"vpt_kernels.{name}" for name in __import__("vpt_kernels").__all__}
+    assert inner <= public | {"vpt_kernels.env"}
+
+
+@pytest.mark.parametrize("name", ["model", "tokens"])
+def test_an_alias_warns_and_hands_on(name):
+    sys.modules.pop(f"vpt_model.{name}", None)
+    with pytest.warns(DeprecationWarning, match=f"vpt_model.{name} has moved"):
+        alias = importlib.import_module(f"vpt_model.{name}")
+    for public in alias.__all__:
+        assert getattr(alias, public).__doc__
+
+
+def test_the_package_exports_what_it_lists():
+    """`__init__.py` is the public API and nothing else."""
+    import vpt_kernels
+
+    tree = ast.parse((KERNELS / "__init__.py").read_text())
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr)
+    assert all(isinstance(node, allowed) for node in tree.body)
+    assert len(set(vpt_kernels.__all__)) == len(vpt_kernels.__all__)
+    for name in vpt_kernels.__all__:
+        assert getattr(vpt_kernels, name).__doc__
+
+
+PUBLIC = [path for folder in (KERNELS, MODEL, ROOT / "tests", ROOT / "bench") for path in sorted(folder.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 450

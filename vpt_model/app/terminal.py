@@ -1,0 +1,153 @@
+"""What several commands print: progress, notices, tables; and the model that a command line names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from vpt_model import mini
+from vpt_model.checkpoint import Checkpoint, random_state
+from vpt_model.checkpoint.hub import model_folder
+from vpt_model.config import PRESETS
+from vpt_model.network.model import Model
+from vpt_model.published.verify import TOLERANCE, Row, parameter_counts
+from vpt_model.text.tokens import Tokenizer
+
+RANDOM, MINI = "random:", "mini"
+_TABLE_WIDTH = 160
+
+
+def load_model(model: str, quiet: bool = False) -> tuple[Model, Tokenizer, Checkpoint | None]:
+    """The model that a folder, a hub name, `mini` or `random:PRESET` names; progress and notices go to stderr.
+
+    The tokenizer is checked before any weight is read. Random weights are bfloat16 and have no checkpoint; vpt-mini is
+    float32.
+    """
+    if model.startswith(RANDOM):
+        preset = model.removeprefix(RANDOM)
+        if preset not in PRESETS:
+            raise ValueError(f"model {model}: random weights have the shapes of one of {', '.join(PRESETS)}")
+        config = PRESETS[preset]
+        tokenizer = Tokenizer.byte_level(config.vocab_size, config.kind)
+        with progress(1, quiet) as begin:
+            begin(f"making random weights for {preset}")
+            state = random_state(config, dtype=torch.bfloat16)
+        return Model.from_state(config, state), tokenizer, None
+    checkpoint = Checkpoint.open(mini.FOLDER if model == MINI else model_folder(model))
+    tokenizer = checkpoint.tokenizer()
+    if not quiet:
+        print_notices(checkpoint.notices)
+    with byte_progress("loading", quiet) as advance:
+        state = checkpoint.load(torch.float32 if model == MINI else None, progress=advance)
+    return Model.from_state(checkpoint.config, state), tokenizer, checkpoint
+
+
+@contextmanager
+def progress(steps: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, or a line for each activity where stderr is no terminal."""
+    console, begun = Console(stderr=True, quiet=quiet), 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=steps)
+
+        def begin(activity: str) -> None:
+            nonlocal begun
+            bar.update(task, description=activity, completed=begun)
+            begun += 1
+            if not console.is_terminal:
+                console.print(f"{activity} …", style="dim")
+
+        yield begin
+
+
+@contextmanager
+def question_progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of questions on stderr, where it is a terminal."""
+    console = Console(stderr=True, quiet=quiet)
+    columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def byte_progress(activity: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on stderr or, where stderr is no terminal, a line for every tenth of a large amount."""
+    console, printed = Console(stderr=True, quiet=quiet), 0
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(activity, total=None)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal printed
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and total >= 1e9 and done * 10 // total > printed:
+                printed = done * 10 // total
+                console.print(f"{activity}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", style="dim")
+
+        yield advance
+
+
+def print_notices(notices: Sequence[str]) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    for notice in notices:
+        console.print(Text(f"note: {notice}", style="yellow"))
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The table of `verify_recordings`, and how many cases agree."""
+    table = Table("file", "case", "max |Δlogit|", "ids equal", "control Δ", "other Δ", "", header_style="dim")
+    for row in rows:
+        logits, control, other = (
+            "" if value is None else f"{value:.1e}" for value in (row.logits, row.control, row.other)
+        )
+        verdict = Text("ok", "green") if row.passed else Text(f"MISS {row.reason}".strip(), "bold red")
+        if not row.in_scope:
+            verdict = Text(f"out of scope: {row.reason}", "dim")
+        ids = {None: "", True: "yes", False: "NO"}[row.ids]
+        table.add_row(row.file, row.case or f"({len(row.names)} tensors)", logits, ids, control, other, verdict)
+    print_table(table)
+    checked = [row for row in rows if row.in_scope]
+    agreed = sum(row.passed for row in checked)
+    Console().print(f"{agreed} of {len(checked)} cases agree within {TOLERANCE:.0e}")
+
+
+def print_table(table: Table) -> None:
+    """Print a table; where nobody sees the terminal's edge, nothing is cut, because a cell would be lost."""
+    console = Console()
+    (console if console.is_terminal else Console(width=_TABLE_WIDTH)).print(table)
+
+
+def print_model(model: Model, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> None:
+    """What was loaded: parameters of each part, how the head is tied, token ids."""
+    config, ids, console = model.config, tokenizer.ids, Console(soft_wrap=True)
+    source = "random weights" if checkpoint is None else f"every expected tensor and no other: {checkpoint.folder}"
+    console.print(Text(f"{source}, kind {config.kind}, {str(model.dtype).removeprefix('torch.')}"))
+    for part, count in parameter_counts(config).items():
+        console.print(f"  {part:<16}{count:>16,}")
+    if checkpoint is not None:
+        console.print(f"embedding and head: {checkpoint.head}")
+    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "endoftext", "newline")
+    perception = ("kind_pad", "region_start", "region_end", "x", "y", "action_start", "action", "action_end")
+    for name in (*names, *perception):
+        value = getattr(ids, name)
+        shown = "none" if value in (None, ()) else f"{value[0]} … {value[-1]}" if isinstance(value, tuple) else value
+        console.print(f"  {name:<16}{shown:>16}")
+    console.print(f"  {'stop':<16}{', '.join(map(str, sorted(ids.stop)))}")
+    if tokenizer.is_aligned_only:
+        console.print("aligned only: this intermediate stage has no region and action tokens and never looks again")

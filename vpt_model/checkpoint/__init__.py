@@ -1,0 +1,5 @@
+"""Folders become one state dict here, whatever form a checkpoint is stored in; it may import text and config."""
+
+from vpt_model.checkpoint.load import Checkpoint, load_checkpoint, random_state
+
+__all__ = ["Checkpoint", "load_checkpoint", "random_state"]

@@ -1,0 +1,183 @@
+"""Steps of fixed shape that a GPU replays without the host: buckets, padding, and CUDA graphs over them.
+
+A bucket is a number of conversations and of new tokens each. What is fed is padded to the smallest bucket that takes
+it: padding has slot −1, so that it is not stored, and attention does not see it. Buckets and padding are tested on the
+CPU, where a step runs without a graph; capture and replay have not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vpt_model.engine.conversation import Chunk
+from vpt_model.engine.sampling import greedy
+from vpt_model.network.attention import Padded
+from vpt_model.network.cache import KVCache
+from vpt_model.network.capture import record
+from vpt_model.network.language import LanguageModel
+
+
+class Bucket(NamedTuple):
+    """rows: conversations. tokens: of each. sample: whether the logits behind the last one are wanted."""
+
+    rows: int
+    tokens: int
+    sample: bool
+
+
+BUCKETS = (
+    Bucket(1, 1, False),
+    *(Bucket(rows, 1, True) for rows in (1, 2, 4, 8)),
+    *(Bucket(1, tokens, True) for tokens in (16, 64, 128, 192, 256, 320, 384, 448, 512)),
+)
+"""The trigger token of a look, whose logits nobody reads; decoding; a look, or a prompt, of one conversation."""
+ROWS = 8
+"""Conversations whose caches lie side by side; further ones run without graphs."""
+
+
+def smallest(buckets: Iterable[Bucket], rows: int, tokens: int, sample: bool) -> Bucket | None:
+    """The bucket with the fewest padded tokens that takes `rows` conversations of at most `tokens`, or None."""
+    fitting = (b for b in buckets if b.rows >= rows and b.tokens >= tokens and b.sample == sample)
+    return min(fitting, key=lambda bucket: bucket.rows * bucket.tokens, default=None)
+
+
+class Numbers:
+    """The integers of one step, int32, in one block so that one copy takes them to the device.
+
+    tokens: [R · N], −1 where the embedding is given or the row is padding. positions: [3, R · N]. slots: [R · N], −1
+    for padding. starts, past, counts: [R], as in `vpt_model.network.attention.attend`. Padding stands in front.
+    """
+
+    def __init__(self, bucket: Bucket, device: torch.device | str, pinned: bool = False) -> None:
+        self.bucket, rows, total = bucket, bucket.rows, bucket.rows * bucket.tokens
+        self.block = torch.zeros(5 * total + 3 * rows, dtype=torch.int32, device=device, pin_memory=pinned)
+        self.tokens, positions, self.slots, self.starts, self.past, self.counts = self.block.split(
+            [total, 3 * total, total, rows, rows, rows]
+        )
+        self.positions = positions.view(3, total)
+
+    def fill(self, chunks: Sequence[Chunk]) -> list[slice]:
+        """Take the integers of `chunks`, one per row; the rest is padding. Where each chunk's tokens are."""
+        self.block.zero_()
+        self.tokens.fill_(-1)
+        self.slots.fill_(-1)
+        places = []
+        for row, chunk in enumerate(chunks):
+            cache, count = chunk.talk.cache, len(chunk.tokens)
+            end = (row + 1) * self.bucket.tokens
+            place = slice(end - count, end)
+            if chunk.embeds is None:
+                self.tokens[place] = torch.tensor(chunk.tokens)
+            self.positions[:, place] = chunk.positions
+            begin = cache.first + cache.length
+            self.slots[place] = torch.arange(begin, begin + count)
+            self.starts[row], self.past[row], self.counts[row] = cache.first, cache.length, count
+            places.append(place)
+        return places
+
+
+class Step:
+    """One bucket over caches that lie side by side in `slab`: eager until it is captured."""
+
+    def __init__(self, bucket: Bucket, language: LanguageModel, slab: tuple[Tensor, Tensor], capacity: int) -> None:
+        self.bucket, self.language, self.slab, self.capacity = bucket, language, slab, capacity
+        on_gpu = language.device.type == "cuda"
+        self.host, self.device = Numbers(bucket, "cpu", on_gpu), Numbers(bucket, language.device)
+        shape = (bucket.rows * bucket.tokens, language.config.hidden_size)
+        self.given = torch.zeros(shape, dtype=language.dtype, device=language.device)
+        self.copied = torch.cuda.Event() if on_gpu else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, chunks: Sequence[Chunk]) -> tuple[Tensor, ...]:
+        """Feed the chunks: the last token's hidden states [R, H] and, if the bucket samples, logits and `greedy`."""
+        self.upload(chunks)
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return tuple(output.clone() for output in self.outputs)
+
+    def upload(self, chunks: Sequence[Chunk]) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()  # the copy before this one may still be reading the pinned block
+        places = self.host.fill(chunks)
+        self.device.block.copy_(self.host.block, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+        for chunk, place in zip(chunks, places, strict=True):
+            if chunk.embeds is not None:
+                self.given[place] = chunk.embeds
+
+    def run(self) -> tuple[Tensor, ...]:
+        """What a graph holds: nothing here waits for the device or depends on a value."""
+        numbers, language = self.device, self.language
+        embeds = language.embed(numbers.tokens.clamp_min(0))
+        x = torch.where((numbers.tokens >= 0)[:, None], embeds, self.given)
+        lengths = (numbers.starts, numbers.past, numbers.counts)
+        attend = Padded(*self.slab, self.capacity, numbers.positions, numbers.slots, lengths, language.rotary)
+        hidden = language.run(x, attend).unflatten(0, (self.bucket.rows, -1))[:, -1]
+        if not self.bucket.sample:
+            return (hidden,)
+        logits = language.logits(hidden)
+        return hidden, logits, greedy(logits)
+
+    def capture(self, pool: object) -> None:
+        self.upload(())
+        self.graph, self.outputs = record(self.run, pool)
+
+
+class Graphs:
+    """The language model's steps over `caches`, which lie side by side; what fits no bucket is left to the caller."""
+
+    def __init__(
+        self, language: LanguageModel, capacity: int, rows: int = ROWS, buckets: Sequence[Bucket] = BUCKETS
+    ) -> None:
+        self.caches = KVCache.side_by_side(rows, language.config, capacity, language.dtype, language.device)
+        self.slab = self.caches[0].slab
+        fitting = [bucket for bucket in buckets if bucket.rows <= rows and bucket.tokens <= capacity]
+        self.steps = {bucket: Step(bucket, language, self.slab, capacity) for bucket in fitting}
+
+    def capture(self) -> dict[str, float]:
+        """Record every step, the largest first so that the others reuse its memory; seconds of each.
+
+        Raises ValueError if the model is not on the current GPU, whose streams and graphs these are.
+        """
+        device = self.caches[0].keys.device
+        if device.index != torch.cuda.current_device():
+            raise ValueError(
+                f"the model is on {device} and the current device is {torch.cuda.current_device()}: "
+                f"call torch.cuda.set_device({device.index}) first, or move the model"
+            )
+        pool, seconds = torch.cuda.graph_pool_handle(), {}
+        for bucket, step in sorted(self.steps.items(), key=lambda item: -item[0].rows * item[0].tokens):
+            begin = time.perf_counter()
+            step.capture(pool)
+            torch.cuda.current_stream().synchronize()
+            sampled = "" if bucket.sample else ", no logits"
+            seconds[f"{bucket.rows} x {bucket.tokens} tokens{sampled}"] = time.perf_counter() - begin
+        return seconds
+
+    def feed(self, chunks: Sequence[Chunk]) -> bool:
+        """Append the chunks by one step and tell their conversations the outcome; False if no bucket takes them.
+
+        Raises ValueError, before anything is written, if a cache cannot take its tokens.
+        """
+        longest, sample = max(len(chunk.tokens) for chunk in chunks), any(chunk.sample for chunk in chunks)
+        bucket = smallest(self.steps, len(chunks), longest, sample)
+        if bucket is None or any(chunk.talk.cache.slab is not self.slab for chunk in chunks):
+            return False
+        for chunk in chunks:
+            chunk.talk.cache.check(len(chunk.tokens))
+        hidden, *sampled = self.steps[bucket](chunks)
+        for row, chunk in enumerate(chunks):
+            talk = chunk.talk
+            talk.last, talk.hidden = chunk.tokens[-1], hidden[row : row + 1]
+            talk.logits, talk.likeliest = (out[row] for out in sampled) if chunk.sample else (None, None)
+            # The largest position is read from the host tensor: on a GPU this must not wait for the device.
+            talk.cache.advance(len(chunk.tokens), int(chunk.positions.max()) + 1)
+        return True

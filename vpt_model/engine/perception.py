@@ -1,0 +1,89 @@
+"""The two ways to look again: see a region at full resolution, or re-encode the image under a control state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vpt_kernels import RegionPolicy, control_cross_attention_into
+from vpt_model.engine.events import Box, Clock
+from vpt_model.network.model import Model
+
+
+def look(
+    model: Model, image: Tensor, boxes: Sequence[Box], policy: RegionPolicy, clock: Clock
+) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
+    """Features [n_i, H] of each box of a decoded image, and grids (height, width) in patches.
+
+    image: uint8 [height, width, 3] on the model's device. Stages: "crop+embed", "ViT".
+    Raises ValueError for a box that is empty or outside the image.
+    """
+    with clock("crop+embed", images=len(boxes)):
+        patches, grids = model.vision.embed_regions([image], [(0, *box) for box in boxes], policy)
+    tokens = [height * width // model.vision.config.spatial_merge_size**2 for height, width in grids]
+    with clock("ViT", images=len(boxes), vit_patches=len(patches), vit_calls=1):
+        features = model.vision.forward(patches, grids)
+    return list(features.split(tokens)), tuple(grids)
+
+
+def upload(image: Tensor, device: torch.device) -> Tensor:
+    """The image on the model's device; to a GPU from pinned memory, without waiting for the copy."""
+    return image.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else image.to(device)
+
+
+class Ahead:
+    """What `reencode` will return, begun on a stream of its own beside the first round; not yet run on a GPU.
+
+    It is wasted where the model never asks for it: dropping this object gives its memory back when it is no longer in
+    use.
+    """
+
+    def __init__(self, model: Model, image: Tensor) -> None:
+        self.stream = torch.cuda.Stream(image.device)
+        self.stream.wait_stream(torch.cuda.current_stream(image.device))
+        with torch.cuda.stream(self.stream):
+            self.features = model.encoder(_whole(model, image))
+        # Freed on another stream, the image's memory could be given out again while it is still read here.
+        image.record_stream(self.stream)
+
+    def take(self) -> Tensor:
+        """The features, for work on the current stream, which waits for them."""
+        current = torch.cuda.current_stream(self.features.device)
+        current.wait_stream(self.stream)
+        self.features.record_stream(current)
+        return self.features
+
+
+def reencode(model: Model, image: Tensor, features: Tensor, clock: Clock, ahead: Ahead | None = None) -> Tensor:
+    """The image as the projector reads it: [N, H] ("clip"), [1, N, D] (DINOv2) or [1, C, h, w] (SAM).
+
+    image: uint8 [height, width, 3] on the model's device. features: [N, H], its first look; the "clip" re-encoder is
+    the vision tower itself on the same image, so what it would compute is already there. ahead: where the work was
+    begun before. Stages of the others: "crop+embed", "ViT"; what was begun before is only waited for, in "ViT".
+    """
+    if model.encoder is None:
+        return features
+    if ahead is not None:
+        with clock("ViT", images=1, vit_calls=1):
+            return ahead.take()
+    with clock("crop+embed", images=1):
+        patches = _whole(model, image)
+    with clock("ViT", images=1, vit_patches=len(patches), vit_calls=1):
+        return model.encoder(patches)
+
+
+def _whole(model: Model, image: Tensor) -> Tensor:
+    height, width, _ = image.shape
+    return model.encoder.embed_regions([image], [(0, 0, 0, width, height)])
+
+
+def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tensor, row: int, count: int) -> None:
+    """Write the re-encoded image, conditioned by the control state, to `embeds[row : row + count]`.
+
+    features: from `reencode`. control: [1, H]. embeds: [L, H]. Raises ValueError if the features do not make `count`
+    tokens.
+    """
+    rows = torch.arange(row, row + count, device=embeds.device)
+    control_cross_attention_into(features, control, model.projector, embeds, rows)

@@ -1,0 +1,232 @@
+"""Causal attention of new tokens over cached ones, aligned by what is cached: new token i sees past + i + 1 keys.
+
+Outside CUDA graphs (`Ragged`) the host knows every length and SDPA gets views of the cache that end where it ends.
+Inside (`Padded`) only the device knows them, and `attend` reads nothing behind the last key. flash-attn takes both
+where it is installed. On a GPU none of this has run yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpt_kernels import append_visual_kv_
+from vpt_model.network.cache import KVCache
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """What M-RoPE needs: `table` from `rotary_table`, and how many half-dimensions each axis turns."""
+
+    table: Tensor
+    sections: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The tokens of one conversation in a forward call, and what its attention needs in every layer."""
+
+    cache: KVCache
+    begin: int
+    end: int
+    slots: Tensor
+    positions: Tensor
+    mask: Tensor | None
+
+
+class Ragged:
+    """Of several conversations' new tokens, one after the other, `lengths[i]` behind `caches[i]`.
+
+    positions: [3, T] on the caches' device. Raises ValueError if a cache cannot take its tokens, before any is written.
+    """
+
+    def __init__(
+        self, caches: Sequence[KVCache], lengths: Sequence[int], positions: Tensor, rotary: Rotary, dtype: torch.dtype
+    ) -> None:
+        self.rotary, self.segments, begin = rotary, [], 0
+        for one, count in zip(caches, lengths, strict=True):
+            end = begin + count
+            if count:
+                mask = causal_mask(count, one.length, dtype, positions.device)
+                self.segments.append(_Segment(one, begin, end, one.slots(count), positions[:, begin:end], mask))
+            begin = end
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotate q [T, Hq, D] in place, append rotated k and v [T, Hkv, D] to the caches of `layer`: [T, Hq · D]."""
+        attended = []
+        for s in self.segments:
+            keys, values = s.cache.keys[layer], s.cache.values[layer]
+            query = q[s.begin : s.end]
+            append_visual_kv_(
+                query, k[s.begin : s.end], v[s.begin : s.end], self.rotary.table, s.positions, s.slots, keys, values,
+                sections=self.rotary.sections,
+            )  # fmt: skip
+            stored = s.cache.length + s.end - s.begin
+            if use_flash(q):
+                attended.append(_flash(query[None], keys[None], values[None], stored)[0].flatten(1))
+            else:
+                attended.append(_sdpa(query, keys[:stored], values[:stored], s.mask))
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+class Padded:
+    """Of R conversations' new tokens, N rows each of which the first ones may be padding; nothing here is read back.
+
+    keys, values: [layers, slots, Hkv, D], shared by all conversations, `capacity` slots each. positions: [3, R · N].
+    slots: [R · N], −1 for padding, which is neither stored nor seen. lengths: starts, past and counts of `attend`.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        capacity: int,
+        positions: Tensor,
+        slots: Tensor,
+        lengths: tuple[Tensor, Tensor, Tensor],
+        rotary: Rotary,
+    ) -> None:
+        self.keys, self.values, self.capacity = keys, values, capacity
+        self.positions, self.slots, self.lengths, self.rotary = positions, slots, lengths, rotary
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.keys[layer], self.values[layer]
+        append_visual_kv_(
+            q, k, v, self.rotary.table, self.positions, self.slots, keys, values, sections=self.rotary.sections
+        )
+        rows = q.unflatten(0, (len(self.lengths[0]), -1))
+        return attend(rows, keys, values, *self.lengths, self.capacity).flatten(0, 1)
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, past: Tensor, counts: Tensor, capacity: int
+) -> Tensor:
+    """Attention of padded queries over caches in one buffer; no value is read by the host.
+
+    q: [R, N, Hq, D], of which the last `counts[r]` tokens of row r are real. keys, values: [slots, Hkv, D] with the new
+    tokens' already in place; row r's are `capacity` slots from `starts[r]` on, past[r] + counts[r] of them used.
+    starts, past, counts: int32 [R]. The first real token of row r sees past[r] + 1 keys, each further one another, the
+    last all that are used; nothing behind them reaches it, not even NaN. Padding stands in front so that its rows are
+    aligned as flash-attn's are. Returns [R, N, Hq · D], 0 for padding.
+    """
+    if use_flash(q):
+        cached = [x.unflatten(0, (-1, capacity)) for x in (keys, values)]
+        return _flash(q, *cached, past + counts, starts // capacity).flatten(2)
+    kernel = _triton_kernel() if q.is_cuda else _composed
+    return kernel(q, keys, values, starts, past, counts, capacity)
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Full attention of the patches [N, heads, D] of several images, within each: `lengths` patches. [N, heads · D]."""
+    if use_flash(q):
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32)
+        return _flash_within(q, k, v, ends, max(lengths)).flatten(1)
+    images = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    attended = [
+        F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image))[0].transpose(0, 1)
+        for image in images
+    ]
+    return (attended[0] if len(attended) == 1 else torch.cat(attended)).flatten(1)
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, count: Tensor) -> Tensor:
+    """Full attention of one image's patches [N, heads, D], of which the first `count` (int32 [1]) are real.
+
+    Returns [N, heads · D]; what stands in the rows of padding is finite, if padding is, and without meaning.
+    """
+    if use_flash(q):
+        # Padding is an image of its own.
+        ends = torch.cat([torch.zeros_like(count), count, torch.full_like(count, len(q))])
+        return _flash_within(q, k, v, ends, len(q)).flatten(1)
+    bias = torch.zeros(len(q), dtype=q.dtype, device=q.device)
+    bias = bias.masked_fill_(torch.arange(len(q), device=q.device) >= count, float("-inf"))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None, None])[0].transpose(0, 1).flatten(1)
+
+
+def causal_mask(count: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Additive mask [count, past + count] aligned at its lower right; None where SDPA needs none."""
+    if count == 1 or past == 0:
+        return None
+    return torch.full((count, past + count), float("-inf"), dtype=dtype, device=device).triu_(past + 1)
+
+
+def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention of q [T, Hq, D] over cache views [L, Hkv, D]; returns [T, Hq · D]."""
+    count, heads, dim = q.shape
+    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+    if count == 1:
+        # One token sees every key: its query heads become the rows of their KV head, which reads each key once.
+        rows = q.view(1, keys.shape[1], -1, dim)
+        return F.scaled_dot_product_attention(rows, keys, values).reshape(1, heads * dim)
+    # SDPA aligns is_causal at the upper left, which is right for a first chunk only.
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return out[0].transpose(0, 1).reshape(count, heads * dim)
+
+
+def _composed(
+    q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, past: Tensor, counts: Tensor, capacity: int
+) -> Tensor:
+    """`attend` from PyTorch's operations, over whole rows of the cache: for the CPU, where the buckets are tested, and
+    for a GPU without Triton."""
+    conversations, tokens, heads, dim = q.shape
+    slot = torch.arange(capacity, device=q.device)
+    token = torch.arange(tokens, device=q.device) - (tokens - counts)[:, None]  # [R, N], negative for padding
+    used = (slot < (past + counts)[:, None])[:, :, None, None]  # [R, C, 1, 1]
+    # A weight of 0 does not silence NaN: what is not used has to be removed.
+    row = (starts[:, None] + slot).flatten()
+    k, v = (
+        torch.where(used, x.index_select(0, row).unflatten(0, (-1, capacity)), 0).float() for x in (keys, values)
+    )  # [R, C, Hkv, D]
+    visible = slot <= (past[:, None] + token.clamp_min(0))[..., None]  # [R, N, C]
+    rows = q.float().unflatten(2, (keys.shape[1], -1))  # [R, N, Hkv, group, D]
+    scores = torch.einsum("rnhgd,rchd->rhgnc", rows, k) * dim**-0.5
+    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
+    out = torch.einsum("rhgnc,rchd->rnhgd", weights, v).flatten(2)
+    return torch.where((token >= 0)[..., None], out, 0).to(q.dtype)
+
+
+@cache
+def _triton_kernel() -> Callable[..., Tensor]:
+    if find_spec("triton") is None:
+        return _composed
+    from vpt_model.network import attention_triton
+
+    return attention_triton.attend
+
+
+@cache
+def _flash_attn() -> Any:
+    """flash-attn 2, or None where it is not installed."""
+    try:
+        import flash_attn
+    except ImportError:
+        return None
+    return flash_attn if hasattr(flash_attn, "flash_attn_with_kvcache") else None
+
+
+def use_flash(x: Tensor) -> bool:
+    """Whether flash-attn takes tensors like x."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and _flash_attn() is not None
+
+
+def _flash(q: Tensor, keys: Tensor, values: Tensor, stored: Tensor | int, rows: Tensor | None = None) -> Tensor:
+    """flash-attn over a cache [rows, capacity, Hkv, D]; its causal mask is aligned at the lower right, as ours is."""
+    return _flash_attn().flash_attn_with_kvcache(
+        q, keys, values, cache_seqlens=stored, cache_batch_idx=rows, causal=True
+    )
+
+
+def _flash_within(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+    return _flash_attn().flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest
+    )

@@ -1,0 +1,189 @@
+"""The re-encoders DINOv2 and SAM: uint8 images and boxes in, the features that the conditioned projector reads out.
+
+The blocks are transformers' own modules under their own parameter names, but for SAM's attention. What stands before
+them there, the image processor and the patch convolution, is one `roi_patch_embed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpt_kernels import dinov2_policy, fold_patch_weight, plan_regions, roi_patch_embed, sam_policy
+from vpt_model.config import DinoConfig, ModelConfig, SamConfig
+from vpt_model.network.linear import linear
+from vpt_model.network.sam_attention import SamAttention
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""Channel mean and standard deviation of both encoders' images (ImageNet's, RGB in 0..1)."""
+
+_DINO_CROP = 224
+# The longest edges to which the authors' data pipeline reduces an image first, whatever it does to the others.
+_DINO_LONGEST_EDGE, _SAM_LONGEST_EDGE = 512, 1024
+
+
+def build_encoder(kind: str, config: ModelConfig) -> DinoEncoder | SamEncoder:
+    """The re-encoder of `kind` ("detection" or "seg") with the shapes in `config`; its parameters are still to `load`.
+
+    The names and shapes of its `state_dict()` are those of transformers' `Dinov2Model` or `SamVisionEncoder`. Raises
+    ValueError for any other kind ("clip" re-encodes by the model's own vision tower) and without transformers.
+    """
+    if kind not in ("detection", "seg"):
+        raise ValueError(f"kind is {kind!r}; only 'detection' (DINOv2) and 'seg' (SAM) have an encoder of their own")
+    try:
+        return DinoEncoder(config.dino) if kind == "detection" else SamEncoder(config.sam)
+    except ImportError as error:
+        raise ValueError(
+            "the re-encoders DINOv2 and SAM come from transformers: pip install 'vpt-kernels[encoders]'"
+        ) from error
+
+
+class _Encoder(nn.Module):
+    """Either re-encoder. Parameters are on the meta device until `load`.
+
+    tokens: of one image behind the projector. grid: (height, width) in patches of one image. policy: how an image
+    becomes patches.
+    """
+
+    tokens: int
+
+    def __init__(self, patch_size: int, patches: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid = (patches, patches)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of `state` as parameters, without a copy, and fold the patch embedding.
+
+        state: every tensor under transformers' name, all of one dtype and device. Raises ValueError naming those that
+        are missing, unexpected or misshapen.
+        """
+        try:
+            self.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{error}: give exactly the tensors of {type(self).__name__}") from error
+        self.requires_grad_(False).eval()
+        convolution = self._convolution
+        self._patch_embed = fold_patch_weight(convolution.weight, MEAN, STD, convolution.bias)
+
+    def embed_regions(self, images: Sequence[Tensor], boxes: Sequence[tuple[int, int, int, int, int]]) -> Tensor:
+        """Crop, resize, window and embed: patch embeddings `[len(boxes) * patches, D]`, positions not yet added.
+
+        images: uint8 [height, width, 3] on the weights' device. boxes: (image, left, top, right, bottom) in pixels,
+        right and bottom exclusive. Raises ValueError for a box outside its image.
+        """
+        plan = plan_regions([tuple(image.shape[:2]) for image in images], boxes, self.policy)
+        return roi_patch_embed(images, plan, self._patch_embed)
+
+    def embed_pixel_values(self, pixel_values: Tensor) -> Tensor:
+        """Patch embeddings `[n * patches, D]` of normalised pixels float `[n, 3, h, w]` of transformers' processor."""
+        convolution = self._convolution
+        pixels = pixel_values.to(convolution.weight)
+        patches = F.conv2d(pixels, convolution.weight, convolution.bias, stride=self.patch_size)
+        return patches.flatten(2).transpose(1, 2).flatten(0, 1)
+
+    @property
+    def width(self) -> int:
+        """Channels of a patch embedding."""
+        return self._convolution.out_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._convolution.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._convolution.weight.device
+
+    @property
+    def _convolution(self) -> nn.Conv2d:
+        raise NotImplementedError
+
+
+class DinoEncoder(_Encoder):
+    """DINOv2 on the central 224x224 pixels of an image whose shorter edge is 256; Dinov2Model in transformers."""
+
+    def __init__(self, config: DinoConfig) -> None:
+        from transformers import Dinov2Config, Dinov2Model
+
+        super().__init__(config.patch_size, _DINO_CROP // config.patch_size)
+        self.policy = dinov2_policy(crop=_DINO_CROP, longest_edge=_DINO_LONGEST_EDGE)
+        self.tokens = self.grid[0] * self.grid[1]
+        with torch.device("meta"):
+            whole = Dinov2Model(Dinov2Config(**vars(config)))
+            self.embeddings, self.encoder, self.layernorm = whole.embeddings, whole.encoder, whole.layernorm
+            _use_fast_linear(self)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        super().load(state)
+        # The grid never changes, so the positions are interpolated once, by transformers' own function.
+        sequence = self.embeddings.position_embeddings.new_empty(1, 1 + self.tokens, 1)
+        sequence = sequence.expand(-1, -1, self.embeddings.position_embeddings.shape[2])
+        positions = self.embeddings.interpolate_pos_encoding(sequence, _DINO_CROP, _DINO_CROP)
+        self._first = self.embeddings.cls_token + positions[:, :1]
+        self._positions = positions[:, 1:]
+
+    def forward(self, patch_embeds: Tensor) -> Tensor:
+        """Patch embeddings `[n * patches, D]` → `[n, patches, D]` behind the final norm, row-major, no class token."""
+        x = patch_embeds.unflatten(0, (-1, self.tokens)) + self._positions
+        x = torch.cat([self._first.expand(len(x), -1, -1), x], dim=1)
+        for layer in self.encoder.layer:
+            x = layer(x)
+        return self.layernorm(x)[:, 1:]
+
+    @property
+    def _convolution(self) -> nn.Conv2d:
+        return self.embeddings.patch_embeddings.projection
+
+
+class SamEncoder(_Encoder):
+    """SAM's image encoder on an image whose longer edge is 1024, zero-padded; SamVisionEncoder in transformers."""
+
+    def __init__(self, config: SamConfig) -> None:
+        from transformers import SamVisionConfig
+        from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+        super().__init__(config.patch_size, config.image_size // config.patch_size)
+        self.policy = sam_policy(edge=config.image_size, longest_edge=_SAM_LONGEST_EDGE)
+        # The projector's convolution makes one token of 4x4 patches.
+        self.tokens = (self.grid[0] // 4) * (self.grid[1] // 4)
+        with torch.device("meta"):
+            whole = SamVisionEncoder(SamVisionConfig(**vars(config), attn_implementation="sdpa"))
+            self.patch_embed, self.pos_embed = whole.patch_embed, whole.pos_embed
+            self.layers, self.neck = whole.layers, whole.neck
+            for layer in self.layers:
+                layer.attn = SamAttention(layer.attn)
+            _use_fast_linear(self)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        super().load(state)
+        for layer in self.layers:
+            layer.attn.prepare()
+
+    def forward(self, patch_embeds: Tensor) -> Tensor:
+        """Patch embeddings `[n * patches, D]` → `[n, C, h, w]` behind the neck, h and w in patches."""
+        x = patch_embeds.unflatten(0, (-1, *self.grid)) + self.pos_embed
+        for layer in self.layers:
+            x = layer(x)
+        return self.neck(x)
+
+    @property
+    def _convolution(self) -> nn.Conv2d:
+        return self.patch_embed.projection
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+
+
+def _use_fast_linear(module: nn.Module) -> None:
+    """Put `vpt_model.network.linear` into every linear layer of `module`, whose parameters have no values yet."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, _Linear(child.in_features, child.out_features, child.bias is not None))

@@ -1,0 +1,157 @@
+"""The Qwen2-VL language model over ragged, append-only caches.
+
+Prefilling a prompt, appending a second look and decoding one token are the same call: T new tokens enter, their keys
+and values are rotated and written in place behind what the cache holds, and they attend to everything before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vpt_kernels import rotary_table
+from vpt_model.config import ModelConfig
+from vpt_model.network.attention import Padded, Ragged, Rotary
+from vpt_model.network.cache import KVCache
+from vpt_model.network.linear import linear
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: torch.Tensor
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor
+    o_weight: torch.Tensor
+    post_norm: torch.Tensor
+    gate_up_weight: torch.Tensor
+    down_weight: torch.Tensor
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor], prefix: str) -> _Layer:
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        return cls(
+            input_norm=state[f"{prefix}input_layernorm.weight"],
+            qkv_weight=_stack([state[f"{attention}{x}_proj.weight"] for x in "qkv"]),
+            qkv_bias=_stack([state[f"{attention}{x}_proj.bias"] for x in "qkv"]),
+            o_weight=state[f"{attention}o_proj.weight"],
+            post_norm=state[f"{prefix}post_attention_layernorm.weight"],
+            gate_up_weight=_stack([state[f"{mlp}{x}_proj.weight"] for x in ("gate", "up")]),
+            down_weight=state[f"{mlp}down_proj.weight"],
+        )
+
+
+class LanguageModel:
+    """Qwen2-VL's decoder, built from a state dict with the checkpoint's names; forward only.
+
+    Source: Qwen2-VL in transformers (RMSNorm in float32 cast before its weight, multimodal rotary sections, biased
+    q/k/v, SwiGLU). Query, key and value weights, and gate and up weights, are concatenated once, here, unless they
+    already follow each other in memory, as those of a loaded checkpoint do.
+    """
+
+    def __init__(self, config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
+        self.config = config
+        self.embedding = state["model.embed_tokens.weight"]
+        self.head = state["lm_head.weight"]
+        self.norm = state["model.norm.weight"]
+        self.layers = [_Layer.from_state(state, f"model.layers.{index}.") for index in range(config.num_hidden_layers)]
+        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.rotary = Rotary(table.to(self.device), config.mrope_section)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache of this model's shape, dtype and device for `capacity` tokens."""
+        return KVCache(self.config, capacity, self.dtype, self.device)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings `[T, H]` of token ids int64 `[T]`; a fresh tensor the caller may write into."""
+        return F.embedding(ids.to(self.device), self.embedding)
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[KVCache],
+        lengths: Sequence[int],
+    ) -> torch.Tensor:
+        """Append `lengths[i]` tokens to `caches[i]` and return the hidden states behind the final norm.
+
+        embeds: [T, H], the tokens of all conversations one after the other, without padding (T = sum(lengths)).
+        positions: int64 [3, T] on the CPU, M-RoPE positions of the same tokens (`mrope_positions`).
+        Returns [T, H]; the row of an action-start token is the control state of its look.
+
+        Raises ValueError before anything is written if the shapes disagree, a cache appears twice, or any cache
+        cannot take its tokens.
+        """
+        self._check(embeds, positions, caches, lengths)
+        attend = Ragged(caches, lengths, positions.to(self.device), self.rotary, self.dtype)
+        hidden, begin = self.run(embeds, attend), 0
+        for cache, count in zip(caches, lengths, strict=True):
+            if count:
+                # The largest position is read from the host tensor: on a GPU this must not wait for the device.
+                cache.advance(count, int(positions[:, begin : begin + count].max()) + 1)
+            begin += count
+        return hidden
+
+    def run(self, x: torch.Tensor, attend: Ragged | Padded) -> torch.Tensor:
+        """All layers and the final norm: embeddings [T, H] → hidden states [T, H]. Nothing is read by the host."""
+        for index, layer in enumerate(self.layers):
+            x = x + self._attention(index, layer, self._rms_norm(x, layer.input_norm), attend)
+            x = x + self._mlp(layer, self._rms_norm(x, layer.post_norm))
+        return self._rms_norm(x, self.norm)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits float32 `[n, vocab]` of the rows `[n, H]`; pass only the rows that are sampled from."""
+        return linear(hidden, self.head).float()
+
+    def _check(
+        self, embeds: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache], lengths: Sequence[int]
+    ) -> None:
+        if len(caches) != len(lengths) or len({id(cache) for cache in caches}) != len(caches):
+            raise ValueError(
+                f"{len(caches)} caches and {len(lengths)} lengths were given; "
+                "give every conversation one cache of its own and one length"
+            )
+        total = sum(lengths)
+        if embeds.shape != (total, self.config.hidden_size) or positions.shape != (3, total):
+            raise ValueError(
+                f"embeds is {tuple(embeds.shape)} and positions is {tuple(positions.shape)}; lengths {list(lengths)} "
+                f"need [{total}, {self.config.hidden_size}] and [3, {total}]"
+            )
+
+    def _attention(self, index: int, layer: _Layer, x: torch.Tensor, attend: Ragged | Padded) -> torch.Tensor:
+        config = self.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        packed = linear(x, layer.qkv_weight, layer.qkv_bias).view(-1, heads + 2 * kv_heads, config.head_dim)
+        return linear(attend(index, *packed.split([heads, kv_heads, kv_heads], dim=1)), layer.o_weight)
+
+    def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
+        gate, up = linear(x, layer.gate_up_weight).chunk(2, dim=-1)
+        return linear(F.silu(gate).mul_(up), layer.down_weight)
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        # Computed in float32 and, as in Qwen2-VL, rounded to the model's dtype before the weight multiplies it.
+        return F.rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps) * weight
+
+
+def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all parts, without a copy where each part begins in memory where the one before it ends."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != end or not _same_storage(part, first):
+            return torch.cat(list(parts))
+        end += part.nbytes
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

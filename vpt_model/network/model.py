@@ -1,0 +1,70 @@
+"""One VPT model: vision tower, language model, the re-encoder and its projector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vpt_kernels import ControlProjector, fold_projector
+from vpt_model.checkpoint.load import check_state
+from vpt_model.config import ModelConfig
+from vpt_model.network.encoders import DinoEncoder, SamEncoder, build_encoder
+from vpt_model.network.language import LanguageModel
+from vpt_model.network.vision import VisionTower
+
+# The projector's form and the layer that makes its features. "clip" re-encodes by the vision tower itself, whose
+# features pass unchanged: only the condition has weights that are used.
+_PROJECTORS = {"clip": ("identity", None), "detection": ("linear", "linear_feature"), "seg": ("conv", "conv_feature")}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The parts an engine needs.
+
+    encoder: None for kind "clip" (the vision tower is the re-encoder) and for a plain Qwen2-VL, whose `projector` is
+    None too.
+    """
+
+    config: ModelConfig
+    language: LanguageModel
+    vision: VisionTower
+    projector: ControlProjector | None
+    encoder: DinoEncoder | SamEncoder | None = None
+
+    @classmethod
+    def from_state(cls, config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Model:
+        """Build from a state dict with the checkpoint's names, all tensors of one floating dtype on one device.
+
+        Raises ValueError listing every missing, unexpected or misshapen tensor. Weights that need no fusing are
+        shared with `state`, which is not modified.
+        """
+        check_state(config, state)
+        state = {name: tensor.detach() for name, tensor in state.items()}
+        projector = encoder = None
+        if config.kind is not None:
+            projector = _projector(config.kind, state)
+        if config.kind in ("detection", "seg"):
+            encoder, prefix = build_encoder(config.kind, config), f"{config.kind}_model."
+            encoder.load({k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(prefix)})
+        return cls(config, LanguageModel(config, state), VisionTower(config, state), projector, encoder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.device
+
+
+def _projector(kind: str, state: Mapping[str, torch.Tensor]) -> ControlProjector:
+    def layer(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return state[f"{kind}_projector.{name}.weight"], state[f"{kind}_projector.{name}.bias"]
+
+    form, feature = _PROJECTORS[kind]
+    weights = {"condition_norm": layer("layernorm_condition"), "condition": layer("linear_condition")}
+    if feature is not None:
+        weights |= {"feature_norm": layer("layernorm_feature"), "feature": layer(feature)}
+    return fold_projector(form, **weights)

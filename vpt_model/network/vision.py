@@ -1,0 +1,161 @@
+"""The Qwen2-VL vision tower: uint8 images and boxes in, one feature sequence per box out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from vpt_kernels import RegionPolicy, fold_patch_weight, plan_regions, roi_patch_embed
+from vpt_model.config import ModelConfig
+from vpt_model.network.attention import attend_within
+from vpt_model.network.linear import linear
+from vpt_model.network.positions import vision_positions
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Channel mean and standard deviation of the images the tower was trained on (CLIP's, RGB in 0..1)."""
+
+_NORM_EPS = 1e-6
+_ROPE_THETA = 10000.0
+
+Affine = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Block:
+    norm1: Affine
+    qkv: Affine
+    proj: Affine
+    norm2: Affine
+    fc1: Affine
+    fc2: Affine
+
+
+class VisionTower:
+    """Qwen2-VL's vision tower, built from the `visual.*` tensors of a state dict; forward only.
+
+    Source: Qwen2-VL in transformers. A still image fills both temporal slots of a patch with the same frame, so `look`
+    embeds patches with the folded weight (1/255, mean, std and the temporal sum are inside it).
+    """
+
+    def __init__(self, config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
+        self.config = config.vision
+
+        def affine(name: str) -> Affine:
+            return state[f"visual.{name}.weight"], state[f"visual.{name}.bias"]
+
+        self.patch_weight = state["visual.patch_embed.proj.weight"]
+        self.patch_embed = fold_patch_weight(self.patch_weight, MEAN, STD)
+        self.blocks = [
+            _Block(
+                norm1=affine(f"blocks.{index}.norm1"),
+                qkv=affine(f"blocks.{index}.attn.qkv"),
+                proj=affine(f"blocks.{index}.attn.proj"),
+                norm2=affine(f"blocks.{index}.norm2"),
+                fc1=affine(f"blocks.{index}.mlp.fc1"),
+                fc2=affine(f"blocks.{index}.mlp.fc2"),
+            )
+            for index in range(self.config.depth)
+        ]
+        self.merger_norm, self.merger_fc1, self.merger_fc2 = map(
+            affine, ("merger.ln_q", "merger.mlp.0", "merger.mlp.2")
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_weight.device
+
+    def look(
+        self,
+        images: Sequence[torch.Tensor],
+        boxes: Sequence[tuple[int, int, int, int, int]],
+        policy: RegionPolicy,
+    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        """Features of each box of the images: `[n_i, H]` in row-major order of the merged grid, and grids in patches.
+
+        images: uint8 [height, width, 3]. boxes: (image, left, top, right, bottom) in pixels, right and bottom
+        exclusive. policy: how a box is resized (`qwen2_vl_policy`). Raises ValueError for a box outside its image.
+        """
+        patch_embeds, grids = self.embed_regions(images, boxes, policy)
+        tokens = [height * width // self.config.spatial_merge_size**2 for height, width in grids]
+        return list(self.forward(patch_embeds, grids).split(tokens)), grids
+
+    def embed_regions(
+        self,
+        images: Sequence[torch.Tensor],
+        boxes: Sequence[tuple[int, int, int, int, int]],
+        policy: RegionPolicy,
+    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """First half of `look`: crop, resize and embed. Patch embeddings `[N, E]` of all boxes and grids in patches."""
+        plan = plan_regions([tuple(image.shape[:2]) for image in images], boxes, policy)
+        return roi_patch_embed(images, plan, self.patch_embed), list(plan.grids)
+
+    def embed_pixel_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch embeddings `[N, E]` of the normalised patches float `[N, 3 * T * p * p]` of transformers' processor.
+
+        The temporal slices of a patch may differ here.
+        """
+        return linear(pixel_values.to(self.device, self.dtype), self.patch_weight.flatten(1))
+
+    def forward(self, patch_embeds: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Run the blocks and the merger: patch embeddings `[N, E]` → features `[N / 4, H]`.
+
+        grids: (height, width) in patches of each image; patches attend within their image only. Raises ValueError if
+        the grids do not make N patches.
+        """
+        lengths = [height * width for height, width in grids]
+        if not lengths or sum(lengths) != patch_embeds.shape[0]:
+            raise ValueError(
+                f"{patch_embeds.shape[0]} patch embeddings were given, but the grids {list(grids)} make "
+                f"{sum(lengths)}: give the grid of every image, and at least one image"
+            )
+        return self.run(patch_embeds, *self.rotary(grids), partial(attend_within, lengths=lengths))
+
+    def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Blocks and merger: patches [N, E] and their angles → features [N / 4, H]; the host reads nothing.
+
+        attend: q, k, v [N, heads, D] → [N, heads · D].
+        """
+        for block in self.blocks:
+            x = x + self._attention(block, _layer_norm(x, block.norm1), cos, sin, attend)
+            x = x + linear(_quick_gelu(linear(_layer_norm(x, block.norm2), *block.fc1)), *block.fc2)
+        merged = _layer_norm(x, self.merger_norm).reshape(-1, self.merger_fc1[0].shape[1])
+        return linear(F.gelu(linear(merged, *self.merger_fc1)), *self.merger_fc2)
+
+    def rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin float32 [N, 1, head_dim / 2]: row angles in the first half, column angles in the second."""
+        quarter = self.config.head_dim // 4
+        frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32) / quarter)
+        coordinates = vision_positions(grids, self.config.spatial_merge_size)
+        angles = (coordinates[:, :, None] * frequencies).flatten(1).to(self.device)[:, None]
+        return angles.cos(), angles.sin()
+
+    def _attention(
+        self, block: _Block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        packed = linear(x, *block.qkv).view(-1, 3, self.config.num_heads, self.config.head_dim)
+        q, k, v = packed.unbind(1)
+        return linear(attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v), *block.proj)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the half-split pairs of x [N, heads, head_dim] in the float32 of cos and sin; the result has x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _layer_norm(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], *affine, eps=_NORM_EPS)
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return (1.702 * x).sigmoid_().mul_(x)
