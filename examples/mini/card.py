@@ -35,7 +35,7 @@ have lost five of eight rows and columns. The crop of the 3×3 cells around an o
 
 ## Data
 
-Drawn on photographs that scikit-image ships by `vpt_model/mini/scenes.py`, SHA-256
+Drawn on photographs that scikit-image ships by `vpt_model/mini/scenes.py`, SHA-256 without its imports
 `{fingerprint}`.
 
 - Training: {train}. {scenes:,} scenes, each drawn once.
