@@ -22,6 +22,7 @@ from vpt_kernels.roi_patch_embed.api import (
     roi_patch_embed_into,
     roi_patches,
 )
+from vpt_kernels.roi_patch_embed.boxes import ClippedBoxes, clip_boxes
 from vpt_kernels.roi_patch_embed.geometry import (
     RegionPlan,
     RegionPolicy,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "ClippedBoxes",
     "ControlProjector",
     "FoldedPatchEmbed",
     "PatchReport",
@@ -46,6 +48,7 @@ __all__ = [
     "append_to_vllm_pages_",
     "append_visual_kv",
     "append_visual_kv_",
+    "clip_boxes",
     "control_cross_attention",
     "control_cross_attention_into",
     "decode_image",

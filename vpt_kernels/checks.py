@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +67,27 @@ def require_segments(ends: Tensor, tokens: int) -> None:
     values = ends.tolist()
     if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in zip(values, values[1:])):
         raise ValueError(f"cu_seqlens is {values}; it must rise from 0 to the number of tokens, {tokens}")
+
+
+def require_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} is {number}; it must be at least {low}{'' if high is None else f', at most {high}'}")
+    return number
+
+
+def require_flag(name: str, value: Any) -> None:
+    """Raise TypeError for anything but True and False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} is {shown(value)}; it must be True or False")
+
+
+def shown(value: Any) -> str:
+    """A value as messages name it: its type where it is no plain value, because a tensor's would have to be read."""
+    return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpt_kernels.images import MAX_PIXELS, decode_image
+from vpt_kernels.images import pixels_of
 from vpt_kernels.patch.embeds import NORMALISATION
 from vpt_kernels.roi_patch_embed.api import fold_patch_weight, roi_patch_embed, roi_patches
 from vpt_kernels.roi_patch_embed.geometry import RegionPlan, plan_regions, qwen2_vl_policy
 
 BICUBIC = 3
 """Pillow's number of the filter, as processors store it."""
+QWEN2_VL_PIXELS = (56 * 56, 12_845_056)
+PUBLISHED_PIXELS = {"Qwen3VLVisionPatchEmbed": (65_536, 16_777_216)}
+"""Smallest and largest area of a resized image in the published preprocessor_config.json, where it is not
+Qwen2-VL's, which Qwen2.5-VL shares."""
 
 
 class QwenVLImageProcessor:
@@ -43,13 +47,11 @@ class QwenVLImageProcessor:
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        min_pixels: int = 56 * 56,
-        max_pixels: int = 12_845_056,
+        min_pixels: int = QWEN2_VL_PIXELS[0],
+        max_pixels: int = QWEN2_VL_PIXELS[1],
         merge_size: int = 2,
         pass_order: str = "installed",
     ) -> None:
-        if not 0 < min_pixels <= max_pixels:
-            raise ValueError(f"min_pixels {min_pixels} and max_pixels {max_pixels} must be positive and in this order")
         with torch.no_grad():
             self.embed = fold_patch_weight(weight, mean, std, bias)
         patch_size = self.embed.patch_size
@@ -69,8 +71,9 @@ class QwenVLImageProcessor:
 
         Args:
             model: contains one patch embedding of the family; its weight's device and dtype are the embeddings'.
-            image_processor: transformers' processor, whose limits, mean, std and merge_size are taken over; default:
-                the published mean and std, and this class's limits.
+            image_processor: transformers' processor, whose limits, mean, std and merge_size are taken over as they are
+                now, from `size` or, where both are set, from `min_pixels` and `max_pixels`, as it reads them itself;
+                default: what the family's published processor has.
 
         Raises:
             ValueError: the model has no such patch embedding or several, or the processor does something else.
@@ -82,8 +85,11 @@ class QwenVLImageProcessor:
             )
         projection = found[0].proj
         if image_processor is None:
-            mean, std = NORMALISATION[type(found[0]).__name__]
-            return cls(projection.weight, projection.bias, mean=mean, std=std, pass_order=pass_order)
+            kind = type(found[0]).__name__
+            mean, std = NORMALISATION[kind]
+            low, high = PUBLISHED_PIXELS.get(kind, QWEN2_VL_PIXELS)
+            options = {"mean": mean, "std": std, "min_pixels": low, "max_pixels": high, "pass_order": pass_order}
+            return cls(projection.weight, projection.bias, **options)
         expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
         expected |= {"patch_size": projection.kernel_size[-1], "temporal_patch_size": projection.kernel_size[0]}
         for name, value in expected.items():
@@ -91,13 +97,16 @@ class QwenVLImageProcessor:
                 raise ValueError(f"the image processor has {name} {getattr(image_processor, name)}; needed: {value}")
         if abs(image_processor.rescale_factor * 255 - 1) > 1e-9:
             raise ValueError(f"the image processor has rescale_factor {image_processor.rescale_factor}; needed: 1/255")
+        limits = [getattr(image_processor, name, None) for name in ("min_pixels", "max_pixels")]
+        if None in limits:
+            limits = [image_processor.size[name] for name in ("shortest_edge", "longest_edge")]
         return cls(
             projection.weight,
             projection.bias,
             mean=image_processor.image_mean,
             std=image_processor.image_std,
-            min_pixels=image_processor.size["shortest_edge"],
-            max_pixels=image_processor.size["longest_edge"],
+            min_pixels=limits[0],
+            max_pixels=limits[1],
             merge_size=image_processor.merge_size,
             pass_order=pass_order,
         )
@@ -106,9 +115,9 @@ class QwenVLImageProcessor:
         """Patch embeddings and grids, under the names of a model's arguments.
 
         Args:
-            images: one image or a list: PIL images, paths, bytes of image files, or uint8 [height, width, 3] tensors
-                or arrays, see `decode_image`. Files are turned as their EXIF orientation says and PIL images are
-                not, as in transformers.
+            images: one image or a list: PIL images, paths, open files, bytes of image files, or uint8
+                [height, width, 3] tensors or arrays, see `decode_image`. Files are turned as their EXIF orientation
+                says and PIL images are not, as in transformers.
             boxes: (image, left, top, right, bottom) in pixels per crop, of the turned image, right and bottom
                 exclusive; default: every whole image.
 
@@ -120,11 +129,11 @@ class QwenVLImageProcessor:
             TypeError, ValueError: an image that cannot be read, a box outside its image, an aspect ratio above 200.
         """
         pixels, plan = self._plan(images, boxes)
-        grids = [[1, *grid] for grid in plan.grids]
+        grids = torch.tensor([[1, *grid] for grid in plan.grids], dtype=torch.int64, device="cpu").reshape(-1, 3)
         device = self.embed.weight.device
         with torch.no_grad():
             tokens = roi_patch_embed(pixels, plan, self.embed)
-        return {"pixel_values": tokens, "image_grid_thw": torch.tensor(grids, device=device).reshape(-1, 3)}
+        return {"pixel_values": tokens, "image_grid_thw": grids.to(device)}
 
     def patches(self, images: Any, boxes: Sequence[Sequence[int]] | None = None) -> Tensor:
         """The uint8 patches [Σ patches, p·p·3] behind the embeddings; arguments as of the call."""
@@ -132,7 +141,7 @@ class QwenVLImageProcessor:
 
     def _plan(self, images: Any, boxes: Sequence[Sequence[int]] | None) -> tuple[list[Tensor], RegionPlan]:
         listed = list(images) if isinstance(images, (list, tuple)) else [images]
-        pixels = [decode_image(image, MAX_PIXELS, orient_files=True).to(self.embed.weight.device) for image in listed]
+        pixels = [pixels_of(image).to(self.embed.weight.device) for image in listed]
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         if boxes is None:
             boxes = [(number, 0, 0, width, height) for number, (height, width) in enumerate(sizes)]

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import io
+import random
 import warnings
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
+from tests.helpers import SEED
 from vpt_kernels import decode_image
-from vpt_kernels.images import MAX_PIXELS
+from vpt_kernels.images import MAX_PIXELS, orientation_notice
 
 
 def photo(mode: str = "RGB", size: tuple[int, int] = (13, 9)) -> Image.Image:
@@ -60,12 +66,40 @@ def test_nearest_reduction_may_follow_the_conversion(mode):
     assert before.tobytes() == after.tobytes()
 
 
-def test_orientation_tags_are_ignored():
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_upright_and_what_is_in_memory_is_not_turned(orientation, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     data = saved(photo(), format="PNG", exif=exif)
-    assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
-    assert decode_image(data).shape == (9, 13, 3)
+    (tmp_path / "photo.png").write_bytes(data)
+    opened = Image.open(io.BytesIO(data))
+    stored, upright = np.array(opened), np.array(ImageOps.exif_transpose(opened))
+    assert stored.shape == (9, 13, 3) and (upright.shape == (13, 9, 3)) == (orientation > 4)
+    with (tmp_path / "photo.png").open("rb") as file:
+        for source in (data, tmp_path / "photo.png", io.BytesIO(data), file):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert np.array_equal(decode_image(source).numpy(), upright)
+                assert np.array_equal(decode_image(source, orient_files=False).numpy(), stored)
+    notices = pytest.warns(UserWarning, match=f"orientation is {orientation}") if orientation > 1 else nullcontext()
+    with notices:
+        assert np.array_equal(decode_image(opened).numpy(), stored)
+    assert (orientation_notice(opened) is None) == (orientation == 1)
+    assert orientation_notice(data) is orientation_notice(stored) is orientation_notice(None) is None
+
+
+def test_open_files_are_read_and_stay_open(tmp_path):
+    (tmp_path / "photo.png").write_bytes(PNG)
+    expected = decode_image(PNG)
+    with (tmp_path / "photo.png").open("rb") as file, zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("photo.png", PNG)
+        for source in (file, io.BytesIO(PNG), io.BufferedReader(io.BytesIO(PNG)), archive.open("photo.png")):
+            assert torch.equal(decode_image(source), expected) and not source.closed
+        assert torch.equal(decode_image(memoryview(PNG[::-1])[::-1]), expected)
+    with pytest.raises(ValueError, match="the image file .*photo.png.* cannot be read: .*closed"):
+        decode_image(file)
+    with (tmp_path / "photo.png").open() as file, pytest.raises(TypeError, match="photo.png.*mode 'rb'"):
+        decode_image(file)
 
 
 def test_of_an_animation_the_first_frame_counts():
@@ -106,6 +140,34 @@ def test_images_over_the_limit_are_refused_before_they_are_decoded():
     assert decode_image(photo(size=(12, 11)), max_pixels=132).shape == (11, 12, 3)
 
 
+def test_every_remedy_of_the_limit_helps(monkeypatch):
+    """The limit is Pillow's own, so that whoever raises that one raises ours; pixels are in memory already."""
+    data = saved(Image.new("1", (400, 300)), format="PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match="the limit is 100000") as raised:
+        decode_image(data)
+    assert all(remedy in str(raised.value) for remedy in ("max_pixels", "PIL.Image.MAX_IMAGE_PIXELS", "its pixels"))
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert decode_image(data, max_pixels=120_000).shape == (300, 400, 3)
+    assert decode_image(torch.zeros(300, 400, 3, dtype=torch.uint8)).shape == (300, 400, 3)
+    for limit in (120_000, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert decode_image(data).shape == (300, 400, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(ValueError, match="too large to open safely.*PIL.Image.MAX_IMAGE_PIXELS"):
+        decode_image(data, max_pixels=10**9)
+
+
+def test_threads_leave_the_warning_filters_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        before = list(warnings.filters)
+        for _ in range(20):
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(decode_image, [PNG] * 32))
+            assert list(warnings.filters) == before
+
+
 PNG, JPEG = (saved(photo(size=(64, 64)), format=form) for form in ("PNG", "JPEG"))
 
 
@@ -126,6 +188,11 @@ PNG, JPEG = (saved(photo(size=(64, 64)), format=form) for form in ("PNG", "JPEG"
         (np.zeros((3, 4, 4), np.uint8), ValueError, "permute"),
         (torch.zeros(4, 4, 4, dtype=torch.uint8), ValueError, r"\[4, 4, 4\]"),
         (torch.zeros(0, 4, 3, dtype=torch.uint8), ValueError, "not empty"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8, device="meta"), ValueError, "meta"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8).to_sparse(), TypeError, "sparse"),
+        ("photo\0.png", ValueError, "cannot be read"),
+        ("photo\ud800.png", ValueError, "cannot be read"),
+        (".", ValueError, "'.' cannot be read"),
         (None, TypeError, "NoneType"),
         (7, TypeError, "int"),
     ],
@@ -134,3 +201,61 @@ PNG, JPEG = (saved(photo(size=(64, 64)), format=form) for form in ("PNG", "JPEG"
 def test_bad_images(source, error, message):
     with pytest.raises(error, match=message):
         decode_image(source)
+
+
+def corrupted(form: str) -> Iterator[bytes]:
+    """Files of a format with one to five bytes changed in their first 400."""
+    draw, good = random.Random(SEED), saved(photo(size=(61, 43)), format=form)
+    for trial in range(400):
+        bad = bytearray(good)
+        for _ in range(1 if form == "AVIF" else draw.choice((1, 2, 5))):
+            place = trial % min(len(bad), 400) if form == "AVIF" else draw.randrange(min(len(bad), 256))
+            bad[place] = 0 if form == "AVIF" else draw.choice((0, 127, 255, draw.randrange(256)))
+        yield bytes(bad)
+
+
+FORMS = [
+    "AVIF",
+    "BMP",
+    "DDS",
+    "GIF",
+    "ICNS",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "PCX",
+    "PNG",
+    "PPM",
+    "SGI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_broken_file_of_any_format_is_named_with_its_cause(form, tmp_path):
+    """Decoders raise RuntimeError, AttributeError, ValueError …: all of it is the file's fault."""
+    Image.init()
+    if form not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {form}")
+    path = tmp_path / "broken"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for data in corrupted(form):
+            path.write_bytes(data)
+            for source, name in ((path, f"the image file {str(path)!r} "), (data, f"the image of {len(data)} bytes ")):
+                try:
+                    decode_image(source, max_pixels=1_000_000)
+                except ValueError as error:
+                    assert str(error).startswith(name) and len(str(error)) > len(name) + 30
+    with pytest.raises(ValueError, match="cannot be"):
+        path.write_bytes(saved(photo(size=(61, 43)), format=form)[:30])
+        decode_image(path)
+
+
+def test_oversized_text_of_a_png_is_named():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "a" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    with pytest.raises(ValueError, match="the image of .* bytes cannot be .*too large"):
+        decode_image(saved(photo(), format="PNG", pnginfo=text))

@@ -122,8 +122,12 @@ def test_sam_fills_one_axis(height, width):
 def test_boxes_of_any_integer_type():
     policy = qwen2_vl_policy()
     want = plan_regions([(60, 80)], [(0, 1, 2, 70, 50)], policy)
-    for box in (np.array([0, 1, 2, 70, 50]), torch.tensor([0, 1, 2, 70, 50]), [0, 1, 2, 70, 50]):
+    numbers = [0, 1, 2, 70, 50]
+    floats = (np.array(numbers, np.float32), torch.tensor(numbers).double(), [0, 1.0, 2, 70.0, np.float64(50)])
+    for box in (np.array(numbers), torch.tensor(numbers), numbers, *floats):
         assert torch.equal(plan_regions([torch.Size([60, 80])], [box], policy).table, want.table)
+    for boxes in (np.array([numbers]), torch.tensor([numbers]), torch.tensor([numbers]).float()):
+        assert torch.equal(plan_regions([(60, 80)], boxes, policy).table, want.table)
     assert want.sizes == ((60, 80),)
     with pytest.raises(AttributeError):
         want.rows = 3

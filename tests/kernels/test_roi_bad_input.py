@@ -50,7 +50,15 @@ PLANS = [
     ("no box", [None], POLICY, TypeError, ["box 0 is None", "(image, left, top, right, bottom)"]),
     ("six numbers", [(0, 0, 0, 20, 20, 1)], POLICY, ValueError, ["6", "left, top, right, bottom"]),
     ("fractions", [(0, 0.5, 0, 20, 20)], POLICY, TypeError, ["0.5", "integer"]),
-    ("whole floats", [(0, 0.0, 0, 20, 20)], POLICY, TypeError, ["0.0", "integer"]),
+    ("half of an image", [(0.5, 0, 0, 20, 20)], POLICY, TypeError, ["0.5", "integer"]),
+    ("not a number", [(0, float("nan"), 0, 20, 20)], POLICY, TypeError, ["nan", "integer"]),
+    ("without end", [(0, 0, 0, float("inf"), 20)], POLICY, TypeError, ["inf", "integer"]),
+    ("whole, but outside", [(0, 0.0, 0, 81.0, 20)], POLICY, ValueError, ["81", "80"]),
+    ("no boxes", None, POLICY, TypeError, ["boxes is None", "a list"]),
+    ("boxes of no device", torch.zeros(1, 5, device="meta"), POLICY, TypeError, ["Tensor", "a list"]),
+    ("no policy", [(0, 0, 0, 20, 20)], None, TypeError, ["policy is None", "qwen2_vl_policy"]),
+    ("a size in fractions", [(0, 0, 0, 20, 20)], to(28.0, 28), TypeError, ["fit", "integers"]),
+    ("one number for a size", [(0, 0, 0, 20, 20)], RegionPolicy(lambda h, w: 28), TypeError, ["fit", "28"]),
     ("text", [(0, "1", 0, 20, 20)], POLICY, TypeError, ["'1'", "integer"]),
     ("not a multiple of the patch", [(0, 0, 0, 80, 60)], to(28, 30), ValueError, ["30", "28", "14"]),
     ("not a multiple of patch × merge", [(0, 0, 0, 80, 60)], to(28, 42, merge_size=2), ValueError, ["42", "14 x 2"]),
@@ -106,6 +114,9 @@ def test_image_sizes(size, policy, named):
         ({"anchor": "bottom"}, ["bottom", "center", "top_left"]),
         ({"patch_size": 0}, ["0", "1"]),
         ({"merge_size": -1}, ["-1", "1"]),
+        ({"regularize_edge": 0}, ["longest edge", "0", "at least 1"]),
+        ({"regularize_edge": -1}, ["longest edge", "-1", "at least 1"]),
+        ({"window": (0, 14)}, ["height", "0", "at least 1"]),
     ],
 )
 def test_policies(options, named):
@@ -113,6 +124,33 @@ def test_policies(options, named):
         to(28, 28, **options)
     for text in named:
         assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "make, options, named",
+    [
+        *((make, {"longest_edge": edge}, [str(edge), "at least 1"])
+          for make in (qwen2_vl_policy, dinov2_policy, sam_policy) for edge in (0, -1)),
+        (qwen2_vl_policy, {"max_pixels": 0}, ["max_pixels 0", "positive"]),
+        (qwen2_vl_policy, {"min_pixels": 0}, ["min_pixels 0", "positive"]),
+        (qwen2_vl_policy, {"min_pixels": 5000, "max_pixels": 4000}, ["5000", "4000", "order"]),
+        (dinov2_policy, {"shortest_edge": 0}, ["shortest_edge is 0", "at least 1"]),
+        (dinov2_policy, {"crop": -14}, ["-14", "at least 1"]),
+        (sam_policy, {"edge": 0}, ["edge is 0", "at least 1"]),
+    ],
+)  # fmt: skip
+def test_limits_of_policies(make, options, named):
+    """Elsewhere an edge of 0 or −1 means "no limit"; here it once reduced the picture to one pixel."""
+    with pytest.raises(ValueError) as raised:
+        make(**options)
+    for text in named:
+        assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("make", [qwen2_vl_policy, dinov2_policy, sam_policy])
+def test_limits_of_policies_are_integers(make):
+    with pytest.raises(TypeError, match="512.0; it must be an integer"):
+        make(longest_edge=512.0)
 
 
 WEIGHT = torch.zeros(5, 3, 14, 14)

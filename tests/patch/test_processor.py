@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from tests.helpers import assert_same_bits, noise, photo
 from tests.patch import foreign
@@ -160,6 +160,38 @@ def test_dtype_limits_and_order(models) -> None:
 def test_processors_that_do_something_else(models, change, reason) -> None:
     with pytest.raises(ValueError, match=reason):
         QwenVLImageProcessor.of(models["qwen2_vl"], Qwen2VLImageProcessorPil(**LIMITS, **change))
+
+
+@pytest.mark.parametrize("attributes", [
+    {"min_pixels": 56 * 56, "max_pixels": 50_176},
+    {"min_pixels": 90_000, "max_pixels": 120_000},
+    {"max_pixels": 50_176},  # transformers reads them only where both are set
+    {"size": {"shortest_edge": 56 * 56, "longest_edge": 50_176}},
+])  # fmt: skip
+def test_limits_set_on_a_loaded_processor(models, pictures, attributes) -> None:
+    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 100_352})
+    for name, value in attributes.items():
+        setattr(theirs, name, value)
+    expected = theirs(images=pictures, return_tensors="pt")["image_grid_thw"]
+    assert torch.equal(QwenVLImageProcessor.of(models["qwen2_vl"], theirs)(pictures)["image_grid_thw"], expected)
+
+
+@pytest.mark.parametrize("kind", foreign.QWEN)
+def test_without_a_processor_the_limits_are_the_familys(models, kind) -> None:
+    """As in the published preprocessor_config.json of each."""
+    factor, low, high = (32, 65_536, 16_777_216) if kind == "qwen3_vl" else (28, 3136, 12_845_056)
+    policy = QwenVLImageProcessor.of(models[kind]).policy
+    for size in ((10, 10), (100, 100), (470, 469), (3700, 4700)):
+        assert policy.fit(*size) == smart_resize(*size, factor=factor, min_pixels=low, max_pixels=high)
+
+
+def test_a_crop_of_a_picture_beyond_the_limit_of_files(models, monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    processor, picture = QwenVLImageProcessor.of(models["qwen2_vl"]), noise(120, 130, "large")
+    crop = (0, 5, 7, 105, 107)
+    assert_same_bits(processor.patches(picture, [crop]), processor.patches(picture[7:107, 5:105].contiguous()))
+    with pytest.raises(ValueError, match="raise .*PIL.Image.MAX_IMAGE_PIXELS"):
+        processor.patches(Image.fromarray(picture.numpy()), [crop])
 
 
 def test_models_without_a_patch_embedding() -> None:

@@ -7,13 +7,16 @@ computed by the backend from the table's numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from vpt_kernels.checks import require_integer, shown
 
 MAX_SIZE = 1 << 20
 """Largest width or height, in pixels, of an image or of a resampled region."""
@@ -86,33 +89,45 @@ class RegionPolicy:
     anchor: str = "top_left"
 
     def __post_init__(self) -> None:
-        if self.patch_size < 1 or self.merge_size < 1:
-            raise ValueError(f"patch_size {self.patch_size} and merge_size {self.merge_size} must be at least 1")
+        if not callable(self.fit):
+            raise TypeError(f"fit is {shown(self.fit)}; it must be a function (height, width) -> (height, width)")
+        require_integer("patch_size", self.patch_size, 1, MAX_SIZE)
+        require_integer("merge_size", self.merge_size, 1, MAX_SIZE)
         if self.resample not in FILTERS:
             raise ValueError(f"resample is {self.resample!r}; choose one of {FILTERS}")
         if self.pass_order not in PASS_ORDERS:
             raise ValueError(f"pass_order is {self.pass_order!r}; choose one of {PASS_ORDERS}")
         if self.anchor not in ("center", "top_left"):
             raise ValueError(f"anchor is {self.anchor!r}; choose 'center' or 'top_left'")
+        if self.regularize_edge is not None:
+            require_integer("the longest edge (regularize_edge)", self.regularize_edge, 1, MAX_SIZE)
+        if self.window is not None:
+            height, width = _pair("window", self.window)
+            require_integer("the window's height", height, 1, MAX_SIZE)
+            require_integer("the window's width", width, 1, MAX_SIZE)
 
 
-def qwen2_vl_policy(
-    min_pixels: int = 56 * 56,
-    max_pixels: int = 12_845_056,
-    *,
-    longest_edge: int | None = None,
-    patch_size: int = 14,
-    merge_size: int = 2,
-    pass_order: str = "hv",
-) -> RegionPolicy:
-    """Qwen2-VL's preprocessing; other members of the family differ in `patch_size`, `merge_size` and the limits.
+@dataclass(frozen=True)
+class SmartResize:
+    """The size that Qwen2-VL resizes to: multiples of `factor` with between `min_pixels` and `max_pixels` pixels.
 
-    `longest_edge` adds the NEAREST regularisation that VPT's training and evaluation applied first (they use 512).
-    Source: `smart_resize` of transformers' Qwen2-VL image processor; LLaMA-Factory 0.9.1 `_preprocess_image`.
+    Raises ValueError where the limits are not in this order, and for an aspect ratio above 200 when called.
     """
-    factor = patch_size * merge_size
 
-    def fit(height: int, width: int) -> tuple[int, int]:
+    factor: int
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        for name in ("min_pixels", "max_pixels"):
+            require_integer(name, getattr(self, name), -math.inf)
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} must be positive and in this order"
+            )
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        factor, min_pixels, max_pixels = self.factor, self.min_pixels, self.max_pixels
         ratio = max(height, width) / min(height, width)
         if ratio > MAX_ASPECT_RATIO:
             raise ValueError(
@@ -131,6 +146,45 @@ def qwen2_vl_policy(
             out_w = math.ceil(width * beta / factor) * factor
         return out_h, out_w
 
+
+@dataclass(frozen=True)
+class ShortestEdge:
+    """The size whose shortest edge is `edge`, the other truncated, as DINOv2's processor has it."""
+
+    edge: int
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        if height <= width:
+            return self.edge, int(self.edge * width / height)
+        return int(self.edge * height / width), self.edge
+
+
+@dataclass(frozen=True)
+class LongestEdge:
+    """The size whose longest edge is `edge`, the other rounded, as SAM's processor has it."""
+
+    edge: int
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        scale = self.edge / max(height, width)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def qwen2_vl_policy(
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 12_845_056,
+    *,
+    longest_edge: int | None = None,
+    patch_size: int = 14,
+    merge_size: int = 2,
+    pass_order: str = "hv",
+) -> RegionPolicy:
+    """Qwen2-VL's preprocessing; other members of the family differ in `patch_size`, `merge_size` and the limits.
+
+    `longest_edge` adds the NEAREST regularisation that VPT's training and evaluation applied first (they use 512).
+    Source: `smart_resize` of transformers' Qwen2-VL image processor; LLaMA-Factory 0.9.1 `_preprocess_image`.
+    """
+    fit = SmartResize(patch_size * merge_size, min_pixels, max_pixels)
     return RegionPolicy(fit, patch_size, merge_size, "bicubic", pass_order, longest_edge)
 
 
@@ -141,12 +195,7 @@ def dinov2_policy(
 
     Source: transformers' BitImageProcessor with the configuration of facebook/dinov2-base.
     """
-
-    def fit(height: int, width: int) -> tuple[int, int]:
-        if height <= width:
-            return shortest_edge, int(shortest_edge * width / height)
-        return int(shortest_edge * height / width), shortest_edge
-
+    fit = ShortestEdge(require_integer("shortest_edge", shortest_edge, 1, MAX_SIZE))
     return RegionPolicy(fit, 14, 1, "bicubic", pass_order, longest_edge, (crop, crop), "center")
 
 
@@ -155,11 +204,7 @@ def sam_policy(*, edge: int = 1024, longest_edge: int | None = None, pass_order:
 
     Source: transformers' SamImageProcessor with the configuration of facebook/sam-vit-large.
     """
-
-    def fit(height: int, width: int) -> tuple[int, int]:
-        scale = edge / max(height, width)
-        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
+    fit = LongestEdge(require_integer("edge", edge, 1, MAX_SIZE))
     return RegionPolicy(fit, 16, 1, "bilinear", pass_order, longest_edge, (edge, edge), "top_left")
 
 
@@ -236,24 +281,16 @@ def plan_regions(sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]
             patch_size × merge_size, or a window does not fit.
         TypeError: a box is not a sequence (one box instead of a list of them), or a coordinate not an integer.
     """
+    if not isinstance(policy, RegionPolicy):
+        raise TypeError(f"policy is {shown(policy)}; it must be a RegionPolicy, such as qwen2_vl_policy()")
+    sizes, boxes = image_sizes(sizes), listed_boxes(boxes)
     block = policy.patch_size * policy.merge_size
     filter_id = FILTERS.index(policy.resample)
     table: list[list[int]] = []
     grids: list[tuple[int, int]] = []
     offsets = [0]
     for number, box in enumerate(boxes):
-        try:
-            numbers = len(box)
-        except TypeError:
-            raise TypeError(
-                f"box {number} is {box!r}, not five numbers; give a list of boxes (image, left, top, right, bottom)"
-            ) from None
-        if numbers != 5:
-            raise ValueError(f"box {number} has {numbers} numbers; give (image, left, top, right, bottom)")
-        try:
-            image, left, top, right, bottom = map(index, box)
-        except TypeError:
-            raise TypeError(f"box {number} is {tuple(box)}; coordinates must be integers (pixels)") from None
+        image, left, top, right, bottom = _numbers(number, box)
         if not 0 <= image < len(sizes):
             raise ValueError(f"box {number} names image {image}; there are {len(sizes)} images")
         image_h, image_w = sizes[image]
@@ -267,7 +304,7 @@ def plan_regions(sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]
         width, height = right - left, bottom - top
         steps = _nearest_steps(height, width, policy.regularize_edge)
         in_w, in_h = steps[-2:]
-        out_h, out_w = policy.fit(in_h, in_w)
+        out_h, out_w = map(index, _pair("the size that fit returns", policy.fit(in_h, in_w)))
         if not (0 < out_h <= MAX_SIZE and 0 < out_w <= MAX_SIZE):
             raise ValueError(f"box {number} resizes to {out_h}x{out_w}; each side must be in 1..{MAX_SIZE}")
         window_h, window_w = policy.window or (out_h, out_w)
@@ -299,5 +336,62 @@ def plan_regions(sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]
         offsets.append(offsets[-1] + grid_h * grid_w)
     if offsets[-1] >= 1 << 31:
         raise ValueError(f"the plan has {offsets[-1]} patches; the limit is 2^31 - 1: split the boxes over calls")
-    rows = torch.tensor(table, dtype=torch.int32).reshape(len(table), Column.COUNT)
-    return RegionPlan(rows, offsets[-1], tuple(grids), tuple(offsets), tuple(map(tuple, sizes)), policy.patch_size)
+    rows = torch.tensor(table, dtype=torch.int32, device="cpu").reshape(len(table), Column.COUNT)
+    return RegionPlan(rows, offsets[-1], tuple(grids), tuple(offsets), sizes, policy.patch_size)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    try:
+        first, second = value
+        index(first), index(second)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {shown(value)}; it must be two integers (height, width)") from None
+    return first, second
+
+
+def image_sizes(sizes: Any) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each image. Raises TypeError for anything but pairs of integers."""
+    try:
+        return tuple([_pair(f"the size of image {number}", size) for number, size in enumerate(sizes)])
+    except TypeError as error:
+        if hasattr(sizes, "__iter__"):
+            raise
+        raise TypeError(f"sizes is {shown(sizes)}; give a list of (height, width), one per image") from error
+
+
+def listed_boxes(boxes: Any) -> Iterable[Any]:
+    """Boxes that can be gone through, a tensor's read at once. Raises TypeError where there is no list of boxes."""
+    if isinstance(boxes, Tensor) and boxes.dim() == 2 and not boxes.is_meta and boxes.layout == torch.strided:
+        return boxes.tolist()
+    if not hasattr(boxes, "__iter__") or (isinstance(boxes, Tensor) and boxes.dim() != 1):
+        raise TypeError(f"boxes is {shown(boxes)}; give a list of boxes (image, left, top, right, bottom)")
+    return boxes
+
+
+def _numbers(number: int, box: Any) -> tuple[int, ...]:
+    """The five integers of a box. Whole floats, as models print them and arrays hold them, are integers too."""
+    try:
+        numbers = len(box)
+    except TypeError:
+        raise TypeError(
+            f"box {number} is {box!r}, not five numbers; give a list of boxes (image, left, top, right, bottom)"
+        ) from None
+    if numbers != 5:
+        raise ValueError(f"box {number} has {numbers} numbers; give (image, left, top, right, bottom)")
+    try:
+        return tuple(map(index, box))
+    except TypeError:
+        pass
+    try:
+        return tuple([index(value) if isinstance(value, str) else _whole(value) for value in box])
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"box {number} is {tuple(box)}; coordinates must be integers (pixels), see clip_boxes"
+        ) from None
+
+
+def _whole(value: Any) -> int:
+    number = float(value)
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
