@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -52,23 +52,50 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
 share their operator's row. What a call's other arguments rule out is for the operator to decline, see `bind`."""
 
 
-def _load_extension() -> str | None:
-    """Load the compiled extension; return None when its operators are registered, else the reason."""
-    paths = glob.glob(os.path.join(os.path.dirname(__file__), "_C*.so"))
-    if not paths:
-        return "the C++ extension was not built (run `python -m vpt_kernels.env` for what is missing)"
+_NOT_BUILT = "was not built (run `python -m vpt_kernels.env` for what is missing)"
+
+
+def _load(name: str) -> str | None:
+    """Load one of the package's libraries; return None when its operators are registered, else the reason."""
+    path = Path(__file__).with_name(name)
+    if not path.exists():
+        return f"the C++ extension {_NOT_BUILT}" if name == "_C.so" else _cuda_not_built()
     try:
-        torch.ops.load_library(paths[0])
+        torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return f"the C++ extension {os.path.basename(paths[0])} cannot be loaded: {error}"
+        # torch's own words name the file alone; the loader's, behind them, what is missing.
+        return f"the extension {name} cannot be loaded: {error.__cause__ or error}"
     return None
 
 
-EXTENSION_PROBLEM = _load_extension()
-"""None when the C++ extension is loaded, else why it is not."""
+def _cuda_not_built() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    # Only where something is missing: it asks nvcc for its version.
+    from vpt_kernels.toolkit import toolkit_problem
 
-if EXTENSION_PROBLEM is not None:
-    logger.warning("backend 'auto' falls back to 'reference': %s", EXTENSION_PROBLEM)
+    return f"the CUDA extension {_NOT_BUILT}: {toolkit_problem(torch.version.cuda) or 'the toolkit is here: rebuild'}"
+
+
+EXTENSION_PROBLEM = _load("_C.so")
+"""None when the CPU kernels are loaded, else why they are not."""
+
+CUDA_EXTENSION_PROBLEM = _load("_C_cuda.so")
+"""None when the CUDA kernels are loaded, else why they are not; neither library needs the other."""
+
+
+def _notice() -> str | None:
+    """What is missing and could be here, in one line."""
+    parts = []
+    if EXTENSION_PROBLEM is not None:
+        parts.append(f"backend 'auto' falls back to 'reference' on a CPU: {EXTENSION_PROBLEM}")
+    if CUDA_EXTENSION_PROBLEM is not None and torch.version.cuda is not None:
+        parts.append(f"backend 'cuda' is not available: {CUDA_EXTENSION_PROBLEM}")
+    return "; ".join(parts) or None
+
+
+if (_missing := _notice()) is not None:
+    logger.warning("%s", _missing)
 
 
 def _reason(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -78,12 +105,10 @@ def _reason(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
         return f"it runs on {'/'.join(capability.devices)}, the tensors are on {device.type}"
     if dtype not in capability.dtypes:
         return f"it computes in {', '.join(str(d) for d in capability.dtypes)}, the tensors are {dtype}"
-    if backend in ("cpp", "cuda") and EXTENSION_PROBLEM is not None:
+    if backend == "cpp" and EXTENSION_PROBLEM is not None:
         return EXTENSION_PROBLEM
-    if backend == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"vpt_kernels::{operator}.cuda", "CUDA"
-    ):
-        return "the extension was built without CUDA (needs nvcc and a CUDA build of torch when it is built)"
+    if backend == "cuda" and CUDA_EXTENSION_PROBLEM is not None:
+        return CUDA_EXTENSION_PROBLEM
     if backend == "triton" and not _TRITON_INSTALLED:
         return "triton is not installed (pip install triton, Linux only)"
     return None

@@ -10,14 +10,6 @@
 
 #include "../stable.h"
 
-// Weak, because a CPU build of torch does not have them: the library then still loads, and its schemas can be tested.
-extern "C" {
-__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-__attribute__((weak)) AOTITorchError torch_c10_cuda_check_msg(
-    int32_t, const char*, const char*, uint32_t, bool, char**);
-__attribute__((weak)) void torch_c10_cuda_free_error_msg(char*);
-}
-
 #define VPT_DEVICE_KEY CUDA
 
 namespace vpt::cuda {

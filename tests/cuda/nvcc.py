@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,13 +16,16 @@ from functools import cache
 from pathlib import Path
 
 import setup
-from tests.cuda.on_cpu import LIBRARIES, ROOT, SOURCES, TORCH, digest, run
+from tests.cuda.on_cpu import ROOT, SOURCES, TORCH, digest, run
 from tests.helpers import require
+from vpt_kernels.toolkit import toolkit_of
 
 CACHE = ROOT / "build/cuda_ahead_of_time"
 TARGETS = tuple(re.findall(r"code=(sm_\w+)", " ".join(setup.CUDA_TARGETS)))
 # One target after the other, so that the reports of two do not mix.
 NVCC_FLAGS = [*(flag for flag in setup.NVCC_FLAGS if flag != "--threads=2"), "-Xcompiler=-fPIC"]
+FROM_TORCH_CUDA = ("aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg")
+"""What the sources ask of libtorch_cuda, which a CPU build of torch does not have (torch 2.11 and later)."""
 INCLUDES = [f"-I{TORCH / 'include'}"]
 
 
@@ -90,18 +94,37 @@ def compiled() -> dict[str, tuple[Path, list[Usage]]]:
         return dict(zip((s.stem for s in sources()), pool.map(_compile, sources()), strict=True))
 
 
+def stub(folder: Path, functions: tuple[str, ...] = FROM_TORCH_CUDA) -> Path:
+    """A library that calls itself libtorch_cuda.so and whose functions report a failure."""
+    source, target = folder / "stub.cpp", folder / "libtorch_cuda.so"
+    source.write_text("".join(f'extern "C" int {name}() {{ return 1; }}\n' for name in functions))
+    run(os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-Wl,-soname=libtorch_cuda.so", source, "-o", target)
+    return target
+
+
+def torch_cuda() -> Path:
+    """libtorch_cuda.so of the installed torch, or in its place the stub."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    installed = TORCH / "lib/libtorch_cuda.so"
+    return installed if installed.exists() else stub(CACHE)
+
+
 @cache
 def library() -> Path:
-    """All of csrc/cuda as one shared library, linked against torch and the static CUDA runtime."""
+    """All of csrc/cuda as `_C_cuda.so`, linked as setup.py links it, but for the CUDA runtime, which is inside.
+
+    The linker is told to drop libraries that it thinks are not needed, as some distributions' compilers do, and to fail
+    on a symbol that no library has.
+    """
     objects = [path for path, _ in compiled().values()]
-    register = SOURCES / "cuda/register.cpp"
-    target = CACHE / f"cuda-{digest(register, extra=[o.name for o in objects])}.so"
+    register, flags = SOURCES / "cuda/register.cpp", setup.CUDA_LINK_FLAGS
+    target = CACHE / f"cuda-{digest(register, extra=[flags, *(o.name for o in objects)])}.so"
     if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}")
-        run(
-            nvcc(), *NVCC_FLAGS, *INCLUDES, "-shared", "-cudart=static", register, *objects,
-            "-o", partial, LIBRARIES[0], "-ltorch_cpu",
-        )  # fmt: skip
+        partial, toolkit = target.with_suffix(f".{os.getpid()}"), toolkit_of(Path(nvcc()))
+        compiler = [os.environ.get("CXX", "g++"), *setup.CXX_FLAGS, "-DUSE_CUDA", "-fPIC", "-shared"]
+        linker = ["-Wl,--as-needed", "-Wl,-z,defs", f"-L{torch_cuda().parent}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+        inputs = [*INCLUDES, f"-I{toolkit / 'include'}", register, *objects]
+        run(*compiler, *inputs, *linker, toolkit / "lib64/libcudart_static.a", *flags, "-o", partial)
         partial.rename(target)
     return target
 
@@ -116,3 +139,8 @@ def sass(source: str, target: str) -> dict[str, str]:
         re.sub(r"^void |\(.*", "", name).replace("vpt::cuda::", "").replace("vpt::", ""): body
         for name, body in zip(names, parts[1::2], strict=True)
     }
+
+
+if __name__ == "__main__":
+    # `python -m tests.cuda.nvcc FILE` writes the library to FILE, for a machine with a GPU and without nvcc.
+    print(shutil.copy(library(), sys.argv[1]))

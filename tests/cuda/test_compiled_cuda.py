@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import setuptools
+import torch
 
 import setup
 from tests.cuda import nvcc
-from tests.cuda.on_cpu import ROOT, SOURCES
+from tests.cuda.on_cpu import ROOT, SOURCES, TORCH
 
 BUDGETS = {
     # kernel: registers, static shared bytes, bytes of spills; why
@@ -122,10 +127,11 @@ def test_coefficients_are_not_contracted():
 
 
 LOADS = """
-import sys, torch, vpt_kernels
+import ctypes, sys, torch, vpt_kernels
 from vpt_kernels.library import OPS
 has = lambda form: torch._C._dispatch_has_kernel_for_dispatch_key(f"vpt_kernels::{form}.cuda", "CUDA")
 assert not any(has(form) for form in OPS), "already there"
+torch_cuda = ctypes.CDLL(sys.argv[2])
 torch.ops.load_library(sys.argv[1])
 assert all(has(form) for form in OPS)
 for form, overloads in OPS.items():
@@ -140,12 +146,79 @@ except NotImplementedError as error:
 """
 
 
-def test_library_loads_without_a_gpu():
+def test_library_loads_without_a_gpu(tmp_path):
     """Linked against the stable ABI, it loads into a CPU torch and registers every operator under the CUDA key."""
+    torch_cuda = str(nvcc.stub(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-c", LOADS, str(nvcc.library())], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-c", LOADS, str(nvcc.library()), torch_cuda],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert done.stdout.splitlines() == ["registered 7", "refused"], done.stdout + done.stderr
+
+
+def exported(library: Path) -> set[str]:
+    listed = nvcc.run("nm", "-D", "--defined-only", "--format=posix", library).stdout
+    return {line.split()[0].partition("@")[0] for line in listed.splitlines()}
+
+
+def test_library_names_what_it_needs():
+    """libtorch_cuda is among them even where the linker drops what it thinks is not needed, and has every symbol.
+
+    A weak symbol that nothing defines would be null, and its call a jump to null.
+    """
+    dynamic = nvcc.run("readelf", "-d", nvcc.library()).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed), needed
+    undefined = nvcc.run("nm", "-D", "--undefined-only", "--format=posix", nvcc.library()).stdout
+    kinds = {name: kind for name, kind in (line.split()[:2] for line in undefined.splitlines())}
+    of_torch = {name for name in kinds if name.startswith(("aoti_", "torch_"))}
+    assert not {name for name in of_torch if kinds[name] != "U"}
+    weak = {name.partition("@")[0] for name, kind in kinds.items() if kind != "U"}
+    assert weak <= {"__cxa_finalize", "__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+    libraries = [TORCH / "lib" / name for name in ("libtorch_cpu.so", "libtorch.so", "libc10.so")]
+    assert of_torch - set().union(*map(exported, [*libraries, nvcc.torch_cuda()])) == set()
+
+
+IN_PLACE = """
+import ctypes, logging, sys
+import torch
+logging.basicConfig(format="LOG %(name)s %(message)s")
+torch.version.cuda = "13.0"
+for library in sys.argv[1:]:
+    ctypes.CDLL(library)
+from vpt_kernels import backends, env
+print("CPU", backends.EXTENSION_PROBLEM)
+print("CUDA", backends.CUDA_EXTENSION_PROBLEM)
+print("CPU backend", backends.select("append_visual_kv", "auto", torch.device("cpu"), torch.float32))
+print("CUDA backend", backends.reasons("append_visual_kv", torch.device("cuda"), torch.float32)["cuda"])
+print(env.report())
+"""
+
+
+@pytest.mark.parametrize("torch_has", ("nothing", "all but one", "all"))
+def test_library_beside_the_cpu_kernels(tmp_path, torch_has):
+    """`_C_cuda.so` is loaded where its file is; what torch lacks for it is a reason, and the CPU kernels stay."""
+    package = tmp_path / "vpt_kernels"
+    shutil.copytree(ROOT / "vpt_kernels", package, ignore=shutil.ignore_patterns("_C_cuda.so", "__pycache__"))
+    shutil.copy(nvcc.library(), package / "_C_cuda.so")
+    functions = {"nothing": None, "all but one": nvcc.FROM_TORCH_CUDA[:1], "all": nvcc.FROM_TORCH_CUDA}[torch_has]
+    preloaded = [] if functions is None else [str(nvcc.stub(tmp_path, functions))]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_PLACE, *preloaded],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "CPU None" and said[2] == "CPU backend cpp", said
+    notices = [line for line in done.stderr.splitlines() if line.startswith("LOG vpt_kernels")]
+    if torch_has == "all":
+        assert said[1] == "CUDA None" and said[3] == "CUDA backend None" and notices == []
+    else:
+        missing = "libtorch_cuda.so" if torch_has == "nothing" else "undefined symbol: torch_c10_cuda"
+        assert missing in said[1] and missing in said[3]
+        assert len(notices) == 1 and missing in notices[0] and "backend 'cuda'" in notices[0]
+        assert any(line.startswith("CUDA kernels:") and missing in line for line in said)
 
 
 def test_symbols_are_of_the_stable_abi():
@@ -160,28 +233,35 @@ def test_symbols_are_of_the_stable_abi():
     assert not foreign, foreign
 
 
-def test_a_cpu_torch_gets_no_cuda_code(monkeypatch):
-    """Even where a toolkit is installed: torch names no CUDA_HOME on its CPU builds."""
+def modules(monkeypatch, torch_cuda: str | None) -> dict[str, setuptools.Extension]:
+    """What setup.py builds for a torch of that CUDA release where a toolkit is installed, by name."""
     import torch.utils.cpp_extension as extension
 
-    monkeypatch.setattr(extension, "CUDA_HOME", None)
-    (module,) = setup.extension()["ext_modules"]
-    assert not any("csrc/cuda" in source for source in module.sources)
-    assert "-DUSE_CUDA" not in module.extra_compile_args["cxx"]
+    # torch names no CUDA_HOME on its CPU builds.
+    monkeypatch.setattr(extension, "CUDA_HOME", "/usr/local/cuda" if torch_cuda else None)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.chdir(ROOT)
+    return {module.name: module for module in setup.extensions()["ext_modules"]}
+
+
+@pytest.mark.parametrize("torch_cuda", (None, "13.0"))
+def test_cpu_library_has_no_cuda_code(monkeypatch, torch_cuda):
+    found = modules(monkeypatch, torch_cuda)
+    assert list(found) == ["vpt_kernels._C", "vpt_kernels._C_cuda"][: 1 if torch_cuda is None else 2]
+    cpu = found["vpt_kernels._C"]
+    assert not any("csrc/cuda" in source for source in cpu.sources)
+    assert "-DUSE_CUDA" not in cpu.extra_compile_args["cxx"] and not any("cuda" in name for name in cpu.libraries)
 
 
 @pytest.mark.parametrize("listed", (None, "9.0a"))
 def test_a_cuda_torch_gets_every_target(monkeypatch, listed):
-    import torch.utils.cpp_extension as extension
-
-    monkeypatch.setattr(extension, "CUDA_HOME", "/usr/local/cuda")
     if listed:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     else:
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.chdir(ROOT)
-    (module,) = setup.extension()["ext_modules"]
-    cuda = {source for source in module.sources if source.startswith("csrc/cuda/")}
-    assert cuda == {f"csrc/cuda/{path.name}" for path in (SOURCES / "cuda").glob("*.c*") if path.suffix != ".cuh"}
+    module = modules(monkeypatch, "13.0")["vpt_kernels._C_cuda"]
+    expected = {f"csrc/cuda/{path.name}" for path in (SOURCES / "cuda").glob("*.c*") if path.suffix != ".cuh"}
+    assert set(module.sources) == expected
     given = [flag for flag in module.extra_compile_args["nvcc"] if "gencode" in flag]
     assert given == ([] if listed else setup.CUDA_TARGETS)
+    assert module.extra_link_args == setup.CUDA_LINK_FLAGS

@@ -1,0 +1,138 @@
+"""setup.py where the CUDA toolkit is unusable in some way: the CPU library is built, and the reason is said."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda import nvcc
+from vpt_kernels import toolkit
+
+ROOT = Path(__file__).resolve().parents[2]
+# For a torch that was built with CUDA 13.0, whatever this one is.
+SETUP = """
+import runpy, sys, torch
+torch.version.cuda, torch.cuda._is_compiled, torch.cuda.is_available = "13.0", lambda: True, lambda: False
+sys.argv = ["setup.py", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+SAYS_13 = "echo 'Cuda compilation tools, release 13.0, V13.0.88'"
+NVCC = {
+    # name: bin/nvcc as a shell script, or None; whether headers stand beside it; what is said of it
+    "no nvcc": (None, True, "has no bin/nvcc"),
+    "says nothing": ("exit 0", True, "is not NVIDIA's compiler"),
+    "other major": ("echo 'Cuda compilation tools, release 12.4, V12.4.131'", True, "is of CUDA 12.4"),
+    "writes nothing": (SAYS_13, True, "kernel.o"),
+    "compiles nothing": (f'{SAYS_13}; [ "$1" = --version ] || exit 1', True, "Error compiling objects"),
+    "wrapper": (f'{SAYS_13}; echo "#\\$ TOP=/opt/cuda-13/bin/.." >&2', False, "set CUDA_HOME to /opt/cuda-13 ("),
+}
+
+
+def make_toolkit(folder: Path, script: str | None, headers: bool) -> Path:
+    (folder / "bin").mkdir(parents=True)
+    if script is not None:
+        (folder / "bin/nvcc").write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "bin/nvcc").chmod(0o755)
+    if headers:
+        (folder / "include").mkdir()
+        (folder / "include/cuda_runtime.h").write_text("")
+    return folder
+
+
+def build(folder: Path, home: Path, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """setup.py in a project of the same shape, with one function in each library."""
+    for name in ("csrc/cuda", "vpt_kernels"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", folder)
+    shutil.copy(ROOT / "vpt_kernels/toolkit.py", folder / "vpt_kernels")
+    (folder / "vpt_kernels/__init__.py").write_text("")
+    (folder / "csrc/register.cpp").write_text(
+        'extern "C" __attribute__((visibility("default"))) int one() { return 1; }'
+    )
+    (folder / "csrc/cuda/register.cpp").write_text("#include <cuda_runtime.h>\nint two() { return 2; }\n")
+    (folder / "csrc/cuda/kernel.cu").write_text("__global__ void kernel() {}\n")
+    environment = {**os.environ, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "9.0a", **extra}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-c", SETUP, "-q", *command],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NVCC)
+def test_an_unusable_toolkit_costs_the_cuda_library_alone(tmp_path, name):
+    script, headers, reason = NVCC[name]
+    home = make_toolkit(tmp_path / "toolkit", script, headers)
+    done = build(tmp_path / "project", home, "build_ext", "--inplace")
+    assert done.returncode == 0, done.stderr
+    built = sorted(path.name for path in (tmp_path / "project/vpt_kernels").glob("*.so"))
+    assert built == ["_C.so"], done.stdout + done.stderr
+    (line,) = [
+        line for line in done.stderr.splitlines() if line.startswith("vpt-kernels: vpt_kernels._C_cuda is left out")
+    ]
+    assert reason in line or (toolkit_accepts(home) and reason in done.stdout + done.stderr), line
+
+
+def toolkit_accepts(home: Path) -> bool:
+    """What only a compilation shows cannot be said before one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_HOME", str(home))
+        return toolkit.toolkit_problem("13.0") is None
+
+
+@pytest.mark.parametrize("name", NVCC)
+def test_the_reason_is_found_again(tmp_path, name, monkeypatch):
+    """After the installation, whose output pip hides: the same words, or the trial's."""
+    script, headers, reason = NVCC[name]
+    home = make_toolkit(tmp_path / "toolkit", script, headers)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    problem = toolkit.toolkit_problem("13.0")
+    if problem is None:
+        assert name in ("writes nothing", "compiles nothing")
+        assert "cannot compile an empty kernel" in toolkit.trial_problem(home)
+    else:
+        assert str(home) in problem and reason.removesuffix(" (") in problem and "\n" not in problem
+
+
+def test_a_usable_toolkit_builds_both(tmp_path, monkeypatch):
+    home = toolkit.toolkit_of(Path(nvcc.nvcc()))
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert toolkit.toolkit_problem(f"{toolkit.nvcc_version(home).split('.')[0]}.9") is None
+    assert toolkit.trial_problem(home) is None
+    nvcc.stub(tmp_path)
+    for name in ("libc10_cuda.so", "libcudart.so"):
+        shutil.copy(tmp_path / "libtorch_cuda.so", tmp_path / name)
+    done = build(tmp_path / "project", home, "bdist_wheel", LIBRARY_PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    folder = next((tmp_path / "project/build").glob("lib*/vpt_kernels"))
+    assert sorted(path.name for path in folder.glob("*.so")) == ["_C.so", "_C_cuda.so"], done.stdout + done.stderr
+    assert "left out" not in done.stderr
+
+
+def test_without_a_toolkit(tmp_path, monkeypatch):
+    monkeypatch.setattr(toolkit, "cuda_home", lambda: None)
+    assert "there is no CUDA toolkit" in toolkit.toolkit_problem("13.0")
+    assert "without CUDA" in toolkit.toolkit_problem(None)
+
+
+def test_home_is_found_where_torch_finds_it(tmp_path, monkeypatch):
+    """The build is torch's, so the words about it must be about the same folder."""
+    from torch.utils.cpp_extension import _find_cuda_home
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it warns otherwise
+    homes = {name: make_toolkit(tmp_path / name, "exit 0", True) for name in ("A", "B", "C")}
+    for names in ({"CUDA_HOME": "A", "CUDA_PATH": "B"}, {"CUDA_PATH": "B"}, {"CUDA_HOME": "", "CUDA_PATH": "B"}, {}):
+        for name in ("CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        for name, folder in names.items():
+            monkeypatch.setenv(name, str(homes[folder]) if folder else "")
+        for path in (str(homes["C"] / "bin"), str(tmp_path)):
+            monkeypatch.setenv("PATH", path)
+            expected = _find_cuda_home()
+            assert toolkit.cuda_home() == (Path(expected) if expected else None), (names, path)
