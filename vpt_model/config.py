@@ -57,6 +57,7 @@ class DinoConfig:
     mlp_ratio: int = 4
     image_size: int = 518
     patch_size: int = 14
+    use_swiglu_ffn: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,10 @@ def _checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     found, bad = {}, {}
     for name, form in known.items():
         value = values[name]
-        if form.startswith("tuple"):
+        if form == "bool":
+            found[name] = value
+            good = type(value) is bool
+        elif form.startswith("tuple"):
             found[name] = tuple(value) if isinstance(value, (list, tuple)) else value
             good = isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
         else:

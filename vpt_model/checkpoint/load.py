@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from vpt_model.checkpoint.encoder_names import packed_name, state_name
 from vpt_model.checkpoint.weights import Stored, read_json, stored_tensors
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig, VisionConfig, parse_config
 from vpt_model.text.tokens import Tokenizer
@@ -80,7 +81,7 @@ def _vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _dino_shapes(config: DinoConfig) -> dict[str, tuple[int, ...]]:
-    """The published names, which are those of transformers' Dinov2Model behind a prefix."""
+    """The published names; those of SwiGLU, which no published variant has, are `encoder_names`' choice."""
     width, patch, mlp = config.hidden_size, config.patch_size, config.hidden_size * config.mlp_ratio
     embeddings = "detection_model.embeddings."
     shapes: dict[str, tuple[int, ...]] = {
@@ -96,8 +97,15 @@ def _dino_shapes(config: DinoConfig) -> dict[str, tuple[int, ...]]:
             shapes |= _linear(f"{layer}attention.{name}", width, width)
         shapes[f"{layer}layer_scale1.lambda1"] = (width,)
         shapes |= _norm(f"{layer}norm2", width)
-        shapes |= _linear(f"{layer}mlp.fc1", mlp, width)
-        shapes |= _linear(f"{layer}mlp.fc2", width, mlp)
+        if config.use_swiglu_ffn:
+            # Two thirds of the width, up to a multiple of 8: transformers' rule.
+            gated = (int(mlp * 2 / 3) + 7) // 8 * 8
+            shapes |= _linear(f"{layer}mlp.gate_proj", gated, width)
+            shapes |= _linear(f"{layer}mlp.up_proj", gated, width)
+            shapes |= _linear(f"{layer}mlp.down_proj", width, gated)
+        else:
+            shapes |= _linear(f"{layer}mlp.fc1", mlp, width)
+            shapes |= _linear(f"{layer}mlp.fc2", width, mlp)
         shapes[f"{layer}layer_scale2.lambda1"] = (width,)
     return shapes | _norm("detection_model.layernorm", width)
 
@@ -291,16 +299,18 @@ def fused_groups(config: ModelConfig) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in expected_shapes(config):
         fused = re.sub(r"^(model\.layers\.\d+\.self_attn\.)[qkv]_proj\.", r"\1qkv_proj.", name)
-        fused = re.sub(r"^(model\.layers\.\d+\.mlp\.)(gate|up)_proj\.", r"\1gate_up_proj.", fused)
+        fused = packed_name(re.sub(r"^(model\.layers\.\d+\.mlp\.)(gate|up)_proj\.", r"\1gate_up_proj.", fused))
         if not (name == _HEAD and config.tie_word_embeddings):
             groups.setdefault(fused, []).append(name)
     return groups
 
 
 def _rename(folder: Path, tensors: dict[str, Stored]) -> None:
-    for old, new in _RENAMES.items():
-        for name in [name for name in tensors if name.startswith(old)]:
-            renamed = new + name.removeprefix(old)
+    for name in list(tensors):
+        renamed = state_name(name)
+        for old, new in _RENAMES.items():
+            renamed = new + name.removeprefix(old) if name.startswith(old) else renamed
+        if renamed != name:
             if renamed in tensors:
                 raise ValueError(f"{folder} holds both {name} and {renamed}, two names of one tensor: remove one")
             tensors[renamed] = tensors.pop(name)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpt_kernels import dinov2_policy, fold_patch_weight, plan_regions, roi_patch_embed, sam_policy
+from vpt_model.checkpoint.encoder_names import state_for
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig
 from vpt_model.network.linear import linear
 from vpt_model.network.sam_attention import SamAttention
@@ -29,8 +30,9 @@ _DINO_LONGEST_EDGE, _SAM_LONGEST_EDGE = 512, 1024
 def build_encoder(kind: str, config: ModelConfig) -> DinoEncoder | SamEncoder:
     """The re-encoder of `kind` ("detection" or "seg") with the shapes in `config`; its parameters are still to `load`.
 
-    The names and shapes of its `state_dict()` are those of transformers' `Dinov2Model` or `SamVisionEncoder`. Raises
-    ValueError for any other kind ("clip" re-encodes by the model's own vision tower) and without transformers.
+    The names and shapes of its `state_dict()` are those of the installed transformers' `Dinov2Model` or
+    `SamVisionEncoder`. Raises ValueError for any other kind ("clip" re-encodes by the model's own vision tower) and
+    without transformers.
     """
     if kind not in ("detection", "seg"):
         raise ValueError(f"kind is {kind!r}; only 'detection' (DINOv2) and 'seg' (SAM) have an encoder of their own")
@@ -59,11 +61,11 @@ class _Encoder(nn.Module):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the tensors of `state` as parameters, without a copy, and fold the patch embedding.
 
-        state: every tensor under transformers' name, all of one dtype and device. Raises ValueError naming those that
-        are missing, unexpected or misshapen.
+        state: every tensor under the checkpoint's name or transformers', all of one dtype and device. Raises ValueError
+        naming those that are missing, unexpected or misshapen.
         """
         try:
-            self.load_state_dict(state, strict=True, assign=True)
+            self.load_state_dict(state_for(self, state), strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{error}: give exactly the tensors of {type(self).__name__}") from error
         self.requires_grad_(False).eval()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vpt_model.checkpoint.encoder_names import state_for
 from vpt_model.config import ModelConfig, VisionConfig
 
 Grid = tuple[int, int]
@@ -170,7 +171,8 @@ def reencoder(config: ModelConfig, state: Mapping[str, Tensor]) -> Reencoder | N
             module = Dinov2Model(Dinov2Config(**vars(config.dino)))
         else:
             module = SamVisionEncoder(SamVisionConfig(**vars(config.sam)))
-    module.load_state_dict(Weights(state, f"{config.kind}_model.").tensors, strict=True, assign=True)
+    stored = Weights(state, f"{config.kind}_model.").tensors
+    module.load_state_dict(state_for(module, stored), strict=True, assign=True)
     module.requires_grad_(False).eval()
     if config.kind == "detection":
         patch = config.dino.patch_size
