@@ -17,7 +17,7 @@ from types import ModuleType
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 NOTE = "<!-- Written by docs/generate.py; change the docstrings and run `make docs`. -->\n"
-MODULES = ("vpt_kernels", "vpt_kernels.layers", "vpt_kernels.hub", "vpt_model")
+MODULES = ("vpt_kernels", "vpt_kernels.layers", "vpt_kernels.hub", "vpt_kernels.live", "vpt_model")
 COMMANDS = ("app", "mini", "checkpoint/convert.py", "published/recordings.py", "published/verify.py")
 """Parts of `vpt_model` that only its command line needs, which prints its errors itself."""
 RAISED = ("ValueError", "TypeError", "BackendUnavailable", "RuntimeError", "ImportError")

@@ -1,4 +1,4 @@
-"""Continue a cache with a new image: transformers' Qwen2-VL, first its own call forms, then with the kernels.
+"""Continue a cache with a new image: the call forms of transformers' `generate`, and a live conversation.
 
     python examples/continue_cache.py            # a tiny random model; the words mean nothing, the differences do
     python examples/continue_cache.py MODEL      # a folder or a name that from_pretrained knows
@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration, StaticCache
+from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vpt_kernels import QwenVLImageProcessor, patch
-from vpt_model.network.positions import mrope_positions
+from vpt_kernels.live import LiveConversation
 
 NEW_TOKENS = 5
+PIXELS = np.random.default_rng(0).integers(0, 256, (112, 168, 3), dtype=np.uint8)
+PHOTO, BOX = Image.fromarray(PIXELS), (28, 14, 140, 98)
 
 
 def tiny_model() -> Any:
@@ -48,38 +53,46 @@ def tiny_model() -> Any:
     return model.eval()
 
 
+def tiny_processor() -> SimpleNamespace:
+    """Numbers as words, so that a text is a list of ids, and transformers' image processor."""
+    words = Tokenizer(WordLevel({str(number): number for number in range(128)}, unk_token="0"))
+    words.pre_tokenizer = Whitespace()
+    images = Qwen2VLImageProcessorPil(max_pixels=12_845_056)
+    return SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=words), image_processor=images)
+
+
 @dataclass
-class Conversation:
+class Turns:
     """Two turns: an image with a question and its answer, then a crop of it with another question."""
 
     model: Any
-    first: dict[str, Tensor]
-    second: dict[str, Tensor]
+    processor: Any
 
     def __post_init__(self) -> None:
-        config = self.model.config
         self.options: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
         self.options |= {"return_dict_in_generate": True, "output_logits": True}
-
-        def turn(image: dict[str, Tensor], before: list[int], after: list[int]) -> Tensor:
-            pads = int(image["image_grid_thw"].prod()) // config.vision_config.spatial_merge_size**2
-            marks = [config.vision_start_token_id, *[config.image_token_id] * pads, config.vision_end_token_id]
-            return torch.tensor([[*before, *marks, *after]])
-
-        self.question = turn(self.first, [10, 11, 12], [20, 21, 22, 23])
-        answer = self.answer().sequences
-        self.ids = torch.cat([answer, turn(self.second, [13], [30, 31])], dim=1)
+        self.first, self.second = (
+            dict(self.processor.image_processor(images=image, return_tensors="pt"))
+            for image in (PHOTO, PHOTO.crop(BOX))
+        )
+        self.question = self.turn(self.first, "10 11 12", "20 21 22 23")
+        self.ids = torch.cat([self.answer().sequences, self.turn(self.second, "13", "30 31")], dim=1)
         both = {name: torch.cat([self.first[name], self.second[name]]) for name in self.first}
         self.anew = self.steps(self.model.generate(**self.described(self.ids), **both, **self.options))
+
+    def turn(self, image: dict[str, Tensor], before: str, after: str) -> Tensor:
+        config, encode = self.model.config, lambda text: self.processor.tokenizer(text)["input_ids"]
+        pads = int(image["image_grid_thw"].prod()) // config.vision_config.spatial_merge_size**2
+        marks = [config.vision_start_token_id, *[config.image_token_id] * pads, config.vision_end_token_id]
+        return torch.tensor([[*encode(before), *marks, *encode(after)]])
 
     def described(self, ids: Tensor) -> dict[str, Tensor]:
         kinds = (ids == self.model.config.image_token_id).int()
         return {"input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
 
-    def answer(self, cache: Any = None) -> Any:
+    def answer(self) -> Any:
         """The first turn: its ids, and its cache, which lacks the last token only."""
-        given = {} if cache is None else {"past_key_values": cache}
-        return self.model.generate(**self.described(self.question), **self.first, **self.options, **given)
+        return self.model.generate(**self.described(self.question), **self.first, **self.options)
 
     @staticmethod
     def steps(out: Any) -> Tensor:
@@ -109,25 +122,16 @@ class Conversation:
         }[form]  # fmt: skip
         return self.steps(model.generate(**given, past_key_values=cache, **self.options))
 
-    def appended(self, cache: Any) -> Tensor:
-        """Logits [new, vocabulary] of one appended chunk and one forward call per token: nothing is passed twice."""
-        model = self.model
-        first = self.answer(cache)
-        cache = first.past_key_values
-        known = int(cache.get_seq_length())
-        # A token's place in the cache and its position differ since the first image.
-        next_position = known + int(model.model.rope_deltas)
-        chunk, grids = self.ids[0, known:], [tuple(self.second["image_grid_thw"][0, 1:].tolist())]
-        merge = model.config.vision_config.spatial_merge_size
-        positions, next_position = mrope_positions(chunk, grids, next_position, model.config.image_token_id, merge)
-        out = model(chunk[None], position_ids=positions[:, None], past_key_values=cache, **self.second)
-        logits = [out.logits[0, -1]]
-        while len(logits) < NEW_TOKENS:
-            position = torch.full((3, 1, 1), next_position)
-            token = logits[-1].argmax().view(1, 1)
-            logits.append(model(token, position_ids=position, past_key_values=cache).logits[0, -1])
-            next_position += 1
-        return torch.stack(logits)
+    def live(self, cache: str) -> Tensor:
+        """Logits [new, vocabulary] of a live conversation: every token passes the model once."""
+        with LiveConversation(self.model, self.processor, cache=cache, capacity=self.ids.shape[1] + NEW_TOKENS) as chat:
+            chat.append("10 11 12")
+            chat.append("20 21 22 23", image=PHOTO)
+            chat.generate(**self.options)
+            chat.append("13")
+            chat.crop(BOX)
+            chat.append("30 31")
+            return self.steps(chat.generate(**self.options))
 
 
 NATIVE = (
@@ -140,35 +144,25 @@ NATIVE = (
 )
 
 
-def outcomes(model: Any) -> dict[str, float | str]:
+def outcomes(model: Any, processor: Any) -> dict[str, float | str]:
     """Each way of continuing → the largest difference of a logit from generating anew, or the error."""
-    pixels = np.random.default_rng(0).integers(0, 256, (112, 168, 3), dtype=np.uint8)
-    photo, box = Image.fromarray(pixels), (28, 14, 140, 98)
-    theirs = Qwen2VLImageProcessorPil(max_pixels=12_845_056)
     found: dict[str, float | str] = {}
-    with torch.no_grad():
-        plain = Conversation(model, *(theirs(image, return_tensors="pt") for image in (photo, photo.crop(box))))
-        for form in NATIVE:
-            try:
-                found[form] = (plain.native(form) - plain.anew).abs().max().item()
-            except Exception as error:  # noqa: BLE001  (what other versions raise is what is to be found out)
-                found[form] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    ours = QwenVLImageProcessor.of(model, theirs)
-    with torch.no_grad(), patch(model) as report:
-        conversation = Conversation(model, ours(photo), ours(photo, [(0, *box)]))
-        text = model.config.get_text_config()
-        room = conversation.ids.shape[1] + NEW_TOKENS
-        for name, cache in (("DynamicCache", DynamicCache(config=text)), ("StaticCache", StaticCache(text, room))):
-            difference = conversation.appended(cache) - plain.anew
-            found[f"appended with explicit positions, {name}"] = difference.abs().max().item()
-    print(report)
+    turns = Turns(model, processor)
+    for form in NATIVE:
+        try:
+            found[form] = (turns.native(form) - turns.anew).abs().max().item()
+        except Exception as error:  # noqa: BLE001  (what other versions raise is what is to be found out)
+            found[form] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    for cache in ("dynamic", "static"):
+        found[f"LiveConversation, {cache} cache"] = (turns.live(cache) - turns.anew).abs().max().item()
     return found
 
 
 def main() -> None:
     source = sys.argv[1:2]
     model = Qwen2VLForConditionalGeneration.from_pretrained(*source).eval() if source else tiny_model()
-    for form, outcome in outcomes(model).items():
+    processor = AutoProcessor.from_pretrained(*source) if source else tiny_processor()
+    for form, outcome in outcomes(model, processor).items():
         print(f"{form:58} {outcome if isinstance(outcome, str) else f'differs by {outcome:.1e}'}")
 
 

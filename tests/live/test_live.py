@@ -1,0 +1,449 @@
+"""Live conversations: every turn equals generating from the whole conversation anew, and only new tokens are fed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from tests.live.chats import FAMILIES, TEMPLATE, anew, model, picture, processor, steps, token, unwritable
+from vpt_kernels import patch
+from vpt_kernels.live import LiveConversation
+
+SAY = {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": unwritable()}
+GREEDY = SAY | {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+each_family = pytest.mark.parametrize("kind", FAMILIES)
+each_qwen = pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+each_cache = pytest.mark.parametrize("cache", ["dynamic", "static"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def user(text: str, *pictures: Any) -> list[dict[str, Any]]:
+    shown = [{"type": "image", "image": one} for one in pictures]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+
+
+def opened(kind: str = "qwen2_vl", template: str = TEMPLATE, **options: Any) -> LiveConversation:
+    return LiveConversation(model(kind), processor(FAMILIES[kind], template), **options)
+
+
+def pictures(count: int = 3) -> list[Any]:
+    return [picture(80 + 30 * number, 150 - 20 * number, number) for number in range(count)]
+
+
+def converse(chat: LiveConversation, options: dict[str, Any], seed: int | None = None, turns: int = 4) -> None:
+    """Turns with a picture each but for the fourth; every one is compared with generating anew, unpatched."""
+    shown: list[Any] = []
+    plain = deepcopy(chat.model)
+    for turn, image in zip(range(turns), [*pictures(), None]):
+        new = [] if image is None else [image]
+        chat.add(user(f"question {turn}?", *new))
+        shown += new
+        ids, patches = list(chat.ids), chat.fed["patches"]
+        found = []
+        for generate in (chat.generate, partial(anew, plain, chat.processor, ids, shown)):
+            if seed is not None:
+                torch.manual_seed(seed + turn)
+            found.append(generate(**options))
+        ours, theirs = found
+        assert torch.equal(ours.sequences, theirs.sequences), f"turn {turn}"
+        assert (steps(ours) - steps(theirs)).abs().max() <= 1e-4
+        assert chat.fed["tokens"] == chat.length == len(chat.ids) - 1
+        seen = chat.processor.image_processor(images=new, return_tensors="pt").image_grid_thw if new else torch.zeros(1)
+        assert chat.fed["patches"] - patches == int(seen.prod())
+
+
+@each_family
+@each_cache
+def test_every_turn_equals_generating_anew(kind, cache):
+    with opened(kind, cache=cache, capacity=600) as chat:
+        converse(chat, GREEDY)
+
+
+@pytest.mark.slow
+@each_family
+@each_cache
+def test_long_turns_equal_generating_anew(kind, cache):
+    with opened(kind, cache=cache, capacity=1200) as chat:
+        converse(chat, GREEDY | {"max_new_tokens": 64, "min_new_tokens": 64})
+
+
+@each_qwen
+@each_cache
+def test_sampled_turns_equal_generating_anew(kind, cache):
+    with opened(kind, cache=cache, capacity=600) as chat:
+        converse(chat, GREEDY | {"do_sample": True, "temperature": 1.5, "top_k": 20}, seed=5)
+
+
+def test_without_the_kernels_the_models_own_code_runs():
+    with opened(kernels=False) as chat:
+        assert not replaced(chat.model)
+        converse(chat, GREEDY, turns=2)
+
+
+@each_qwen
+def test_half_precision_stays_within_twice_the_error_of_generating_anew(kind):
+    """Logits of one sequence of ids, fed in turns and at once in bfloat16, against float64 at once."""
+    chat = LiveConversation(model(kind).bfloat16(), processor(FAMILIES[kind]))
+    exact = deepcopy(chat.model).double()
+    own, shown, turns = [], [], []
+    for turn, image in enumerate(pictures()):
+        chat.add(user(f"question {turn}?", image))
+        shown.append(image)
+        turns.append((list(chat.ids), list(shown)))
+        own.append(steps(chat.generate(**GREEDY)).float())
+    sequence = list(chat.ids)
+    chat.close()
+    plain = deepcopy(chat.model)
+    for logits, (ids, images) in zip(own, turns):
+        behind = sequence[len(ids) : len(ids) + 12]
+        there, true = (at_once(network, chat.processor, ids + behind, images, 12) for network in (plain, exact))
+        # The first logits are those of one state of the cache; the others follow the same ids.
+        ours, theirs = (logits - true).abs().max(), (there.float() - true).abs().max()
+        assert ours <= 2 * theirs
+
+
+def at_once(network: Any, chat: Any, ids: list[int], images: list[Any], count: int) -> Tensor:
+    """Logits of the last `count` ids by one forward pass of everything."""
+    tokens = torch.tensor([ids])
+    given = dict(chat.image_processor(images=images, return_tensors="pt"))
+    given["pixel_values"] = given["pixel_values"].to(network.dtype)
+    kinds = (tokens == token("<|image_pad|>")).int()
+    with torch.no_grad():
+        return network(tokens, mm_token_type_ids=kinds, **given).logits[0, -count - 1 : -1].double()
+
+
+def replaced(network: Any) -> bool:
+    return any("forward" in vars(module) for module in network.modules())
+
+
+def test_the_model_is_patched_while_a_conversation_is_open():
+    network = model("qwen2_vl")
+    first, second = (LiveConversation(network, processor()) for _ in range(2))
+    first.close()
+    first.close()
+    assert replaced(network)
+    second.add(user("what?", picture(90, 120)))
+    second.generate(**GREEDY)
+    del second
+    gc.collect()
+    assert not replaced(network)
+
+
+def test_a_patch_of_the_users_own_stays():
+    network = model("qwen2_vl")
+    with patch(network) as report, LiveConversation(network, processor()) as chat:
+        chat.add(user("what?", picture(90, 120)))
+        chat.generate(**GREEDY)
+        chat.close()
+        assert replaced(network) and sum(report.calls.values())
+    assert not replaced(network)
+
+
+@each_cache
+def test_conversations_over_one_model_do_not_meet(cache):
+    network = model("qwen2_vl")
+    chats = [LiveConversation(network, processor(), cache=cache, capacity=400) for _ in range(2)]
+    alone = [LiveConversation(network, processor(), cache=cache, capacity=400) for _ in range(2)]
+    for turn in range(2):
+        for number, chat in enumerate(chats):
+            chat.add(user(f"{turn}", picture(60 + 40 * number, 100, number)))
+            chat.generate(**GREEDY)
+    for number, chat in enumerate(alone):
+        for turn in range(2):
+            chat.add(user(f"{turn}", picture(60 + 40 * number, 100, number)))
+            chat.generate(**GREEDY)
+        assert chat.ids == chats[number].ids
+
+
+def test_appended_crops_equal_generating_anew():
+    image = picture(200, 260)
+    with opened() as chat:
+        chat.append("look: ", None)
+        chat.append(image=image)
+        chat.append("what is there?")
+        chat.generate(**GREEDY)
+        assert chat.crop((20, 30, 150.5, 120)) == (20, 30, 151, 120)
+        assert chat.crop((0.5, 0, 1, 0.5), 0, "relative") == (130, 0, 260, 100)
+        assert chat.crop((0, 500, 1000, 1000), 0, "thousandths") == (0, 100, 260, 200)
+        height, width = chat._look.resized(chat._pictures[0].grid)
+        assert chat.crop((0, 0, width / 2, height), image=0, coordinates="resized") == (0, 0, 130, 200)
+        chat.append("and now?")
+        ids = list(chat.ids)
+        ours = chat.generate(**GREEDY)
+        boxes = [(20, 30, 151, 120), (130, 0, 260, 100), (0, 100, 260, 200), (0, 0, 130, 200)]
+        theirs = anew(deepcopy(chat.model), chat.processor, ids, [image, *map(image.crop, boxes)], **GREEDY)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert (steps(ours) - steps(theirs)).abs().max() <= 1e-4
+
+
+@each_cache
+def test_an_interrupted_answer_leaves_the_conversation_as_it_was(cache):
+    class Stop:
+        def __init__(self, after: int) -> None:
+            self.left = after
+
+        def put(self, _: Any) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+        def end(self) -> None: ...
+
+    with opened(cache=cache, capacity=600) as chat, opened() as other:
+        for one in (chat, other):
+            one.add(user("first", picture(90, 120)))
+            one.generate(**GREEDY)
+            one.add(user("second", picture(120, 90)))
+        before = list(chat.ids), chat.length, chat.next_position, dict(chat.fed)
+        with pytest.raises(KeyboardInterrupt):
+            chat.generate(**GREEDY, streamer=Stop(5))
+        assert (chat.ids, chat.length, chat.next_position, chat.fed) == before
+        assert chat.generate(**GREEDY).sequences.tolist() == other.generate(**GREEDY).sequences.tolist()
+
+
+def test_streamers_and_stopping_criteria_work_as_usual():
+    with opened() as chat:
+        chat.add(user("what?", picture(90, 120)))
+        streamer = TextIteratorStreamer(chat.processor.tokenizer, skip_prompt=True)
+        stop = StoppingCriteriaList([MaxLengthCriteria(len(chat.ids) + 5)])
+        before = len(chat.ids)
+        chat.generate(suppress_tokens=unwritable(), do_sample=False, streamer=streamer, stopping_criteria=stop)
+        assert len(chat.ids) == before + 5
+        assert "".join(streamer) == chat.processor.tokenizer.decode(chat.ids[before:])
+
+
+STRIPS = TEMPLATE.replace("{% for c in m.content %}", "{% for c in m.content if m.role == 'user' or loop.index == 9 %}")
+"""A template that forgets what the assistant said, as those of thinking models forget the thoughts."""
+
+
+def test_a_template_that_rewrites_history_is_named():
+    with opened(template=STRIPS) as chat:
+        chat.add(user("first", picture(90, 120)))
+        begin = len(chat.ids)
+        chat.generate(**GREEDY)
+        before = list(chat.ids), chat.length, len(chat.images)
+        with pytest.raises(ValueError, match=rf"differently from token {begin} on: .* pass resync=True"):
+            chat.add(user("second", picture(120, 90)))
+        assert (chat.ids, chat.length, len(chat.images)) == before
+        chat.add(user("second", picture(120, 90)), resync=True)
+        assert chat.length == begin
+        ids, shown = list(chat.ids), [picture(90, 120), picture(120, 90)]
+        ours, theirs = chat.generate(**GREEDY), anew(deepcopy(chat.model), chat.processor, ids, shown, **GREEDY)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert (steps(ours) - steps(theirs)).abs().max() <= 1e-4
+
+
+@each_cache
+def test_resynchronising_inside_an_image_feeds_it_again(cache):
+    """The first message changes its text, so that even the first picture is fed again."""
+    moody = "{{ messages | length }}" + TEMPLATE
+    with opened(template=moody, cache=cache, capacity=600) as chat:
+        shown = [picture(90, 120, 0)]
+        chat.add(user("first", *shown))
+        chat.generate(**GREEDY)
+        shown.append(picture(70, 140, 1))
+        chat.add(user("second", shown[1]), resync=True)
+        assert chat.length == 0
+        ids = list(chat.ids)
+        ours, theirs = chat.generate(**GREEDY), anew(deepcopy(chat.model), chat.processor, ids, shown, **GREEDY)
+        assert (steps(ours) - steps(theirs)).abs().max() <= 1e-4
+
+
+def test_an_answer_can_be_replaced_by_what_is_its_text():
+    with opened() as chat:
+        chat.add(user("first", picture(90, 120)))
+        begin = len(chat.ids)
+        chat.generate(**GREEDY)
+        said = chat.processor.tokenizer.decode(chat.ids[begin:], skip_special_tokens=True)
+        chat.add([{"role": "assistant", "content": said}, *user("second")])
+        assert chat.length == begin + 11
+        chat.generate(**GREEDY)
+        with pytest.raises(ValueError, match="differently"):
+            chat.add([{"role": "assistant", "content": "no"}, *user("third")])
+
+
+def test_messages_may_come_one_by_one():
+    with opened() as chat, opened() as other:
+        chat.add(user("first", picture(90, 120)))
+        chat.add(user("second"))
+        other.add([*user("first", picture(90, 120)), *user("second")])
+        assert chat.ids == other.ids
+        assert chat.generate(**GREEDY).sequences.tolist() == other.generate(**GREEDY).sequences.tolist()
+
+
+def test_a_cache_that_somebody_changed_is_not_continued():
+    with opened() as chat:
+        chat.add(user("first", picture(90, 120)))
+        chat.generate(**GREEDY)
+        chat.add(user("second"))
+        chat._fed._cache.crop(-3)
+        with pytest.raises(ValueError, match="something else changed it"):
+            chat.generate(**GREEDY)
+
+
+def test_two_hundred_turns_keep_the_work_of_one():
+    """Tokens fed per turn do not grow with the history, and ids equal generating anew at the end."""
+    short = SAY | {"do_sample": False, "max_new_tokens": 2, "min_new_tokens": 2}
+    with opened() as chat:
+        chat.add(user("see", picture(60, 60)))
+        chat.generate(**short)
+        counts = set()
+        for _ in range(200):
+            fed = chat.fed["tokens"]
+            chat.append("<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n")
+            ids = list(chat.ids)
+            out = chat.generate(**short)
+            counts.add(chat.fed["tokens"] - fed)
+        assert len(counts) == 1
+        theirs = anew(deepcopy(chat.model), chat.processor, ids, [picture(60, 60)], **short)
+        assert torch.equal(out.sequences, theirs.sequences)
+
+
+BAD_CALLS = {
+    "nothing appended": (lambda c: c.append(), "neither text nor image"),
+    "a number as text": (lambda c: c.append(7), "text is a int"),
+    "an image token in a text": (lambda c: c.append("<|image_pad|>"), "pass pictures as image="),
+    "a video token in a text": (lambda c: c.append("<|video_pad|>"), "pass pictures as image="),
+    "a box outside": (lambda c: c.crop((0, 0, 500, 20)), "must lie inside"),
+    "an empty box": (lambda c: c.crop((5, 5, 5, 20)), "at least one pixel"),
+    "a box of three": (lambda c: c.crop((5, 5, 5)), "four finite numbers"),
+    "a box of NaN": (lambda c: c.crop((5, 5, float("nan"), 8)), "four finite numbers"),
+    "a box of words": (lambda c: c.crop("left"), "four numbers"),
+    "unknown coordinates": (lambda c: c.crop((0, 0, 1, 1), 0, "miles"), "give one of"),
+    "an unknown image": (lambda c: c.crop((0, 0, 9, 9), image=3), "the conversation has 1 images"),
+    "a half image": (lambda c: c.crop((0, 0, 9, 9), image=0.5), "the conversation has 1 images"),
+    "no messages": (lambda c: c.add([]), "give a list of dictionaries"),
+    "a message alone": (lambda c: c.add({"role": "user", "content": "x"}), "give a list of dictionaries"),
+    "a message without role": (lambda c: c.add([{"content": "x"}]), "a role and a content"),
+    "a video": (lambda c: c.add([{"role": "user", "content": [{"type": "video"}]}]), "a part of the content"),
+    "tokenize": (lambda c: c.add(user("x"), tokenize=True), "leave them out"),
+    "ids of one's own": (lambda c: c.generate(input_ids=torch.ones(1, 3)), "leave them out"),
+    "beams": (lambda c: c.generate(num_beams=3), "one sequence"),
+    "several sequences": (lambda c: c.generate(num_return_sequences=2, do_sample=True), "one sequence"),
+    "a draft model": (lambda c: c.generate(assistant_model=c.model), "leave it out"),
+    "too many tokens": (lambda c: c.generate(max_new_tokens=999), "static cache holds 300"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_say_what_is_wrong_and_change_nothing(case):
+    call, message = BAD_CALLS[case]
+    with opened(cache="static", capacity=300) as chat:
+        chat.add(user("what?", picture(90, 120)))
+        before = list(chat.ids), chat.length, len(chat.images)
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(chat)
+        assert (chat.ids, chat.length, len(chat.images)) == before
+        chat.generate(**GREEDY)
+        with pytest.raises(ValueError, match="differently|images and the conversation"):
+            chat.append("more")
+            chat.crop((0, 0, 30, 30))
+            chat.append("what?")
+            chat.add(user("a message behind raw tokens"))
+
+
+def test_a_conversation_that_ends_inside_an_image_or_is_answered_cannot_be_answered():
+    with opened() as chat:
+        with pytest.raises(ValueError, match="nothing to answer"):
+            chat.generate(**GREEDY)
+        chat.append(image=picture(90, 120))
+        chat.ids.pop()
+        with pytest.raises(ValueError, match="ends inside an image"):
+            chat.generate(**GREEDY)
+
+
+def test_a_closed_conversation_and_one_in_another_thread_refuse():
+    chat = opened()
+    chat.add(user("what?", picture(90, 120)))
+    inside, errors = threading.Event(), []
+
+    class Wait:
+        def put(self, _: Any) -> None:
+            inside.set()
+            time.sleep(0.01)
+
+        def end(self) -> None: ...
+
+    worker = threading.Thread(target=lambda: chat.generate(**GREEDY, streamer=Wait()))
+    worker.start()
+    inside.wait(30)
+    for call in (chat.generate, lambda: chat.append("x"), lambda: chat.crop((0, 0, 9, 9)), lambda: chat.add(user("x"))):
+        with pytest.raises(ValueError, match="busy in another call"):
+            call()
+        errors.append(call)
+    worker.join()
+    assert len(errors) == 4
+    chat.close()
+    for call in errors:
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_threads_over_one_model_wait_for_each_other():
+    network = model("qwen2_vl")
+    chats = [LiveConversation(network, processor()) for _ in range(4)]
+    alone = [LiveConversation(network, processor()) for _ in range(4)]
+    for group in (chats, alone):
+        for number, chat in enumerate(group):
+            chat.add(user("what?", picture(60 + 20 * number, 100, number)))
+    threads = [threading.Thread(target=chat.generate, kwargs=GREEDY) for chat in chats]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, other in zip(chats, alone):
+        other.generate(**GREEDY)
+        assert ours.ids == other.ids
+
+
+def test_what_cannot_be_continued_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="layers of linear_attention"):
+        LiveConversation(model("qwen3_5", num_hidden_layers=4), processor(16))
+    text = LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match="no get_rope_index"):
+        LiveConversation(text, processor())
+    with pytest.raises(TypeError, match="a generating model"):
+        LiveConversation(torch.nn.Linear(2, 2), processor())
+    with pytest.raises(TypeError, match="without tokenizer"):
+        LiveConversation(model("qwen2_vl"), object())
+    for options, message in (
+        ({"cache": "static"}, "needs a number of tokens"),
+        ({"cache": "paged"}, "give 'dynamic', 'static' or a cache"),
+        ({"cache": {}}, "give 'dynamic', 'static' or a cache"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opened(**options)
+
+
+def test_a_cache_of_the_users_own_is_taken_if_it_is_empty():
+    network = model("qwen2_vl")
+    text = network.config.get_text_config()
+    with LiveConversation(network, processor(), cache=DynamicCache(config=text)) as chat:
+        converse(chat, GREEDY, turns=1)
+        with pytest.raises(ValueError, match="begins with an empty one"):
+            LiveConversation(network, processor(), cache=chat._fed._cache)
