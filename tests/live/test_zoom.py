@@ -62,7 +62,7 @@ def test_boxes_that_models_write_are_cut_to_the_image_and_hopeless_ones_answered
     answer = zoomed(call([150, 120, -20, 400]), call([300, 0, 400, 50]), call([0, 0, 9, 9], img_idx=8), "done")
     assert answer.boxes == [(0, 0, 120, 150, 200)]
     text = tokenizer().decode(answer.conversation.ids)
-    assert "No crop: box (300.0, 0.0, 400.0, 50.0) in pixels covers pixels (260, 0, 260, 50)" in text
+    assert "No crop: box (300.0, 0.0, 400.0, 50.0) in pixels of a picture of 260×200 pixels: it holds no pixel" in text
     assert "No crop: image is 8; the conversation has 2 images" in text
 
 

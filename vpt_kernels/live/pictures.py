@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, floor
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from vpt_kernels.processor import QwenVLImageProcessor
-
-COORDINATES = ("pixels", "relative", "thousandths", "resized")
+from vpt_kernels.roi_patch_embed.boxes import clip_boxes
 
 
 class Pictures:
@@ -50,29 +47,18 @@ def box_in_pixels(
     clip: cut what lies outside, and exchange borders in the wrong order, as models write them; else they are errors.
 
     Raises:
-        ValueError: not four finite numbers, unknown coordinates, an empty box, or one that leaves the picture.
+        TypeError, ValueError: not four finite numbers, unknown coordinates, an empty box, or one outside the picture.
     """
-    if coordinates not in COORDINATES:
-        raise ValueError(f"coordinates is {coordinates!r}; give one of {COORDINATES}")
-    try:
-        numbers = torch.tensor([float(value) for value in box], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"box is {box!r}; it must be four numbers: left, top, right, bottom") from error
-    if numbers.shape != (4,) or not torch.isfinite(numbers).all():
-        raise ValueError(f"box is {box!r}; it must be four finite numbers: left, top, right, bottom")
-    height, width = size
-    units = {"pixels": (width, height), "relative": (1, 1), "thousandths": (1000, 1000), "resized": resized[::-1]}
-    across, down = units[coordinates]
-    scale = torch.tensor([width / across, height / down] * 2, dtype=torch.float64)
-    left, top, right, bottom = (numbers * scale).tolist()
-    if clip:
-        (left, right), (top, bottom) = sorted((left, right)), sorted((top, bottom))
-        left, right = (min(max(x, 0), width) for x in (left, right))
-        top, bottom = (min(max(y, 0), height) for y in (top, bottom))
-    whole = floor(left), floor(top), ceil(right), ceil(bottom)
-    if not (0 <= whole[0] < whole[2] <= width and 0 <= whole[1] < whole[3] <= height):
+    scales = {"pixels": None, "relative": 1, "thousandths": 1000, "resized": resized[::-1]}
+    if coordinates not in scales:
+        raise ValueError(f"coordinates is {coordinates!r}; give one of {tuple(scales)}")
+    if isinstance(box, str) or len(box := tuple(box)) != 4:
+        raise ValueError(f"box is {box!r}; it must be four numbers: left, top, right, bottom")
+    ((_, *whole),), (changes,) = clip_boxes([(0, *box)], [size], scale=scales[coordinates])
+    if wrong := {"widened"} & set(changes) if clip else {"swapped", "clipped", "widened"} & set(changes):
+        reasons = {"swapped": "its borders are in the wrong order", "clipped": "a part lies outside"}
+        reason = " and ".join(reasons.get(name, "it holds no pixel") for name in sorted(wrong))
         raise ValueError(
-            f"box {tuple(box)} in {coordinates} covers pixels {whole} of a picture of {width}×{height}: it must lie "
-            "inside and hold at least one pixel"
+            f"box {box} in {coordinates} of a picture of {size[1]}×{size[0]} pixels: {reason}; see clip_boxes"
         )
-    return whole
+    return tuple(whole)
