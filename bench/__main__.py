@@ -19,6 +19,7 @@ from bench.environment import ROOT, machine
 from bench.rows import merge
 
 RESULTS = ROOT / "bench" / "results"
+PAGES = ("README.md", "docs/results.md")
 SUITES = sorted((ROOT / "bench" / "suite").glob("test_*.py"))
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 # Wide enough for every column where the output is a file.
@@ -74,7 +75,9 @@ def run(
 @app.command()
 def report(
     folder: Annotated[Path | None, typer.Argument(help="A machine's results; default: this machine's.")] = None,
-    readme: Annotated[bool, typer.Option("--readme", help="Also write the README's numbers and pictures.")] = False,
+    pages: Annotated[
+        bool, typer.Option("--pages", help="Also write the numbers of README.md and docs/results.md.")
+    ] = False,
 ) -> None:
     """Print a result, and write its Markdown and pictures beside it."""
     from bench import charts
@@ -94,9 +97,9 @@ def report(
         charts.roofline(result, folder / f"{file.stem}-roofline.svg")
         charts.timeline(result, folder / f"{file.stem}-second-look.svg")
         charts.scaling(result, folder / f"{file.stem}-scaling.svg")
-    if readme:
-        path = ROOT / "README.md"
-        path.write_text(with_results(path.read_text()))
+    for page in PAGES if pages else ():
+        path = ROOT / page
+        path.write_text(with_results(page, path.read_text()))
 
 
 @app.command()
@@ -131,14 +134,27 @@ def committed() -> dict[str, dict[str, reports.Result]]:
     return found
 
 
-def with_results(text: str) -> str:
-    """The README's text with the numbers of the committed results."""
+def with_results(page: str, text: str) -> str:
+    """The text of a page with the numbers of the committed results in its blocks.
+
+    page: "README.md" or "docs/results.md".
+    """
     results = committed()
     quick = {machine: found["quick"] for machine, found in results.items() if "quick" in found}
-    text = reports.replace_block(text, "measured", reports.readme_block(quick))
     # The goals are for CPUs; there is one such machine.
     on_cpu = [list(results[machine].values()) for machine, found in quick.items() if "gpu" not in found["environment"]]
-    return reports.replace_block(text, "goals", goals.table(on_cpu[0]))
+    headline = {row.name for row in goals.HEADLINE}
+    blocks = {
+        "README.md": {"headline": lambda: reports.summary(quick, "bench/results", headline)},
+        "docs/results.md": {
+            "measured": lambda: reports.summary(quick, "../bench/results"),
+            "goals": lambda: goals.table(on_cpu[0]),
+            "misses": lambda: goals.reasons(on_cpu[0]),
+        },
+    }
+    for name, block in blocks[page].items():
+        text = reports.replace_block(text, name, block())
+    return text
 
 
 if __name__ == "__main__":

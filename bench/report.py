@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -105,24 +106,29 @@ def markdown(result: Result) -> str:
             head = ("", "", "", "")
     used = dict.fromkeys(name for row in result["rows"] for name in row.get("alternatives", ()))
     lines += ["", "## The alternatives", "", "| alternative | how it was called |", "|---|---|"]
-    lines += [f"| {name} | {ALTERNATIVES[name]} |" for name in used]
+    lines += [f"| {name} | {ALTERNATIVES[name].description} |" for name in used]
     return "\n".join(lines) + "\n"
 
 
-def readme_block(results: dict[str, Result]) -> str:
-    """What the README shows of results/: each machine, and a line per row with the strongest alternative."""
+def summary(results: dict[str, Result], folder: str, only: Collection[str] = ()) -> str:
+    """Markdown: each machine, and a line per row with the strongest alternative.
+
+    folder: where the page finds the machines' results. only: the names of the rows that are shown; all without it.
+    """
     parts = []
     for machine, result in sorted(results.items()):
         e = result["environment"]
         where = e.get("gpu") or f"{e['cpu']}, {e['threads']} threads, {e['capability']}"
         parts += [
             f"{where}, torch {e['torch']}, transformers {e['transformers']}, commit {e['commit']}, {e['date'][:10]} "
-            f"([all rows](bench/results/{machine}/)):",
+            f"([all rows]({folder}/{machine}/quick.md)):",
             "",
             "| call | ours | strongest alternative | ratio (95 % interval) | of the roofline |",
             "|---|---|---|---|---|",
         ]
         for row in result["rows"]:
+            if only and row["name"] not in only:
+                continue
             if "wrong" in row:
                 parts.append(f"| {row['name'].replace(' |', ',')} | **wrong** | | | |")
                 continue

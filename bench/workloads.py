@@ -9,6 +9,7 @@ megapixels; looks of at most 512 pixels a side give 54 to 324 tokens. "2b" and "
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Roi:
     @property
     def shape(self) -> str:
         limit = f"{self.longest_edge} px" if self.longest_edge else f"{self.max_pixels / 1e6:.1f} Mpx"
-        return f"{self.width}×{self.height}, {self.regions} region{'s' * (self.regions > 1)}, ≤ {limit}"
+        again = "" if self.new_geometry else ", same boxes"
+        return f"{self.width}×{self.height}, {self.regions} region{'s' * (self.regions > 1)}, ≤ {limit}{again}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Append:
     sweep: str = ""
 
     @property
+    def op(self) -> str:
+        return "append_visual_kv_" if self.in_place else "append_visual_kv"
+
+    @property
     def shape(self) -> str:
         pages = f", pages of {self.page_size}" if self.page_size else ""
         return f"{self.tokens} tokens, {self.lm}{pages}{', q in place' if self.in_place else ''}"
@@ -99,10 +105,24 @@ class SecondLook:
     history: int = 0
     quick: bool = True
     sweep: str = ""
+    op: ClassVar[str] = "second look"
+    dtype: ClassVar[str] = "float32"
 
     @property
     def shape(self) -> str:
         return f"{self.look}, {self.preset}{f', after {self.history} tokens' if self.history else ''}"
+
+
+@dataclass(frozen=True)
+class HostCall:
+    """The smallest call of a function, of which only the host's time counts."""
+
+    what: str
+    dtype: ClassVar[str] = "–"
+
+    @property
+    def shape(self) -> str:
+        return f"host time, {self.what}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,7 @@ class DropInImage:
     height: int
     max_pixels: int
     quick: bool = True
+    dtype: ClassVar[str] = "float32"
 
     @property
     def shape(self) -> str:
@@ -128,6 +149,7 @@ class DropInDecode:
     context: int
     tokens: int = 4
     quick: bool = True
+    dtype: ClassVar[str] = "float32"
 
     @property
     def shape(self) -> str:
@@ -147,10 +169,24 @@ class Decode:
     tokens: int = 8
     quick: bool = True
     sweep: str = ""
+    op: ClassVar[str] = "decode"
+    dtype: ClassVar[str] = "float32"
 
     @property
     def shape(self) -> str:
         return f"one token{f' of each of {self.batch} rows' if self.batch > 1 else ''}, {self.preset}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's identity: an operator on a workload. Results know it by its `name`."""
+
+    op: str
+    workload: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} | {self.workload.shape} | {self.workload.dtype}"
 
 
 PHOTO, DOCUMENT, LARGE = (512, 384), (1700, 2200), (4000, 3000)

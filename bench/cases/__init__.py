@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -86,18 +87,45 @@ def absent(package: str) -> str | None:
     return None if find_spec(package) else f"{package} is not installed"
 
 
-def peer(
-    package: str, make: Callable[[Any], Call], sets: Sequence[Any], *, unusable: str | None = None
-) -> list[Call] | str:
-    """Calls of a package on every set of buffers, or why there are none; `unusable`: why none can be."""
-    if reason := absent(package) or unusable:
-        return reason
-    try:
-        calls = [make(one) for one in sets]
-        calls[0]()
-    except Exception as error:  # noqa: BLE001  (another release of a package must not cost us the row)
-        return f"{package} does not run: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    return calls
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to do the work of a row. Whoever adds one writes this object in its case's file, and nothing else.
+
+    name: what results and pages call it. description: how it is called; threads and dtype are those of ours.
+    make_call: turns the case's problem (its inputs) into the call that is timed. available: says of a problem why the
+    alternative cannot run on it, or None. exact: whether its result may differ from ours by rounding only. peer: a
+    package of which any release may be installed; without it, or if its call fails, the row names the reason.
+    """
+
+    name: str
+    description: str
+    make_call: Callable[[Any], Callable[..., Any]]
+    available: Callable[[Any], str | None] = lambda problem: None
+    exact: bool = True
+    peer: str | None = None
+
+    def calls(self, problems: Sequence[Any], *arguments: Any) -> list[Any] | str:
+        """The call on each of a row's problems, which differ in their buffers only, or why there is none.
+
+        arguments: what a call takes; a peer's is tried with them.
+        """
+        if reason := self.available(problems[0]) or (absent(self.peer) if self.peer else None):
+            return reason
+        if self.peer is None:
+            return [self.make_call(problem) for problem in problems]
+        try:
+            calls = [self.make_call(problem) for problem in problems]
+            calls[0](*arguments)
+            return calls
+        except Exception as error:  # noqa: BLE001  (another release of a package must not cost us the row)
+            return f"{self.peer} does not run: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+
+
+def has_onednn(problem: Any) -> str | None:
+    """Why a float32 product on a CPU cannot go through oneDNN, or None; for `Alternative.available`."""
+    if problem.device != "cpu" or problem.workload.dtype != "float32":
+        return "for float32 on a CPU, where torch takes MKL"
+    return None if torch.backends.mkldnn.is_available() else "this torch has no oneDNN"
 
 
 def workspace(call: Call, device: str, outputs: int) -> int | None:
@@ -130,3 +158,13 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under torch.compile as `COMPILED` says, one wrapper for all buffers of a row."""
+    return torch.compile(function, fullgraph=True)
+
+
+COMPILED = "the eager composition, fullgraph (control, append), default mode, inductor; compiled per row"
+"""How every case calls torch.compile."""

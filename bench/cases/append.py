@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from bench.cases import TOLERANCES, Case, absent, peer, require_close, sweep, workspace
+from bench.cases import COMPILED, TOLERANCES, Alternative, Case, absent, compiled, require_close, sweep, workspace
 from bench.rooflines import append_work
 from bench.timers import Call
 from bench.workloads import LMS, Append
@@ -22,6 +20,7 @@ class Buffers:
     """One set of inputs and caches, and every implementation's call on it."""
 
     def __init__(self, workload: Append, device: str) -> None:
+        self.workload, self.device = workload, device
         lm, dtype, tokens = LMS[workload.lm], getattr(torch, workload.dtype), workload.tokens
         widths = [lm.heads * lm.head_dim, lm.kv_heads * lm.head_dim, lm.kv_heads * lm.head_dim]
         packed = torch.randn(tokens, sum(widths), device=device).to(dtype)
@@ -93,35 +92,40 @@ def eager_append(
     return rotate(q)
 
 
-Stored = Callable[[], tuple[Tensor, Tensor]]
-"""What a call stored: keys and values [tokens, heads, head_dim]."""
+class TransformersAppend:
+    """transformers' rotation and its StaticCache of one layer, which keeps keys and values itself."""
 
+    def __init__(self, buffers: Buffers) -> None:
+        from transformers import Qwen2Config, StaticCache
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
-def _transformers(buffers: Buffers, capacity: int) -> tuple[Call, Stored]:
-    from transformers import Qwen2Config, StaticCache
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
+        lm = buffers.lm
+        config = Qwen2Config(
+            num_hidden_layers=1,
+            num_attention_heads=lm.heads,
+            num_key_value_heads=lm.kv_heads,
+            hidden_size=lm.heads * lm.head_dim,
+        )
+        self.buffers, self.rotate = buffers, apply_rotary_pos_emb
+        self.static = StaticCache(config=config, max_cache_len=buffers.workload.capacity)
 
-    lm = buffers.lm
-    config = Qwen2Config(
-        num_hidden_layers=1,
-        num_attention_heads=lm.heads,
-        num_key_value_heads=lm.kv_heads,
-        hidden_size=lm.heads * lm.head_dim,
-    )
-    static = StaticCache(config=config, max_cache_len=capacity)
-
-    def call() -> Tensor:
-        q, k, v = (t.transpose(0, 1)[None] for t in (buffers.q, buffers.k, buffers.v))
-        rotated, keys = apply_rotary_pos_emb(q, k, buffers.cos, buffers.sin)
-        static.update(keys, v, 0)
-        static.layers[0].cumulative_length.zero_()
+    def __call__(self) -> Tensor:
+        q, k, v = (t.transpose(0, 1)[None] for t in (self.buffers.q, self.buffers.k, self.buffers.v))
+        rotated, keys = self.rotate(q, k, self.buffers.cos, self.buffers.sin)
+        self.static.update(keys, v, 0)
+        self.static.layers[0].cumulative_length.zero_()
         return rotated[0].transpose(0, 1)
 
-    def stored() -> tuple[Tensor, Tensor]:
-        layer, tokens = static.layers[0], buffers.k.shape[0]
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [tokens, heads, head_dim] that the last call appended."""
+        layer, tokens = self.static.layers[0], self.buffers.workload.tokens
         return tuple(t[0, :, :tokens].transpose(0, 1) for t in (layer.keys, layer.values))
 
-    return call, stored
+
+def _compiled(buffers: Buffers) -> Call:
+    append, s = compiled(eager_append), buffers
+    flat = [cache.view(-1, *s.k.shape[1:]) for cache in (s.k_cache, s.v_cache)]
+    return lambda: append(s.q, s.k, s.v, s.cos, s.sin, s.slots, *flat)
 
 
 def _flashinfer(buffers: Buffers) -> Call:
@@ -169,52 +173,91 @@ def _liger(buffers: Buffers) -> Call:
     return call
 
 
+def _contiguous(buffers: Buffers) -> str | None:
+    return "knows no pages" if buffers.workload.page_size else absent("transformers")
+
+
+def _on_a_gpu(buffers: Buffers) -> str | None:
+    return None if buffers.device == "cuda" else "needs a GPU"
+
+
+def _paged_on_a_gpu(buffers: Buffers) -> str | None:
+    return _on_a_gpu(buffers) if buffers.workload.page_size else "appends to pages"
+
+
+def _never(buffers: Buffers) -> str:
+    return absent("flash_attn") or "attends in the same call, and rotates a token by one position, not three"
+
+
+COPY = Alternative(
+    "copy of the same bytes",
+    "copy_ of q, k and v: as many bytes as the append reads and writes, and no arithmetic",
+    lambda buffers: buffers.copy,
+)
+TRANSFORMERS = Alternative(
+    "transformers rotary + StaticCache",
+    "apply_rotary_pos_emb and StaticCache.update; position rows mixed before",
+    TransformersAppend,
+    _contiguous,
+)
+ALTERNATIVES = (
+    COPY,
+    Alternative(
+        "eager index_copy_",
+        "rotation by two products, index_copy_ into both caches; position rows mixed before",
+        lambda buffers: buffers.eager,
+    ),
+    Alternative("torch.compile", COMPILED, _compiled),
+    TRANSFORMERS,
+    Alternative(
+        "rotation + FlashInfer append",
+        "eager rotation, flashinfer.append_paged_kv_cache",
+        _flashinfer,
+        _paged_on_a_gpu,
+        peer="flashinfer",
+    ),
+    Alternative(
+        "Liger M-RoPE + index_copy_",
+        "liger_multimodal_rotary_pos_emb on contiguous copies, index_copy_",
+        _liger,
+        _on_a_gpu,
+        peer="liger_kernel",
+    ),
+    Alternative("flash_attn_with_kvcache", "flash-attn's append inside its attention", lambda buffers: None, _never),
+)
+
+
 def build(workload: Append, device: str) -> Case:
     work = append_work(workload)
     sets = [Buffers(workload, device) for _ in range(1 + ROTATION_BYTES[device] // work.bytes)][:64]
     first = sets[0]
-    timed: dict[str, list[Call] | str] = {}
-    elsewhere: dict[str, Stored] = {}
-    if not workload.in_place:
-        compiled = torch.compile(eager_append, fullgraph=True)
-
-        def compile_of(s: Buffers) -> Call:
-            flat = [cache.view(-1, *s.k.shape[1:]) for cache in (s.k_cache, s.v_cache)]
-            return lambda: compiled(s.q, s.k, s.v, s.cos, s.sin, s.slots, *flat)
-
-        timed["eager index_copy_"] = [s.eager for s in sets]
-        timed["torch.compile"] = [compile_of(s) for s in sets]
-        if not workload.page_size:
-            name, missing = "transformers rotary + StaticCache", absent("transformers")
-            if missing:
-                timed[name] = missing
-            else:
-                pairs = [_transformers(s, workload.capacity) for s in sets]
-                timed[name], elsewhere[name] = [call for call, _ in pairs], pairs[0][1]
-        unusable = None if device == "cuda" else "needs a GPU"
-        if workload.page_size:
-            timed["rotation + FlashInfer append"] = peer("flashinfer", _flashinfer, sets, unusable=unusable)
-        timed["Liger M-RoPE + index_copy_"] = peer("liger_kernel", _liger, sets, unusable=unusable)
-        timed["flash_attn_with_kvcache"] = absent("flash_attn") or (
-            "attends in the same call, and turns a token by one position, not three"
-        )
+    # All but the copy make a new q.
+    alternatives = {one.name: one.calls(sets) for one in ((COPY,) if workload.in_place else ALTERNATIVES)}
 
     def check() -> None:
         tolerance = TOLERANCES[workload.dtype]
         expected, stored = first.eager(), first.stored()
-        own = {"ours": [first.rotated_in_place if workload.in_place else first.ours]}
-        for name, calls in (own | timed).items():
-            if isinstance(calls, str):
+        found = {"ours": [first.rotated_in_place if workload.in_place else first.ours], **alternatives}
+        for name, calls in found.items():
+            if isinstance(calls, str) or name == COPY.name:
                 continue
             first.forget()
             require_close(f"append_visual_kv: {name}: q", calls[0](), expected, tolerance)
-            for part, found, right in zip("kv", elsewhere.get(name, first.stored)(), stored):
-                require_close(f"append_visual_kv: {name}: {part} cache", found, right, tolerance)
+            appended = getattr(calls[0], "stored", first.stored)()
+            for part, actual, right in zip("kv", appended, stored):
+                require_close(f"append_visual_kv: {name}: {part} cache", actual, right, tolerance)
 
     ours = [s.in_place if workload.in_place else s.ours for s in sets]
     outputs = 0 if workload.in_place else first.q.numel() * first.q.element_size()
-    op = "append_visual_kv_" if workload.in_place else "append_visual_kv"
     return Case(
-        op, workload.shape, workload.dtype, device, ours, {"copy of the same bytes": [s.copy for s in sets]} | timed,
-        check, work, workspace(ours[0], device, outputs), sweep=sweep(op, workload),
-    )  # fmt: skip
+        workload.op,
+        workload.shape,
+        workload.dtype,
+        device,
+        ours,
+        alternatives,
+        check,
+        work,
+        workspace(ours[0], device, outputs),
+        sweep=sweep(workload.op, workload),
+    )

@@ -8,7 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import TOLERANCES, Case, onednn, require_close, sweep, workspace
+from bench.cases import (
+    COMPILED,
+    TOLERANCES,
+    Alternative,
+    Case,
+    compiled,
+    has_onednn,
+    onednn,
+    require_close,
+    sweep,
+    workspace,
+)
 from bench.rooflines import control_work
 from bench.workloads import LMS, Control
 from vpt_kernels import control_cross_attention, fold_projector
@@ -43,48 +54,90 @@ def eager(
     return (f + torch.einsum("bso,bo->bs", f, k)[..., None] * k[:, None]).flatten(0, 1)
 
 
+class Weights:
+    """One projector: as the published composition takes it, and folded for ours."""
+
+    def __init__(self, workload: Control, device: str) -> None:
+        self.device, self.dtype = device, getattr(torch, workload.dtype)
+        hidden, form, width = LMS[workload.lm].hidden, workload.form, WIDTHS[workload.form]
+        norm = self.normal(hidden), self.normal(hidden)
+        linear = self.normal(hidden, hidden, scale=hidden**0.5), self.normal(hidden)
+        feature_norm = feature = None
+        if form == "linear":
+            feature_norm = self.normal(width), self.normal(width)
+            feature = self.normal(hidden, width, scale=32), self.normal(hidden)
+        elif form == "conv":
+            feature_norm = self.normal(256), self.normal(256)
+            feature = self.normal(hidden, 256, 4, 4, scale=64), self.normal(hidden)
+        self.folded = fold_projector(
+            form, condition_norm=norm, condition=linear, feature_norm=feature_norm, feature=feature
+        )
+        if form == "conv":
+            # In the order of the blocks' numbers, made once: (y, x, channel).
+            feature = (feature[0].permute(0, 2, 3, 1).flatten(1).contiguous(), feature[1])
+        self.published = (form, feature_norm, feature, norm, linear)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=self.device) / scale).to(self.dtype)
+
+
+class Problem:
+    """One set of features and control rows under the weights that all sets of a row share."""
+
+    def __init__(self, workload: Control, device: str, weights: Weights) -> None:
+        self.workload, self.device, self.weights = workload, device, weights
+        hidden, width = LMS[workload.lm].hidden, WIDTHS[workload.form]
+        shape = (workload.images, workload.tokens, width or hidden)
+        if workload.form == "conv":
+            shape = (workload.images, 256, 64, workload.tokens // 4)
+        self.features, self.control = weights.normal(*shape), weights.normal(workload.images, hidden)
+
+    def ours(self) -> Tensor:
+        return control_cross_attention(self.features, self.control, self.weights.folded)
+
+    def published(self, composition: Callable[..., Tensor], *more: object) -> Callable[[], Tensor]:
+        """A call of the published composition."""
+        return lambda: composition(self.features, self.control, *self.weights.published, *more)
+
+    def exact(self) -> Tensor:
+        """The published composition in float64."""
+        form, *pairs = self.weights.published
+        wide = (pair and tuple(tensor.double() for tensor in pair) for pair in pairs)
+        return eager(self.features.double(), self.control.double(), form, *wide)
+
+
+EAGER = Alternative(
+    "eager",
+    "the published composition: layer_norm, linear (no convolution: a product over blocks), einsum, residual",
+    lambda problem: problem.published(eager),
+)
+ALTERNATIVES = (
+    EAGER,
+    Alternative("torch.compile", COMPILED, lambda problem: problem.published(compiled(eager))),
+    Alternative(
+        "eager + oneDNN",
+        "the same with mkldnn._linear_pointwise instead of MKL's product",
+        lambda problem: problem.published(eager, onednn),
+        lambda problem: "has no large product" if problem.workload.form == "identity" else has_onednn(problem),
+    ),
+)
+
+
 def build(workload: Control, device: str) -> Case:
     torch.manual_seed(0)
-    hidden, form, dtype = LMS[workload.lm].hidden, workload.form, getattr(torch, workload.dtype)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) / scale).to(dtype)
-
-    norm, linear = (normal(hidden), normal(hidden)), (normal(hidden, hidden, scale=hidden**0.5), normal(hidden))
-    feature_norm = feature = None
-    width = WIDTHS[form]
-    if form == "linear":
-        feature_norm, feature = (normal(width), normal(width)), (normal(hidden, width, scale=32), normal(hidden))
-    elif form == "conv":
-        feature_norm, feature = (normal(256), normal(256)), (normal(hidden, 256, 4, 4, scale=64), normal(hidden))
-    projector = fold_projector(form, condition_norm=norm, condition=linear, feature_norm=feature_norm, feature=feature)
-    shape = (workload.images, workload.tokens, width or hidden)
-    if form == "conv":
-        shape = (workload.images, 256, 64, workload.tokens // 4)
-    work = control_work(workload, width)
+    weights, work = Weights(workload, device), control_work(workload, WIDTHS[workload.form])
     count = 1 if device == "cpu" else min(16, 1 + (128 << 20) // work.bytes)
-    inputs = [(normal(*shape), normal(workload.images, hidden)) for _ in range(count)]
-    compiled = torch.compile(eager, fullgraph=True)
-    if form == "conv":
-        # In the order of the blocks' numbers, made once: (y, x, channel).
-        feature = (feature[0].permute(0, 2, 3, 1).flatten(1).contiguous(), feature[1])
-    weights = (form, feature_norm, feature, norm, linear)
-
-    def calls(function, *more):
-        return [lambda f=f, c=c: function(f, c, *weights, *more) for f, c in inputs]
-
-    ours = [lambda f=f, c=c: control_cross_attention(f, c, projector) for f, c in inputs]
-    alternatives = {"eager": calls(eager), "torch.compile": calls(compiled)}
-    if device == "cpu" and workload.dtype == "float32" and feature and torch.backends.mkldnn.is_available():
-        # F.linear takes MKL for float32; oneDNN is faster on some processors, and less exact.
-        alternatives["eager + oneDNN"] = calls(eager, onednn)
+    problems = [Problem(workload, device, weights) for _ in range(count)]
+    ours = [problem.ours for problem in problems]
+    alternatives = {one.name: one.calls(problems) for one in ALTERNATIVES}
 
     def check() -> None:
-        wide = eager(*(t.double() for t in inputs[0]), form, *(p and tuple(t.double() for t in p) for p in weights[1:]))
-        for name, same in {"ours": ours, **alternatives}.items():
-            require_close(f"control_cross_attention {form}: {name}", same[0](), wide, TOLERANCES[workload.dtype])
+        exact = problems[0].exact()
+        for name, calls in {"ours": ours, **alternatives}.items():
+            if not isinstance(calls, str):
+                what = f"control_cross_attention {workload.form}: {name}"
+                require_close(what, calls[0](), exact, TOLERANCES[workload.dtype])
 
-    outputs = workload.images * workload.tokens * hidden * dtype.itemsize
     return Case(
         "control_cross_attention",
         workload.shape,
@@ -94,6 +147,8 @@ def build(workload: Control, device: str) -> Case:
         alternatives,
         check,
         work,
-        workspace(ours[0], device, outputs),
+        workspace(
+            ours[0], device, workload.images * workload.tokens * LMS[workload.lm].hidden * weights.dtype.itemsize
+        ),
         sweep=sweep("control_cross_attention", workload),
     )

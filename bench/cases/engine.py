@@ -3,17 +3,16 @@
 This engine appends it; the published procedure begins again; transformers continues its own cache with explicit
 positions, the fastest thing it can do, and for the clip look even reuses the features of the first. A fourth way gives
 transformers this engine's float32 products, so that what remains is not a matter of libraries. All have the same
-random weights, photo and forced tokens. And tokens of an answer, one by one: the same ways, and a mere read of the
-weights that every token needs.
+random weights, photo and forced tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -22,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, WrongResult, absent, sweep
-from bench.rooflines import Work
+from bench.cases import Alternative, Case, WrongResult, absent, sweep
 from bench.transformers_model import transformers_model
-from bench.workloads import Decode, SecondLook
+from bench.workloads import SecondLook
 from vpt_model.app.demo import QUESTION, default_image
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS
@@ -38,9 +36,6 @@ from vpt_model.published.procedure import PublishedProcedure
 from vpt_model.text.tokens import Tokenizer
 
 LONGEST_EDGE, CAPACITY = 512, 8192
-CONTINUED = "transformers, cache continued with explicit positions"
-WITH_OUR_LINEAR = "transformers, the same with our float32 products"
-DECODED, DECODED_WITH_OUR_LINEAR = "transformers, its cache continued", "transformers, with our float32 products"
 TOLERANCES = {"2b-slice": 1e-3, "2b": 1e-2}
 """On logits of standard deviation 1; a wrong step moves them by 0.03 or more, rounding by 2e-5 behind two random layers
 and by 2e-3 behind 28."""
@@ -106,7 +101,8 @@ class Problem:
     """One forced look."""
 
     def __init__(self, workload: SecondLook, device: str) -> None:
-        self.names, self.device = (workload.preset, ENCODERS.get(workload.look, ENCODERS["clip"]), device), device
+        self.workload, self.device = workload, device
+        self.names = (workload.preset, ENCODERS.get(workload.look, ENCODERS["clip"]), device)
         made = procedures(*self.names)
         self.engine, self.published, self.state = made.engine, made.published, made.state
         self.look, self.photo = workload.look, default_image()
@@ -114,6 +110,11 @@ class Problem:
         self.question = "x" * workload.history + QUESTION
         self.before = 0  # chunks fed before the trigger token
         self.stages: dict[str, list[dict[str, float]]] = {}
+
+    @cached_property
+    def continued(self) -> Continued:
+        """transformers behind the first look, for both of its ways."""
+        return Continued(self)
 
     def ours(self) -> float:
         """Seconds from the trigger token to the first answer token."""
@@ -140,7 +141,7 @@ class Problem:
 
     def _publish(self) -> tuple[float, Tensor]:
         answer = self.published.ask(self.photo, self.question, looks=[self.look], max_new_tokens=1, keep_logits=True)
-        self.saw("published procedure", answer.second_look_ms / 1e3, answer.timings)
+        self.saw(PUBLISHED.name, answer.second_look_ms / 1e3, answer.timings)
         return answer.second_look_ms / 1e3, answer.logits[0]
 
     def saw(self, name: str, seconds: float, timings: Sequence[Stage]) -> None:
@@ -199,11 +200,11 @@ class Continued:
         self.length = self.cache.get_seq_length()
 
     def __call__(self) -> float:
-        return self._timed(CONTINUED)
+        return self._timed(CONTINUED.name)
 
     def with_our_linear(self) -> float:
         with our_linear():
-            return self._timed(WITH_OUR_LINEAR)
+            return self._timed(WITH_OUR_LINEAR.name)
 
     def _timed(self, name: str) -> float:
         self.clock = Clock(torch.device("cpu"))
@@ -274,136 +275,46 @@ class Continued:
         return continued(self.model, self.cache, embeds[None], chunk.positions)
 
 
-class Decoding:
-    """Greedy tokens behind the prompt; every way chooses for itself, and all must choose the same."""
-
-    def __init__(self, workload: Decode, device: str) -> None:
-        self.names, self.device = (workload.preset, "clip", device), device
-        self.made, self.photo = procedures(*self.names), default_image()
-        self.count, self.batch = workload.tokens, workload.batch
-        language = self.made.engine.model.language
-        # A tied embedding is read whole by the head; of its own rows one per token.
-        self.weights = [tensor for layer in language.layers for tensor in vars(layer).values()] + [language.head]
-        self.ids, self.prompt = self._ours()[1], self.made.engine.fed[0]
-
-    def ours(self) -> float:
-        """Seconds per token of every row."""
-        return self._ours()[0]
-
-    def _ours(self) -> tuple[float, list[list[int]]]:
-        engine, times = self.made.engine, []
-        ids: list[list[int]] = [[] for _ in range(self.batch)]
-        engine.fed = []
-        # Random weights may choose to stop; what is timed is a number of tokens.
-        with patch.object(engine, "ids", replace(engine.ids, stop=frozenset())):
-            rows = [engine._admit(self.photo, QUESTION, None, 1 + self.count, False, None) for _ in ids]
-            for row, event in engine._together(rows):
-                if isinstance(event, Token):
-                    ids[row].append(event.id)
-                    if row == self.batch - 1:
-                        times.append(time.perf_counter())
-        return (times[-1] - times[0]) / self.count, ids
-
-    def read(self) -> float:
-        """Seconds to read the weights that a token needs, once."""
-        begin = time.perf_counter()
-        for weight in self.weights:
-            weight.sum()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    @property
-    def work(self) -> Work:
-        stored = len(self.prompt.tokens) + self.count // 2
-        cache = self.made.engine._idle[0].bytes_per_token * stored
-        return Work(sum(weight.nbytes for weight in self.weights) + self.batch * cache, 0)
+def _no_transformers(problem: Problem) -> str | None:
+    return "has no such re-encoder" if problem.workload.look in ("dino", "sam") else absent("transformers")
 
 
-class Decoded:
-    """The same tokens by transformers over the same weights, prompt and positions; a call forgets what it appended."""
-
-    def __init__(self, problem: Decoding) -> None:
-        from transformers import DynamicCache
-
-        self.problem, self.model = problem, transformers_twin(*problem.names)
-        self.cache = DynamicCache(config=self.model.config.get_text_config())
-        prompt = problem.prompt.embeds.expand(problem.batch, -1, -1)
-        self.first = self._step(prompt, problem.prompt.positions)
-        self.length, self.position = self.cache.get_seq_length(), int(problem.prompt.positions.max()) + 1
-
-    def __call__(self) -> float:
-        return self.decode()[0]
-
-    def with_our_linear(self) -> float:
-        with our_linear():
-            return self.decode()[0]
-
-    def decode(self) -> tuple[float, list[list[int]]]:
-        begin, ids = time.perf_counter(), [self.first]
-        for number in range(self.problem.count):
-            tokens = torch.tensor(ids[-1], device=self.problem.device)[:, None]
-            embeds = self.model.model.language_model.embed_tokens(tokens)
-            ids.append(self._step(embeds, torch.full((3, 1), self.position + number)))
-        seconds = (time.perf_counter() - begin) / self.problem.count
-        self.cache.crop(self.length - self.cache.get_seq_length())
-        return seconds, [list(row) for row in zip(*ids)]
-
-    def _step(self, embeds: Tensor, positions: Tensor) -> list[int]:
-        """The next token of every row, from embeddings [batch, T, H] at the same positions [3, T]."""
-        return self.model.lm_head(continued(self.model, self.cache, embeds, positions)).argmax(-1).tolist()
+def _no_transformers_here(problem: Problem) -> str | None:
+    return _no_transformers(problem) if problem.device == "cpu" else "the same: products differ on a CPU only"
 
 
-def build_decoding(workload: Decode, device: str) -> Case:
-    problem = Decoding(workload, device)
-    missing = absent("transformers")
-    theirs = None if missing else Decoded(problem)
-
-    def check() -> None:
-        found = {"ours": problem._ours()[1]}
-        if theirs:
-            found[DECODED] = theirs.decode()[1]
-            with our_linear():
-                found[DECODED_WITH_OUR_LINEAR] = theirs.decode()[1]
-        for name, ids in found.items():
-            if ids != problem.ids:
-                raise WrongResult(f"{name}: tokens {ids} instead of {problem.ids}; a wrong row is not timed")
-
-    alternatives: dict[str, Sequence[Callable[[], float]] | str] = {
-        DECODED: missing or [theirs],
-        "floor: the weights read once": [problem.read],
-    }
-    if device == "cpu":
-        alternatives[DECODED_WITH_OUR_LINEAR] = missing or [theirs.with_our_linear]
-    ours = [problem.ours]
-    return Case(
-        "decode", workload.shape, "float32", device, ours, alternatives, check, problem.work, self_timed=True,
-        sweep=sweep("decode", workload),
-    )  # fmt: skip
+CONTINUED = Alternative(
+    "transformers, cache continued with explicit positions",
+    "Qwen2-VL of transformers (SDPA) over the same weights, its DynamicCache continued with our positions",
+    lambda problem: problem.continued,
+    _no_transformers,
+)
+WITH_OUR_LINEAR = Alternative(
+    "transformers, the same with our float32 products",
+    "the same, its nn.Linear and patch embedding multiplying as the engine does (oneDNN)",
+    lambda problem: problem.continued.with_our_linear,
+    _no_transformers_here,
+)
+PUBLISHED = Alternative(
+    "published procedure",
+    "the conversation prefilled again, two language-model calls a token",
+    lambda problem: problem.publish,
+)
+ALTERNATIVES = (CONTINUED, WITH_OUR_LINEAR, PUBLISHED)
 
 
-def build(workload: SecondLook | Decode, device: str) -> Case:
-    if isinstance(workload, Decode):
-        return build_decoding(workload, device)
+def build(workload: SecondLook, device: str) -> Case:
     problem = Problem(workload, device)
-    alternatives: dict[str, list[Callable[[], float]] | str] = {}
-    missing = absent("transformers")
-    if workload.look in ("dino", "sam"):
-        missing = "has no such re-encoder"
-    continued = None if missing else Continued(problem)
-    alternatives[CONTINUED] = missing or [continued]
-    if device == "cpu":
-        alternatives[WITH_OUR_LINEAR] = missing or [continued.with_our_linear]
-    alternatives["published procedure"] = [problem.publish]
+    alternatives = {one.name: one.calls([problem]) for one in ALTERNATIVES}
 
     def check() -> None:
         (_, ours), limit = problem._ours(), TOLERANCES[workload.preset]
-        others = {"published procedure": problem._publish()[1]}
-        if continued:
-            for name, context in ((CONTINUED, nullcontext), (WITH_OUR_LINEAR, our_linear)):
+        others = {PUBLISHED.name: problem._publish()[1]}
+        if not _no_transformers(problem):
+            for one, context in ((CONTINUED, nullcontext), (WITH_OUR_LINEAR, our_linear)):
                 with context():
-                    others[name] = continued.look()
-                continued.forget()
+                    others[one.name] = problem.continued.look()
+                problem.continued.forget()
         for other, logits in others.items():
             difference = (ours - logits).abs().max().item()
             if not difference <= limit or int(ours.argmax()) != int(logits.argmax()):
@@ -413,6 +324,6 @@ def build(workload: SecondLook | Decode, device: str) -> Case:
                 )
 
     return Case(
-        "second look", workload.shape, "float32", device, [problem.ours], alternatives, check, None, self_timed=True,
-        sweep=sweep("second look", workload), timeline=problem.timeline,
+        workload.op, workload.shape, workload.dtype, device, [problem.ours], alternatives, check, None,
+        self_timed=True, sweep=sweep(workload.op, workload), timeline=problem.timeline,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.cases import Case, WrongResult, require_close
 from bench.timers import Call
+from bench.workloads import HostCall
 from vpt_kernels import (
     RegionPlan,
     append_visual_kv_,
@@ -96,4 +97,5 @@ def build(name: str, device: str) -> Case:
         for _ in range(CALLS):
             call()
 
-    return Case(name, f"host time, {shape}", "–", "cpu", [series], {}, check, None, calls=CALLS)
+    workload = HostCall(shape)
+    return Case(name, workload.shape, workload.dtype, "cpu", [series], {}, check, None, calls=CALLS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, WrongResult, absent, require_close, smooth_pixels
+from bench.cases import Alternative, Case, WrongResult, absent, require_close, smooth_pixels
 from bench.workloads import DropInDecode, DropInImage
 from vpt_kernels import QwenVLImageProcessor, patch
 
@@ -18,51 +18,81 @@ EMBED, PATCH = 1280, 14
 TOLERANCE = 1e-4
 
 
-def build_image(workload: DropInImage, device: str) -> Case:
-    """Pillow image → patch embeddings of Qwen2-VL's tower: `QwenVLImageProcessor` and a patched patch embedding."""
-    missing = absent("transformers")
-    alternatives = ("transformers' processor and patch embedding", "transformers' processor, patched patch embedding")
-    if missing:
-        return Case(
-            "drop-in", workload.shape, "float32", device, [lambda: None], dict.fromkeys(alternatives, missing),
-            lambda: None, None,
-        )  # fmt: skip
-    from PIL import Image
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
+class Images:
+    """Pictures that were never seen before, as every second look is, and both ways to their patch embeddings."""
 
-    torch.manual_seed(0)
-    picture = Image.fromarray(smooth_pixels(workload.height, workload.width))
-    plain, patched = (PatchEmbed(PATCH, 2, 3, EMBED).to(device) for _ in range(2))
-    patched.load_state_dict(plain.state_dict())
-    patch(patched)
-    theirs = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=workload.max_pixels)
-    ours, fresh = QwenVLImageProcessor.of(plain, theirs), count()
+    def __init__(self, workload: DropInImage, device: str) -> None:
+        from PIL import Image
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 
-    def crop() -> Any:
-        """A part of the picture never seen before, as every second look is."""
-        i = next(fresh)
-        return picture.crop((i % 7, i % 3, workload.width - i % 5, workload.height - i % 11))
+        torch.manual_seed(0)
+        self.workload, self.device, self.fresh = workload, device, count()
+        self.picture = Image.fromarray(smooth_pixels(workload.height, workload.width))
+        self.plain, self.patched = (PatchEmbed(PATCH, 2, 3, EMBED).to(device) for _ in range(2))
+        self.patched.load_state_dict(self.plain.state_dict())
+        patch(self.patched)
+        self.theirs = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=workload.max_pixels)
+        self.processor = QwenVLImageProcessor.of(self.plain, self.theirs)
 
-    def drop_in(image: Any = None) -> Tensor:
-        return patched(ours(image or crop())["pixel_values"])
+    def crop(self) -> Any:
+        i = next(self.fresh)
+        return self.picture.crop((i % 7, i % 3, self.workload.width - i % 5, self.workload.height - i % 11))
 
-    def processed(embed: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def ours(self, image: Any = None) -> Tensor:
+        return self.patched(self.processor(image or self.crop())["pixel_values"])
+
+    def processed(self, embed: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        """transformers' processor, then `embed`."""
+
         def call(image: Any = None) -> Tensor:
-            return embed(theirs(images=[image or crop()], return_tensors="pt")["pixel_values"].to(device))
+            values = self.theirs(images=[image or self.crop()], return_tensors="pt")["pixel_values"]
+            return embed(values.to(self.device))
 
         return call
 
-    calls = [processed(plain), processed(patched)]
+
+IMAGE_ALTERNATIVES = (
+    Alternative(
+        "transformers' processor and patch embedding",
+        "Qwen2VLImageProcessorPil and PatchEmbed, a Conv3d, as shipped",
+        lambda images: images.processed(images.plain),
+    ),
+    Alternative(
+        "transformers' processor, patched patch embedding",
+        "the same with vpt_kernels.patch on the embedding only",
+        lambda images: images.processed(images.patched),
+    ),
+)
+NOT_PATCHED = Alternative(
+    "transformers, not patched",
+    "the same model, weights and cache without vpt_kernels.patch",
+    lambda decoders: decoders[0],
+)
+ALTERNATIVES = (*IMAGE_ALTERNATIVES, NOT_PATCHED)
+
+
+def _without_transformers(workload: Any, device: str, alternatives: Sequence[Alternative], reason: str) -> Case:
+    """The row that says why it was not measured."""
+    absent_ones = {one.name: reason for one in alternatives}
+    return Case("drop-in", workload.shape, workload.dtype, device, [lambda: None], absent_ones, lambda: None, None)
+
+
+def build_image(workload: DropInImage, device: str) -> Case:
+    """Pillow image → patch embeddings of Qwen2-VL's tower: `QwenVLImageProcessor` and a patched patch embedding."""
+    if missing := absent("transformers"):
+        return _without_transformers(workload, device, IMAGE_ALTERNATIVES, missing)
+    images = Images(workload, device)
+    alternatives = {one.name: one.calls([images]) for one in IMAGE_ALTERNATIVES}
+    plain, patched = (calls[0] for calls in alternatives.values())
 
     def check() -> None:
-        image = crop()
-        expected = calls[0](image)
-        require_close("QwenVLImageProcessor", drop_in(image), expected, TOLERANCE)
-        require_close("patched patch embedding", calls[1](image), expected, TOLERANCE)
+        image = images.crop()
+        expected = plain(image)
+        require_close("QwenVLImageProcessor", images.ours(image), expected, TOLERANCE)
+        require_close("patched patch embedding", patched(image), expected, TOLERANCE)
 
-    timed: dict[str, Any] = {name: [call] for name, call in zip(alternatives, calls)}
-    return Case("drop-in", workload.shape, "float32", device, [drop_in], timed, check, None)
+    return Case("drop-in", workload.shape, workload.dtype, device, [images.ours], alternatives, check, None)
 
 
 @lru_cache(maxsize=1)  # the caches' rows of one model follow one another
@@ -107,12 +137,8 @@ class _Decoder:
 
 def build_decode(workload: DropInDecode, device: str) -> Case:
     """A few tokens through two instances over the same weights, of which one is patched."""
-    missing = absent("transformers")
-    name = "transformers, not patched"
-    if missing:
-        return Case(
-            "drop-in", workload.shape, "float32", device, [lambda: None], {name: missing}, lambda: None, None
-        )  # fmt: skip
+    if missing := absent("transformers"):
+        return _without_transformers(workload, device, [NOT_PATCHED], missing)
     config, state = _weights(workload.preset)
     plain, patched = (_Decoder(config, state, workload, device) for _ in range(2))
     report = patch(patched.model)
@@ -125,4 +151,5 @@ def build_decode(workload: DropInDecode, device: str) -> Case:
         if report.calls["append_visual_kv_"] % layers or report.calls["append_visual_kv_"] < 2 * layers:
             raise WrongResult(f"the kernel did not run in every layer: {report}; a wrong row is not timed")
 
-    return Case("drop-in", workload.shape, "float32", device, [patched], {name: [plain]}, check, None)
+    alternatives = {NOT_PATCHED.name: NOT_PATCHED.calls([(plain, patched)])}
+    return Case("drop-in", workload.shape, workload.dtype, device, [patched], alternatives, check, None)

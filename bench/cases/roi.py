@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import TOLERANCES, Case, absent, onednn, peer, require_close, smooth_pixels, sweep, workspace
+from bench.cases import (
+    COMPILED,
+    TOLERANCES,
+    Alternative,
+    Case,
+    absent,
+    has_onednn,
+    onednn,
+    require_close,
+    smooth_pixels,
+    sweep,
+    workspace,
+)
 from bench.rooflines import patches_work, roi_work
 from bench.timers import Call
 from bench.workloads import Roi
@@ -18,7 +29,6 @@ from vpt_kernels import fold_patch_weight, plan_regions, qwen2_vl_policy, roi_pa
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 EMBED, PATCH = 1280, 14
-PROCESSOR = "transformers' Pillow processor + F.linear"
 Box = tuple[int, int, int, int, int]
 
 
@@ -163,62 +173,118 @@ def _folded(convolution: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scaled.permute(0, 2, 3, 1).flatten(1).to(dtype).contiguous(), bias.to(dtype)
 
 
+def _operand(problem: Problem) -> Tensor:
+    """A patch matrix of the row's size, of whatever values."""
+    rows = problem.plan(problem.boxes()).rows
+    return torch.randn(rows, 3 * PATCH * PATCH, device=problem.device).to(problem.dtype)
+
+
+def _gemm(problem: Problem) -> Callable[[list[Box]], Tensor]:
+    operand = _operand(problem)
+    return lambda boxes: F.linear(operand, problem.raw)
+
+
+def _onednn_gemm(problem: Problem) -> Callable[[list[Box]], Tensor]:
+    operand = _operand(problem)
+    return lambda boxes: onednn(operand, problem.raw)
+
+
+def _same_boxes(problem: Problem) -> str | None:
+    return "compiles anew for every size of a region" if problem.workload.new_geometry else None
+
+
+def _limited_by_area(problem: Problem) -> str | None:
+    return None if problem.workload.max_pixels else "knows no longest edge"
+
+
+PROCESSOR = Alternative(
+    "transformers' Pillow processor + F.linear",
+    "PIL crop and NEAREST step, Qwen2VLImageProcessorPil, one F.linear over its patches; the same pixels as ours",
+    lambda problem: problem.transformers(),
+    lambda problem: absent("transformers"),
+)
+INTERPOLATE = Alternative(
+    "F.interpolate, not exact, + F.linear",
+    "slices of the uint8 image, torch's antialiased bicubic resize (uint8 on a CPU, float32 on a GPU), one gather "
+    "into patches, one F.linear with normalisation folded into weight and bias; sizes from our plan",
+    lambda problem: problem.interpolate,
+    exact=False,
+)
+EMBEDDERS = (
+    PROCESSOR,
+    INTERPOLATE,
+    Alternative(
+        "F.interpolate, not exact, + oneDNN",
+        "the same with mkldnn._linear_pointwise instead of MKL's product",
+        lambda problem: lambda boxes: problem.interpolate(boxes, onednn),
+        has_onednn,
+        exact=False,
+    ),
+    Alternative(
+        "torchvision's resize, not exact, + F.linear",
+        "as F.interpolate, by torchvision.transforms.v2.functional.resize",
+        lambda problem: problem.torchvision,
+        exact=False,
+        peer="torchvision",
+    ),
+    Alternative(
+        "transformers' torchvision processor, not exact, + F.linear",
+        "Qwen2VLImageProcessor on the row's device, F.linear",
+        lambda problem: problem.transformers_fast(),
+        _limited_by_area,
+        exact=False,
+        peer="torchvision",
+    ),
+    Alternative(
+        "torch.compile", COMPILED, lambda problem: torch.compile(problem.interpolate), _same_boxes, exact=False
+    ),
+)
+BOUNDS = (
+    Alternative("GEMM alone", "F.linear over a patch matrix that is already there", _gemm),
+    Alternative("GEMM alone, oneDNN", "the same with mkldnn._linear_pointwise", _onednn_gemm, has_onednn),
+)
+RESIZE = Alternative(
+    "F.interpolate, not exact",
+    "torch's antialiased bicubic resize of the uint8 image, to planes, not into patches",
+    lambda problem: problem.resized,
+    exact=False,
+)
+ALTERNATIVES = (*EMBEDDERS, *BOUNDS, RESIZE)
+
+
 def build(workload: Roi, device: str) -> Case:
     problem = Problem(workload, device)
     boxes = problem.boxes()
     rows = problem.plan(boxes).rows
-    operand = torch.randn(rows, 3 * PATCH * PATCH, device=device).to(problem.dtype)
-    # What computes the same pixels, within the dtype; the others take another level here and there, and on large
-    # reductions other taps.
-    exact: dict[str, Callable[[list[Box]], Tensor]] = {"ours": problem.ours}
-    inexact = {"F.interpolate, not exact, + F.linear": problem.interpolate}
-    reasons = {}
-    missing = absent("transformers")
-    if missing:
-        reasons[PROCESSOR] = missing
-    else:
-        exact[PROCESSOR] = problem.transformers()
-    peers: dict[str, Callable[[], Callable[[list[Box]], Tensor]]] = {
-        "torchvision's resize, not exact, + F.linear": lambda: problem.torchvision
-    }
-    if workload.max_pixels:  # it knows no longest edge
-        peers["transformers' torchvision processor, not exact, + F.linear"] = problem.transformers_fast
-    for name, make in peers.items():
-        calls = peer("torchvision", lambda boxes, make=make: partial(make(), boxes), [boxes])
-        if isinstance(calls, str):
-            reasons[name] = calls
-        else:
-            inexact[name] = make()
-    ceilings: dict[str, Call] = {"GEMM alone": lambda: F.linear(operand, problem.raw)}
-    if workload.dtype == "float32" and device == "cpu" and torch.backends.mkldnn.is_available():
-        # F.linear takes MKL for float32; oneDNN is faster on some processors, and less exact.
-        inexact["F.interpolate, not exact, + oneDNN"] = lambda boxes: problem.interpolate(boxes, onednn)
-        ceilings["GEMM alone, oneDNN"] = lambda: onednn(operand, problem.raw)
-    if workload.new_geometry:
-        reasons["torch.compile"] = "compiles anew for every size of a region"
-    else:
-        inexact["torch.compile"] = torch.compile(problem.interpolate)
+    others = {one: one.calls([problem], boxes) for one in EMBEDDERS}
+    bounds = {one: one.calls([problem]) for one in BOUNDS}
 
     def check() -> None:
-        if missing:
+        reference = others[PROCESSOR]
+        if isinstance(reference, str):
             expected = roi_patch_embed([problem.image], problem.plan(boxes), problem.embed, backend="reference")
         else:
-            expected = exact[PROCESSOR](boxes)
-        for name, call in (exact | inexact).items():
-            tolerance = TOLERANCES[workload.dtype] if name in exact else 3e-2
-            require_close(f"roi_patch_embed: {name}", call(boxes), expected, tolerance)
+            expected = reference[0](boxes)
+        tolerance = TOLERANCES[workload.dtype]
+        require_close("roi_patch_embed: ours", problem.ours(boxes), expected, tolerance)
+        for one, calls in others.items():
+            # What is not exact takes another level here and there, and on large reductions other taps.
+            if not isinstance(calls, str):
+                limit = tolerance if one.exact else 3e-2
+                require_close(f"roi_patch_embed: {one.name}", calls[0](boxes), expected, limit)
 
-    work = roi_work(problem.crop_bytes(boxes), rows, 3 * PATCH * PATCH, EMBED, workload.dtype)
-    timed = {name: [problem.in_turn(call)] for name, call in (exact | inexact).items()}
+    def timed(calls: list | str) -> list[Call] | str:
+        return calls if isinstance(calls, str) else [problem.in_turn(calls[0])]
+
     return Case(
         "roi_patch_embed",
-        workload.shape + ("" if workload.new_geometry else ", same boxes"),
+        workload.shape,
         workload.dtype,
         device,
-        timed.pop("ours"),
-        timed | {name: [call] for name, call in ceilings.items()} | reasons,
+        [problem.in_turn(problem.ours)],
+        {one.name: timed(calls) for one, calls in (others | bounds).items()},
         check,
-        work,
+        roi_work(problem.crop_bytes(boxes), rows, 3 * PATCH * PATCH, EMBED, workload.dtype),
         workspace(lambda: problem.ours(boxes), device, rows * EMBED * problem.dtype.itemsize),
         sweep=sweep("roi_patch_embed", workload),
         capture=not workload.new_geometry,
@@ -247,7 +313,7 @@ def build_patches(workload: Roi, device: str) -> Case:
         "uint8",
         device,
         [problem.in_turn(problem.patches)],
-        {"F.interpolate, not exact": [problem.in_turn(problem.resized)]},
+        {RESIZE.name: [problem.in_turn(call) for call in RESIZE.calls([problem])]},
         check,
         patches_work(problem.crop_bytes(boxes), plan.rows, plan.row_bytes),
         workspace(lambda: problem.patches(boxes), device, plan.rows * plan.row_bytes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 import statistics
@@ -14,11 +15,12 @@ from typer.testing import CliRunner
 
 from bench import __main__ as command
 from bench import charts, goals, report, rows, scaling, workloads
-from bench.alternatives import ALTERNATIVES
-from bench.cases import Case, WrongResult, append, control, host, require_close, roi
+from bench.alternatives import ALTERNATIVES, CASES
+from bench.cases import Alternative, Case, WrongResult, append, control, host, require_close, roi
 from bench.rooflines import Ceilings, Work, append_work
 from bench.rows import measure, merge, wrong_row
 from bench.timers import Ratio, median_interval, paired_ratio
+from bench.workloads import DROP_IN_IMAGES
 from tests.helpers import numbers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,7 +230,7 @@ def test_everything_is_drawn_and_written(tmp_path: Path) -> None:
             draw(made, tmp_path / name)
         first = (tmp_path / "a.svg").read_bytes()
         assert first.startswith(b"<?xml") and first == (tmp_path / "b.svg").read_bytes()
-    for text in (report.markdown(made), report.readme_block({"here": made})):
+    for text in (report.markdown(made), report.summary({"here": made}, "results")):
         assert "eager" in text and "wrong" in text
     assert "peer is not installed" in report.markdown(made)
     report.terminal(made)
@@ -253,16 +255,25 @@ def test_goals_are_rows_and_alternatives_that_exist() -> None:
         names.add(f"{op} | {workload.shape} | float32")
     names |= {f"{name} | host time, {shape} | –" for name, (_, shape) in host.MAKERS.items()}
     for goal in goals.GOALS:
-        assert {name for name, _ in goal.rows} <= names and goal.against in {"", *ALTERNATIVES}
+        assert {row.name for row, _ in goal.rows} <= names
+        assert goal.against is None or ALTERNATIVES[goal.against.name] is goal.against
+    assert {row.name for row in goals.HEADLINE} <= names | {f"drop-in | {w.shape} | {w.dtype}" for w in DROP_IN_IMAGES}
+
+
+def test_every_alternative_has_one_description() -> None:
+    for case in CASES:
+        for one in case.ALTERNATIVES:
+            assert ALTERNATIVES[one.name].description == one.description
 
 
 def test_a_missed_goal_is_called_missed() -> None:
     def rows(change: float) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for goal in goals.GOALS:
-            for name, limit in goal.rows:
+            for wanted, limit in goal.rows:
+                name = wanted.name
                 row = found.setdefault(name, {"name": name, "ours_ms": limit / 1e3 / change, "alternatives": {}})
-                row["alternatives"][goal.against] = {"ratio": limit * change}
+                row["alternatives"][goal.against and goal.against.name] = {"ratio": limit * change}
         return list(found.values())
 
     assert "missed" not in goals.table([{"rows": rows(1.01)}])
@@ -271,14 +282,59 @@ def test_a_missed_goal_is_called_missed() -> None:
     assert goals.table([{"rows": rows(1.01)}, {"rows": rows(0.99)}]) == goals.table([{"rows": rows(1.01)}])
 
 
+def test_a_missed_goal_states_its_reason(monkeypatch) -> None:
+    goal = goals.GOALS[0]
+    row = {"name": goal.rows[0][0].name, "ours_ms": 1.0, "alternatives": {goal.against.name: {"ratio": 0.5}}}
+    with pytest.raises(ValueError, match="states no reason"):
+        goals.reasons([{"rows": [row]}])
+    monkeypatch.setattr(goals, "GOALS", (dataclasses.replace(goal, reason="It snowed."),))
+    assert "512×384" in goals.reasons([{"rows": [row]}]) and "It snowed." in goals.reasons([{"rows": [row]}])
+
+
+def test_an_alternative_says_why_it_cannot_run() -> None:
+    def broken(problem: str) -> None:
+        raise RuntimeError("another release")
+
+    present = Alternative("a", "", lambda problem: lambda: problem, peer="torch")
+    assert present.calls(["first", "second"])[1]() == "second"
+    assert Alternative("a", "", broken, peer="no_such_package").calls(["x"]) == "no_such_package is not installed"
+    assert Alternative("a", "", broken, lambda problem: f"not {problem}").calls(["x"]) == "not x"
+    assert (
+        Alternative("a", "", broken, peer="torch").calls(["x"]) == "torch does not run: RuntimeError: another release"
+    )
+    with pytest.raises(RuntimeError):  # without a peer it is a fault of ours
+        Alternative("a", "", broken).calls(["x"])
+
+
+def test_the_page_to_start_with_checks_and_times(capsys, monkeypatch) -> None:
+    import bench.minimal as minimal
+
+    with torch.inference_mode():
+        minimal.main(rounds=2)
+        assert len(capsys.readouterr().out.splitlines()) == 3
+        ours, eager, tolerance = minimal.CALLS[1]
+        monkeypatch.setattr(minimal, "CALLS", [(lambda: ours() * 1.01, eager, tolerance)])
+        with pytest.raises(AssertionError, match="eager_project: the results differ by 1e-02"):
+            minimal.main(rounds=2)
+    assert not capsys.readouterr().out
+    assert len([line for line in Path(minimal.__file__).read_text().splitlines() if line]) <= 60
+
+
 def test_a_part_never_replaces_a_result() -> None:
     done = CliRunner().invoke(command.app, ["run", "--only", "append"])
     assert done.exit_code == 2 and "--out" in done.output
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert command.with_results(readme) == readme
+@pytest.mark.parametrize("page", command.PAGES)
+def test_the_pages_show_the_committed_results(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert command.with_results(page, text) == text
+
+
+def test_the_readme_shows_ten_rows_at_most() -> None:
+    measured = (ROOT / "README.md").read_text().partition("<!-- headline: begin -->")[2]
+    shown = [line for line in measured.partition("<!-- headline: end -->")[0].splitlines() if line.startswith("| ")]
+    assert len(shown) - 1 == len(goals.HEADLINE) <= 10
 
 
 def test_pictures_and_tables_belong_to_the_results() -> None:
