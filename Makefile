@@ -42,14 +42,14 @@ test: $(VENV)/.ready lint
 
 # In a process of its own: the interpreter is chosen when triton is imported, and then nothing compiles.
 interpret: $(VENV)/.ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not slow" tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not slow" tests/kernels tests/triton
 
 # Many more geometries, on the pinned Pillow and on the newest, whose pass order differs.
 test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
 	PYTHONPATH=$(VENV)/newest-pillow $(BIN)/python -m tests.kernels.pillow_parity --order installed --count 1000
 	$(BIN)/python -m tests.kernels.pillow_parity --order hv --count 1000
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/cuda tests/model
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/kernels tests/triton
 	$(MAKE) test-hub
 
 # With that package also the tests of `patch`: the functions it exchanges are modules then.

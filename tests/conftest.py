@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.helpers import SEED
+from tests.helpers import INTERPRETED, SEED
 
 
 def pytest_report_header() -> str:
@@ -31,3 +31,8 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: uninitialised memory is left as the allocator returns it")
+    if INTERPRETED:
+        from tests.triton import interpreter
+
+        for line in interpreter.WARNINGS:
+            config.addinivalue_line("filterwarnings", line)

@@ -408,7 +408,7 @@ def _fault(name: str, file: str, old: str, new: str, tests: str) -> Fault:
         cases = (f"tests/cuda/test_executed.py::test_suite[{case}]" for case in tests.split(", "))
         return Fault(name, "cuda", f"csrc/{file}", old, new, tuple(cases))
     if file.split("/")[-1].startswith("triton"):
-        paths = (f"tests/triton/{test}.py" for test in tests.split())
+        paths = (f"tests/{test}.py" for test in tests.split())
         return Fault(name, "triton", f"vpt_kernels/{file}", old, new, tuple(paths))
     is_python = file.endswith(".py")
     backend = "both" if file.endswith(SHARED) else "reference" if is_python else "cpp"

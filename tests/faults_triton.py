@@ -1,4 +1,4 @@
-"""One-line faults in the Triton sources: name, file, old text, new text, test files of `tests/triton`.
+"""One-line faults in the Triton sources: name, file, old text, new text, test files.
 
 Left out is what the interpreter cannot show: a product in TF32 and missing masks at the end of a launch's last block,
 which the compiled instructions and compute-sanitizer are checked for.
@@ -6,9 +6,13 @@ which the compiled instructions and compute-sanitizer are checked for.
 
 from __future__ import annotations
 
-PATCHES, EMBED = "test_roi_patches_triton", "test_roi_patch_embed_triton"
-CONTROL, APPEND = "test_control_cross_attention_triton", "test_append_visual_kv_triton"
-LAUNCHES = "test_launches_triton"
+PATCHES = "triton/test_roi_patches_triton kernels/test_roi_patches kernels/test_roi_bad_input"
+EMBED = "triton/test_roi_patch_embed_triton kernels/test_roi_patch_embed"
+CONTROL = "triton/test_control_cross_attention_triton kernels/test_control_cross_attention"
+APPEND = (
+    "kernels/test_append_formats kernels/test_append_layouts kernels/test_append_variants kernels/test_append_visual_kv"
+)
+LAUNCHES = "triton/test_launches_triton"
 
 RESAMPLE, CONTROL_FILE = "roi_patch_embed/triton_resample.py", "control_cross_attention/triton.py"
 APPEND_FILE = "append_visual_kv/triton.py"

@@ -26,9 +26,9 @@ from tests.helpers import (
     patchify,
 )
 from tests.kernels.append_inputs import make
+from tests.kernels.control_checks import check
 from tests.kernels.control_inputs import composition, fold, parameters
-from tests.kernels.test_control_cross_attention import check
-from tests.kernels.test_roi_patch_embed import check as check_tokens
+from tests.kernels.roi_checks import check as check_tokens
 from vpt_kernels import (
     BackendUnavailable,
     RegionPolicy,

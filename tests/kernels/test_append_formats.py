@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from tests.helpers import assert_same_bits, each_backend, each_dtype, normal, numbers, virtual_bytes
+from tests.helpers import assert_same_bits, each_backend, each_dtype, normal, numbers
+from tests.kernels.append_checks import each_form, execute, wrapping
 from tests.kernels.append_inputs import Call, make, rotate, stored
-from tests.kernels.test_append_layouts import each_form, execute
 
 FP8 = torch.float8_e4m3fn
 TOKENS, HEADS, DIM, CAPACITY = 11, (6, 3), 24, 30
@@ -177,18 +177,6 @@ def test_the_layout_decides_not_the_shape(backend, dtype, shape):
         assert_same_bits(hnd, nhd)
         assert nhd[1:-1].eq(0).all()
     assert_same_bits(rows["HND"][1][[capacity - 1, 0]], call.v)
-
-
-WRAPS = (1 << 32) + 48
-"""Elements: cut to 32 bits, signed or not, a distance that lands inside the tensor."""
-
-
-def wrapping(x: Tensor, axis: int) -> Tensor:
-    """A copy of x whose steps along `axis` are `WRAPS` elements."""
-    stride = list(torch.empty(x.shape, device="meta").stride())
-    stride[axis] = WRAPS
-    storage = virtual_bytes((x.shape[axis] * WRAPS + x.numel()) * x.element_size()).view(x.dtype)
-    return storage.as_strided(x.shape, stride).copy_(x)
 
 
 @each_backend

@@ -11,8 +11,9 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.helpers import assert_same_bits, assert_twice_as_good, each_backend, each_dtype, half_ulp, virtual_bytes
+from tests.kernels.append_checks import each_form, execute
 from tests.kernels.append_inputs import Call, make, mrope, rotate
-from tests.kernels.test_append_layouts import CACHES, CAPACITY, DIM, TOKENS, each_form, execute
+from tests.kernels.cache_layouts import CACHES, CAPACITY, DIM, TOKENS
 from vpt_kernels import append_visual_kv
 
 FP8 = torch.float8_e4m3fn

@@ -10,7 +10,8 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.helpers import assert_same_bits, assert_twice_as_good, each_backend, each_dtype, half_ulp
-from tests.kernels.append_inputs import Call, angles, make, mrope, rotate, stored
+from tests.kernels.append_checks import check
+from tests.kernels.append_inputs import angles, make, mrope, rotate
 from vpt_kernels import append_visual_kv, rotary_table
 
 each_index = pytest.mark.parametrize("index", (torch.int32, torch.int64), ids=("int32", "int64"))
@@ -26,45 +27,6 @@ SHAPES = {
     "two axes": {"tokens": 8, "heads": (2, 2), "head_dim": 16, "sections": (3, 0, 5)},
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-def check_caches(call: Call, before: Call) -> None:
-    """Stored rows are right, v and the dimensions that do not rotate to the bit; every other row is as it was."""
-    caches = [cache.reshape(-1, *cache.shape[-2:]) for cache in (call.k_cache, call.v_cache)]
-    k_expected, v_expected = (
-        cache.reshape(-1, *cache.shape[-2:]).clone() for cache in (before.k_cache, before.v_cache)
-    )
-    pairs = stored(call.slots, len(k_expected))
-    tokens, slots = [t for t, _ in pairs], [s for _, s in pairs]
-    v_expected[slots] = before.v[tokens]
-    assert_same_bits(caches[1], v_expected, "v_cache")
-    k_rows = caches[0][slots]
-    eager, oracle = rotate(before.k, before, call.k.dtype)[tokens], rotate(before.k, before)[tokens]
-    assert_twice_as_good(k_rows, eager, oracle, "rotated k")
-    passed = before.cos_sin.shape[1]
-    assert_same_bits(k_rows[..., passed:], before.k[tokens][..., passed:], "unrotated k")
-    k_expected[slots] = k_rows
-    assert_same_bits(caches[0], k_expected, "k_cache")
-    assert_same_bits(call.k, before.k, "input k")
-    assert_same_bits(call.v, before.v, "input v")
-
-
-def check(call: Call, backend: str) -> torch.Tensor:
-    before = replace(call.fresh(), k=call.k.clone(), v=call.v.clone())
-    in_place = replace(call.fresh(), k=call.k.clone(), v=call.v.clone())
-    rotated = call.run(backend)
-    assert rotated.is_contiguous()
-    assert not rotated.numel() or rotated.data_ptr() != call.q.data_ptr()
-    assert_same_bits(call.q, before.q, "input q")
-    assert_twice_as_good(rotated, rotate(before.q, before, call.q.dtype), rotate(before.q, before), "rotated q")
-    passed = before.cos_sin.shape[1]
-    assert_same_bits(rotated[..., passed:], before.q[..., passed:], "unrotated q")
-    check_caches(call, before)
-    assert in_place.run_in_place(backend) is None
-    assert_same_bits(in_place.q, rotated, "q in place")
-    for name in ("k_cache", "v_cache", "k", "v"):
-        assert_same_bits(getattr(in_place, name), getattr(call, name), name)
-    return rotated
 
 
 @each_backend

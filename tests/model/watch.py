@@ -1,4 +1,4 @@
-"""Watchers of everything torch runs: what touches a cache's memory, and how much memory is alive."""
+"""Watchers of everything torch runs: what touches a cache's memory, how much memory is alive, what the host reads."""
 
 from __future__ import annotations
 
@@ -79,3 +79,17 @@ class LiveMemory(TorchDispatchMode):
                 weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return result
+
+
+class Reads(TorchDispatchMode):
+    """Operations whose result, or its shape, the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        if tags.intersection(function.tags):
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype, virtual_bytes
 from tests.model.attention_inputs import NAN, Call, make, oracle
-from tests.triton.test_launches_triton import Allocations, Launches, outputs
+from tests.triton.watch import Allocations, Launches, outputs
 from vpt_model.network import attention, attention_triton
 from vpt_model.network.attention_triton import APPEND, DECODE, FLOAT32, launch_of
 

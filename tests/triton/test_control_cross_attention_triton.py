@@ -1,4 +1,4 @@
-"""The tests of `control_cross_attention`, on Triton's kernels in blocks large enough for the interpreter."""
+"""`control_cross_attention` at sizes for the interpreter; tests/kernels/conftest.py names what runs on it as it is."""
 
 from __future__ import annotations
 
@@ -6,47 +6,18 @@ import pytest
 import torch
 
 from tests.helpers import each_dtype
-from tests.kernels.test_control_cross_attention import (  # noqa: F401
-    RAGGED,
-    check,
-    test_conv_flattening_order,
-    test_conv_strides,
-    test_into_equal_rows_and_empty_buffer,
-    test_into_skips_rows_beyond_32_bits,
-    test_into_the_buffer_that_holds_the_features,
-    test_into_writes_its_rows_only,
-    test_large_scores,
-    test_means_far_from_zero,
-    test_nan_control_of_an_empty_image,
-    test_nan_stays_in_its_image,
-    test_nothing_to_project,
-    test_offsets_beyond_32_bits,
-    test_row_strides,
-    test_runs_repeat_and_inputs_stay,
-    test_toy,
-    test_zero_key_and_no_control_return_f,
-)
-
-
-def set_blocks(monkeypatch: pytest.MonkeyPatch, gemm: tuple, condition: int) -> None:
-    from vpt_kernels.control_cross_attention import triton
-
-    monkeypatch.setattr(triton, "GEMM_LAUNCHES", dict.fromkeys(triton.GEMM_LAUNCHES, gemm))
-    monkeypatch.setattr(
-        triton, "CONDITION_LAUNCHES", {"one image": (1, condition, 512, 4), "images": (4, condition, 512, 4)}
-    )
-    monkeypatch.setattr(triton, "IDENTITY_LAUNCHES", {"narrow": (64, 4), "wide": (64, 8)})
+from tests.kernels.control_checks import RAGGED, check
+from tests.triton import launches
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program costs the interpreter milliseconds whatever its size; the shipped blocks have a test of their own."""
-    set_blocks(monkeypatch, (64, 64, 64, 4, 1), 64)
+    launches.control(monkeypatch)
 
 
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch, few_programs: None) -> None:
-    set_blocks(monkeypatch, (256, 512, 256, 4, 1), 512)
+    launches.control(monkeypatch, gemm=(256, 512, 256, 4, 1), condition=512)
 
 
 @each_dtype

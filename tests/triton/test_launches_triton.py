@@ -6,22 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import GridExecutor
 
 from tests.helpers import assert_same_bits, each_dtype, normal
-from tests.kernels import test_append_formats
+from tests.kernels import append_checks
+from tests.kernels.append_checks import check as check_append
 from tests.kernels.append_inputs import make
+from tests.kernels.control_checks import check as check_control
 from tests.kernels.control_inputs import composition, fold, parameters
-from tests.kernels.test_append_visual_kv import check as check_append
-from tests.kernels.test_control_cross_attention import check as check_control
-from tests.kernels.test_registration import (
+from tests.kernels.operator_calls import (
     FUNCTIONS,
     append_cases,
     compare_compiled,
     control_cases,
     overload,
 )
+from tests.triton.watch import Allocations, Launches, outputs
 from vpt_kernels import BackendUnavailable, control_cross_attention, explain, fold_projector
 from vpt_kernels.append_visual_kv import triton as append
 from vpt_kernels.control_cross_attention import api as control_api
@@ -64,38 +63,6 @@ def test_condition_tables(dtype, images, rounds):
     check_control("identity", 70, (images, 9, 70), None, dtype, "triton", rounds=rounds)
 
 
-class Launches:
-    """Kernels and grids that are launched."""
-
-    def __enter__(self) -> Launches:
-        self.grids: list[tuple[str, tuple[int, ...]]] = []
-        self.original = original = GridExecutor.__call__
-
-        def launch(executor, *arguments, **named):
-            self.grids.append((executor.fn.__name__, tuple(executor.grid)))
-            return original(executor, *arguments, **named)
-
-        GridExecutor.__call__ = launch
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        GridExecutor.__call__ = self.original
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes that torch.empty and its like return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: list[int] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_strided):
-            self.bytes.append(result.numel() * result.itemsize)
-        return result
-
-
 def test_append_is_one_launch_and_allocates_q():
     for float8 in (False, True):
         call = make(7)
@@ -109,11 +76,6 @@ def test_append_is_one_launch_and_allocates_q():
                 append.append_visual_kv_(*call.tensors(), *call.sections, False, False, call.k_scale, call.v_scale)
         assert [name for name, _ in launches.grids] == ["append_kernel"] * 2
         assert outputs(fresh) == [call.q.numel() * 4] and outputs(in_place) == []
-
-
-def outputs(seen: Allocations) -> list[int]:
-    """Without the empty tensors that the interpreter makes of every argument."""
-    return [size for size in seen.bytes if size]
 
 
 @pytest.mark.parametrize("form", ("linear", "conv", "identity"))
@@ -169,21 +131,21 @@ AXES = (("conv", 0), ("conv", 1), ("conv", 2), ("conv", 3), ("linear", 0), ("lin
 @pytest.mark.parametrize("form, axis", AXES)
 def test_features_that_wrap_at_32_bits(monkeypatch, form, axis, step):
     """Offsets that, cut to 32 bits, would land inside the tensor or before it."""
-    monkeypatch.setattr(test_append_formats, "WRAPS", step)
+    monkeypatch.setattr(append_checks, "WRAPS", step)
     shape = (3, 3, 8, 4) if form == "conv" else (3, 3, 3)
     features, control, projector = normal(*shape, key="far"), normal(3, 24, key="c"), fold(form, 24, 3)
     want = control_cross_attention(features, control, projector, backend="triton")
-    far = test_append_formats.wrapping(features, axis)
+    far = append_checks.wrapping(features, axis)
     assert_same_bits(control_cross_attention(far, control, projector, backend="triton"), want)
 
 
 @pytest.mark.parametrize("name", ("q", "k", "v", "k_cache", "v_cache", "cos_sin", "positions"))
 def test_append_offsets_of_32_bit_strides(monkeypatch, name):
-    monkeypatch.setattr(test_append_formats, "WRAPS", STEPS[1])
+    monkeypatch.setattr(append_checks, "WRAPS", STEPS[1])
     call = make(4, (6, 3), 16, capacity=4, table_rows=5)
     want = call.fresh()
     rotated = want.run("triton")
-    far = replace(call, **{name: test_append_formats.wrapping(getattr(call, name), 0)})
+    far = replace(call, **{name: append_checks.wrapping(getattr(call, name), 0)})
     assert_same_bits(far.run("triton"), rotated)
     assert_same_bits(far.k_cache.contiguous(), want.k_cache)
     assert_same_bits(far.v_cache.contiguous(), want.v_cache)

@@ -20,14 +20,8 @@ from tests.helpers import (
     normal,
     photo,
 )
-from tests.kernels.test_roi_patch_embed import (  # noqa: F401
-    test_into_nothing,
-    test_into_rows_beyond_32_bits,
-    test_padded_patch_is_the_bias,
-    unfused,
-    valid_pixels,
-    weights,
-)
+from tests.kernels.roi_checks import unfused, valid_pixels, weights
+from tests.triton import launches
 from vpt_kernels import (
     FoldedPatchEmbed,
     RegionPlan,
@@ -44,7 +38,6 @@ from vpt_kernels import (
 from vpt_kernels.roi_patch_embed import triton as two_launches
 from vpt_kernels.roi_patch_embed import triton_fused
 from vpt_kernels.roi_patch_embed.geometry import Column
-from vpt_kernels.roi_patch_embed.triton import Product
 
 
 def in_two_launches(images: list[Tensor], plan: RegionPlan, embed: FoldedPatchEmbed) -> Tensor:
@@ -62,12 +55,9 @@ each_form = pytest.mark.parametrize("form", (in_two_launches, in_one_launch), id
 
 @pytest.fixture(autouse=True)
 def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program costs the interpreter milliseconds whatever its size; one test keeps the shipped products."""
+    """One test keeps the shipped products."""
     if "shipped" not in request.node.name:
-        monkeypatch.setattr(
-            two_launches, "PRODUCTS", dict.fromkeys(two_launches.PRODUCTS, Product(128, 128, 256, 4, 1))
-        )
-        monkeypatch.setattr(triton_fused, "STRIP", triton_fused.STRIP._replace(columns=128))
+        launches.roi(monkeypatch)
 
 
 def check(form, images, boxes, policy, weight, bias, mean, std, dtype, vertical_first=False) -> None:

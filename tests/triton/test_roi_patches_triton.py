@@ -14,14 +14,6 @@ import triton.language as tl
 
 from tests.helpers import SEED, assert_same_bits, noise, numbers, photo
 from tests.kernels.pillow_parity import Case, expected
-from tests.kernels.test_roi_bad_input import test_a_damaged_plan_is_not_followed  # noqa: F401
-from tests.kernels.test_roi_patches import (  # noqa: F401
-    test_broadcast_strides,
-    test_crop_comes_before_resize,
-    test_nothing_to_do,
-    test_offsets_beyond_32_bits,
-    test_read_only_image,
-)
 from vpt_kernels import RegionPolicy, plan_regions, qwen2_vl_policy, roi_patches, sam_policy
 from vpt_kernels.roi_patch_embed.geometry import Column
 from vpt_kernels.roi_patch_embed.reference import nearest_indices

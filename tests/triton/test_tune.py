@@ -11,7 +11,7 @@ from bench import tune
 from bench.cases import WrongResult
 from bench.timers import Ratio
 from tests.kernels.append_inputs import make
-from tests.triton.test_launches_triton import Launches
+from tests.triton.watch import Launches
 from vpt_kernels import launch
 from vpt_kernels.append_visual_kv import triton as append
 

@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.model.engine.test_sampling import Reads
 from tests.model.inputs import random_image, tiny_model, tiny_state
+from tests.model.watch import Reads
 from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.engine import Engine
 from vpt_model.engine.conversation import Chunk, Conversation

@@ -4,24 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import SEED
+from tests.model.watch import Reads
 from vpt_model.engine.sampling import Sampler, Sampling, greedy
-
-
-class Reads(TorchDispatchMode):
-    """Operations whose result, or its shape, the host has to wait for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        if tags.intersection(function.tags):
-            self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
 
 
 def logits(count: int, vocab: int = 200) -> torch.Tensor:

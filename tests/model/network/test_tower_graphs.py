@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.model.engine.test_sampling import Reads
 from tests.model.inputs import random_image, tiny_model
+from tests.model.watch import Reads
 from vpt_model.config import ENCODERS
 from vpt_model.engine import Engine, perception
 from vpt_model.engine.events import Clock
