@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import index
 from typing import Any
 
 ENCODERS = {"clip": "clip", "dino": "detection", "sam": "seg"}
@@ -313,3 +314,27 @@ def _kind(content: Mapping[str, Any], names: Iterable[str]) -> str:
             "detection_projector and seg_projector"
         )
     return kinds.pop()
+
+
+def require_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} is {number}; it must be at least {low}{'' if high is None else f', at most {high}'}")
+    return number
+
+
+def require_type(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise TypeError unless `value` is of `kind`, which messages call `what`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {shown(value)}; it must be {what}")
+
+
+def shown(value: Any) -> str:
+    """A value as messages name it: its type where it is no plain value, because a tensor's would have to be read."""
+    return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"

@@ -1,1 +1,1 @@
-"""Perception tokens, their grammar and the prompts around them live here; it may import config and vpt_kernels."""
+"""Perception tokens, their grammar and the prompts around them live here; it may import config."""

@@ -17,8 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models
 
-from vpt_kernels.checks import require_integer, shown
-from vpt_model.config import ENCODERS
+from vpt_model.config import ENCODERS, require_integer, shown
 from vpt_model.text.files import byte_pairs, read_tokenizer
 
 GRID = 8
