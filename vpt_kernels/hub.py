@@ -7,17 +7,24 @@
     with use_kernel_mapping({"VptPatchEmbed": {"cpu": layer}}):
         model = kernelize(model, mode=Mode.INFERENCE, device="cpu", use_fallback=False)
 
-`kernelize` says nothing when it replaces nothing: look at `CALLS`. Rotary embedding + cache update is no layer of its
-own in these models; `vpt_kernels.patch` replaces it.
+A call that a kernel cannot serve, where weights are offloaded, adapted or hooked for instance, takes the forward of the
+class that was replaced, as in `vpt_kernels.patch`; a layer without such a class raises ValueError with the reason.
+
+`kernelize` says nothing when it replaces nothing: look at `CALLS`. It binds a layer to one module: shallow copies of
+that module (`copy.copy`, DataParallel) keep the original's weights; kernelize the copy instead. Rotary embedding +
+cache update is no layer of its own in these models; `vpt_kernels.patch` replaces it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import Tensor, nn
 
+from vpt_kernels.guard import OwnForward
 from vpt_kernels.patch import embeds, projectors
+from vpt_kernels.patch.rules import Rule, Serve, record
 
 __all__ = [
     "Dinov2PatchEmbed",
@@ -29,7 +36,26 @@ __all__ = [
 ]
 
 CALLS: Counter[str] = Counter()
-"""How often this module's layers were called, by what ran: "linear", "roi_patch_embed", "control_cross_attention"."""
+"""How often this module's layers were called, by what ran: "linear", "roi_patch_embed", "control_cross_attention", or
+"original: reason". What a compiled or traced program runs is not counted."""
+
+_QWEN, _DINOV2, _SAM, _PROJECTOR = ((rule, rule.make(None)) for rule in (*embeds.RULES, *projectors.RULES))
+
+
+def _served(layer: type[nn.Module], kernel: tuple[Rule, Serve], module: nn.Module, *inputs: Any) -> Any:
+    """What the kernel makes of the call, or the own forward of the class that `layer` was mapped to."""
+    rule, serve = kernel
+    try:
+        return serve(module, CALLS, *inputs)
+    except OwnForward as declined:
+        reason = str(declined)
+    own = type(module).forward
+    if own is layer.forward:
+        raise ValueError(f"{layer.__name__} cannot be computed: {reason}; it has no forward of its own")
+    if rule.reject is not None:
+        rule.reject(module, reason, *inputs)
+    record(CALLS, f"original: {reason}")
+    return own(module, *inputs)
 
 
 class QwenVLPatchEmbed(nn.Module):
@@ -38,7 +64,7 @@ class QwenVLPatchEmbed(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return embeds.embed_flat_patches(self, hidden_states, CALLS)
+        return _served(QwenVLPatchEmbed, _QWEN, self, hidden_states)
 
 
 class Dinov2PatchEmbed(nn.Module):
@@ -47,7 +73,7 @@ class Dinov2PatchEmbed(nn.Module):
     has_backward = True
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return embeds.embed_dinov2(self, pixel_values, CALLS)
+        return _served(Dinov2PatchEmbed, _DINOV2, self, pixel_values)
 
 
 class SamPatchEmbed(nn.Module):
@@ -56,16 +82,12 @@ class SamPatchEmbed(nn.Module):
     has_backward = True
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return embeds.embed_sam(self, pixel_values, CALLS)
+        return _served(SamPatchEmbed, _SAM, self, pixel_values)
 
 
-def _project(
-    module: nn.Module, features: Tensor, conditions: Tensor | None, output_intermediate: bool, grid_thw: Tensor | None
-) -> tuple[Tensor, None]:
+def _without_intermediates(output_intermediate: bool, conditions: Tensor | None) -> None:
     if output_intermediate and conditions is not None:
         raise ValueError("output_intermediate is True; the operator has no intermediates: pass False")
-    CALLS["control_cross_attention"] += 1
-    return projectors.project(module, features, conditions, grid_thw), None
 
 
 class MinimalProjector(nn.Module):
@@ -76,7 +98,8 @@ class MinimalProjector(nn.Module):
     def forward(
         self, hidden_states: Tensor, conditions: Tensor | None = None, output_intermediate: bool = False
     ) -> tuple[Tensor, None]:
-        return _project(self, hidden_states, conditions, output_intermediate, None)
+        _without_intermediates(output_intermediate, conditions)
+        return _served(MinimalProjector, _PROJECTOR, self, hidden_states, conditions)
 
 
 class MinimalSamProjector(nn.Module):
@@ -87,7 +110,8 @@ class MinimalSamProjector(nn.Module):
     def forward(
         self, hidden_states: Tensor, conditions: Tensor | None = None, output_intermediate: bool = False
     ) -> tuple[Tensor, None]:
-        return _project(self, hidden_states, conditions, output_intermediate, None)
+        _without_intermediates(output_intermediate, conditions)
+        return _served(MinimalSamProjector, _PROJECTOR, self, hidden_states, conditions)
 
 
 class MinimalCLIPProjector(nn.Module):
@@ -104,4 +128,5 @@ class MinimalCLIPProjector(nn.Module):
     ) -> tuple[Tensor, None]:
         if conditions is None:
             return hidden_states, None
-        return _project(self, hidden_states, conditions, output_intermediate, grid_thw)
+        _without_intermediates(output_intermediate, conditions)
+        return _served(MinimalCLIPProjector, _PROJECTOR, self, hidden_states, conditions, False, grid_thw)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vpt_kernels.images import pixels_of
-from vpt_kernels.patch.embeds import NORMALISATION
+from vpt_kernels.patch.embeds import why_flat_called
+from vpt_kernels.patch.supported import NORMALISATION
+from vpt_kernels.patch.swap import has_foreign_forward
 from vpt_kernels.roi_patch_embed.api import fold_patch_weight, roi_patch_embed, roi_patches
 from vpt_kernels.roi_patch_embed.geometry import RegionPlan, plan_regions, qwen2_vl_policy
 
@@ -76,12 +78,19 @@ class QwenVLImageProcessor:
                 default: what the family's published processor has.
 
         Raises:
-            ValueError: the model has no such patch embedding or several, or the processor does something else.
+            ValueError: the model has no such patch embedding or several; its convolution does more than its weight
+                says (hooks, an adapter, offloading); or the processor does something else.
         """
         found = [module for module in model.modules() if type(module).__name__ in NORMALISATION]
         if len(found) != 1:
             raise ValueError(
                 f"{type(model).__name__} has {len(found)} patch embeddings of {tuple(NORMALISATION)}; needed: one"
+            )
+        reason = "its forward was replaced" if has_foreign_forward(found[0]) else why_flat_called(found[0])
+        if reason is not None:
+            raise ValueError(
+                f"the patch embedding cannot be read from its weight: {reason}; make the processor before that, or "
+                "after adapters are merged and weights are in place"
             )
         projection = found[0].proj
         if image_processor is None:

@@ -24,7 +24,7 @@ def models() -> dict[str, nn.Module]:
 
 def normalised(patches: torch.Tensor, processor: QwenVLImageProcessor, kind: str) -> torch.Tensor:
     """transformers' pixel values [N, 3·T·p·p] of uint8 patches [N, p·p·3], computed in float64."""
-    from vpt_kernels.patch.embeds import CLIP, HALF
+    from vpt_kernels.patch.supported import CLIP, HALF
 
     p = processor.policy.patch_size
     mean, std = (torch.tensor(x, dtype=torch.float64) for x in (HALF if kind == "qwen3_vl" else CLIP))

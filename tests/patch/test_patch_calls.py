@@ -18,6 +18,7 @@ from tests.patch import foreign, published
 from tests.patch.test_patch import BOUND, each_qwen, largest
 from tests.patch.test_patch_published import FEATURES, GRID, inputs
 from vpt_kernels import hub, patch
+from vpt_kernels.patch.swap import is_swapped
 
 each_kind = pytest.mark.parametrize("kind", tuple(published.PROJECTORS))
 
@@ -49,7 +50,7 @@ def test_positions_of_a_batch_of_one(models, kind) -> None:
         before = run()
         with patch(text) as report:
             after = run()
-    assert report.calls == {"append_visual_kv_": 4, "table": 2}
+    assert report.calls == {"append_visual_kv_": 4}
     assert largest(after[0], before[0]) < BOUND and largest(after[1], before[1]) < BOUND
 
 
@@ -231,7 +232,7 @@ def test_copies_are_not_patched_and_can_be(copied) -> None:
         plain = run(other)
         assert report.calls == counted and largest(plain, before) < BOUND
         with patch(other) as theirs:
-            assert len(theirs.replaced) == len(report.replaced) == 5
+            assert len(theirs.replaced) == len(report.replaced) == 4
             assert_same_bits(run(other), before)
             assert theirs.calls == counted == report.calls
             with pytest.raises(ValueError, match="replaced before"):
@@ -243,7 +244,7 @@ def test_copies_are_not_patched_and_can_be(copied) -> None:
         with patch(again) as twice:
             assert_same_bits(run(again), before)
             assert twice.calls == counted
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) or is_swapped(module) for module in model.modules())
 
 
 def test_a_copy_does_not_keep_its_model() -> None:
@@ -265,7 +266,7 @@ def test_a_report_that_was_undone(models) -> None:
         report.__enter__()
     with patch(model) as other:
         report.unpatch()
-        assert all(r.module.forward is r.forward for r in other.replaced)
+        assert other.replaced and all(hasattr(type(r.module).forward, "__wrapped__") for r in other.replaced)
 
 
 def test_the_hub_layer_asks_for_its_grids() -> None:

@@ -64,7 +64,7 @@ def test_it_says_the_same(kind: str) -> None:
     plain = "original: without a condition there is nothing to compute"
     projector = {"control_cross_attention": 1, plain: 1} if kind == "clip" else {"control_cross_attention": 2}
     passes = 2 * TOKENS
-    assert report.calls == {"linear": 1, "append_visual_kv_": 2 * passes, "table": passes, **projector}
+    assert report.calls == {"linear": 1, "append_visual_kv_": 2 * passes, **projector}
 
 
 def padded(kind: str) -> dict[str, Tensor]:
@@ -139,7 +139,6 @@ def test_intermediates_and_gradients_take_the_old_way() -> None:
     ("detection", lambda m: setattr(m, "projector_scale", 2), "projector_scale is 2"),
     ("detection", lambda m: setattr(m.layernorm_feature, "eps", 1e-6), "eps 1e-06"),
     ("detection", lambda m: setattr(m, "linear_feature", nn.Linear(48, 48)), "feature weight has shape"),
-    ("detection", lambda m: m.linear_condition.register_forward_hook(lambda *_: None), "hooks"),
     ("detection", lambda m: delattr(m, "layernorm_condition"), "no attribute layernorm_condition"),
     ("seg", lambda m: delattr(m, "conv_feature"), "no attribute conv_feature"),
     ("seg", lambda m: setattr(m, "conv_feature", nn.Conv2d(16, published.HIDDEN, 2)), "feature weight has shape"),

@@ -10,25 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpt_kernels.checks import CHECK_VALUES, require_inference
-from vpt_kernels.patch.rules import Forward, Rule, folded, hooked, lacks
+from vpt_kernels.guard import OwnForward, why_called
+from vpt_kernels.patch.rules import Forward, Rule, Serve, folded, lacks, record
+from vpt_kernels.patch.supported import DINOV2, NORMALISATION, SAM
 from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed, fold_patch_weight, roi_patch_embed
 from vpt_kernels.roi_patch_embed.geometry import MAX_SIZE, RegionPolicy, plan_regions
 
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-NORMALISATION = {"PatchEmbed": CLIP, "Qwen2_5_VisionPatchEmbed": CLIP, "Qwen3VLVisionPatchEmbed": HALF}
-"""Mean and standard deviation of the pixels that each published tower was trained on."""
 
-
-def _refuse_convolution(projection: nn.Module, kind: type[nn.Module], kernel: tuple[int, ...]) -> str | None:
-    if type(projection) is not kind:
-        return f"its projection is a {type(projection).__name__}, not a plain {kind.__name__}"
-    if hooked(projection):
-        return "its projection has hooks, which one GEMM would skip"
+def _refuse_geometry(projection: nn.Module, kernel: tuple[int, ...]) -> str | None:
     plain = (kernel, kernel, (0,) * len(kernel), (1,) * len(kernel), 1, 3)
-    found = tuple(
-        getattr(projection, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels")
-    )
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels")
+    found = tuple(getattr(projection, name, None) for name in names)
     if found != plain:
         return f"its convolution has (kernel, stride, padding, dilation, groups, channels) {found}; needed: {plain}"
     return None
@@ -41,7 +33,14 @@ def _refuse_flat(module: nn.Module) -> str | None:
     kernel = (module.temporal_patch_size, module.patch_size, module.patch_size)
     if not all(isinstance(size, int) for size in kernel):
         return f"its patch sizes {kernel} are not integers"
-    return _refuse_convolution(module.proj, nn.Conv3d, kernel)
+    if not isinstance(module.proj, nn.Conv3d):
+        return why_called(module.proj, nn.Conv3d, "projection")
+    return _refuse_geometry(module.proj, kernel)
+
+
+def why_flat_called(module: nn.Module, x: Tensor | None = None) -> str | None:
+    """Why a patch embedding of the Qwen-VL family must call its convolution, or None."""
+    return why_called(module.proj, nn.Conv3d, "projection", x) or _refuse_flat(module)
 
 
 def _holds(module: nn.Module, rows: Tensor) -> str:
@@ -60,7 +59,7 @@ def _holds(module: nn.Module, rows: Tensor) -> str:
     return "bytes" if width == 3 * area else "embeddings" if width == module.embed_dim else "pixels"
 
 
-def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[str]) -> Tensor:
+def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[str] | None) -> Tensor:
     """`forward` of the Qwen-VL family's patch embeddings.
 
     hidden_states: normalised patches [N, 3·T·p·p] (any shape of as many numbers) as transformers' processor gives
@@ -74,12 +73,12 @@ def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[
     weight, holds = module.proj.weight, _holds(module, hidden_states)
     if holds == "bytes":
         tokens = _embed_bytes(module, hidden_states)
-        calls["roi_patch_embed"] += 1
+        record(calls, "roi_patch_embed")
         return tokens
     if holds == "embeddings":
-        calls["embedded already"] += 1
+        record(calls, "embedded already")
         return hidden_states.to(weight.dtype)
-    calls["linear"] += 1
+    record(calls, "linear")
     flat = weight.flatten(1)
     return F.linear(hidden_states.reshape(-1, flat.shape[1]).to(weight.dtype), flat, module.proj.bias)
 
@@ -117,11 +116,21 @@ def _refuse_image(module: nn.Module) -> str | None:
     missing = lacks(module, "projection", "patch_size", "num_channels")
     if missing:
         return missing
-    size = tuple(module.patch_size)
-    return _refuse_convolution(module.projection, nn.Conv2d, size)
+    if not isinstance(module.projection, nn.Conv2d):
+        return why_called(module.projection, nn.Conv2d, "projection")
+    return _refuse_geometry(module.projection, tuple(module.patch_size))
 
 
-def embed_images(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> Tensor:
+def _refuse_sam(module: nn.Module) -> str | None:
+    return _refuse_image(module) or lacks(module, "image_size")
+
+
+def why_image_called(module: nn.Module, x: Tensor | None = None) -> str | None:
+    """Why a patch embedding of images must call its convolution, or None."""
+    return why_called(module.projection, nn.Conv2d, "projection", x) or _refuse_image(module)
+
+
+def embed_images(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
     """Tokens [B, rows, columns, E] of images [B, 3, H, W]; a remainder of pixels is dropped, as by a convolution."""
     if pixel_values.shape[1] != module.num_channels:
         raise ValueError(f"pixel_values have {pixel_values.shape[1]} channels; the model's have {module.num_channels}")
@@ -129,17 +138,17 @@ def embed_images(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // p, width // r
     blocks = pixel_values[:, :, : rows * p, : columns * r].reshape(batch, channels, rows, p, columns, r)
-    calls["linear"] += 1
+    record(calls, "linear")
     patches = blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, -1)
     return F.linear(patches, weight.flatten(1), module.projection.bias)
 
 
-def embed_dinov2(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> Tensor:
+def embed_dinov2(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
     """`forward` of DINOv2's patch embedding: [B, rows · columns, E]."""
     return embed_images(module, pixel_values, calls).flatten(1, 2)
 
 
-def embed_sam(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> Tensor:
+def embed_sam(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
     """`forward` of SAM's patch embedding: [B, rows, columns, E] of images of exactly the model's size."""
     if tuple(pixel_values.shape[2:]) != tuple(module.image_size):
         raise ValueError(
@@ -148,41 +157,40 @@ def embed_sam(module: nn.Module, pixel_values: Tensor, calls: Counter[str]) -> T
     return embed_images(module, pixel_values, calls)
 
 
-def _make_flat(original: Forward, calls: Counter[str]) -> Forward:
-    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-        holds = _holds(self, hidden_states)
-        reason = None if holds == "embeddings" else _refuse_flat(self)
-        if reason is None:
-            return embed_flat_patches(self, hidden_states, calls)
-        if holds == "bytes":
-            raise ValueError(f"uint8 patches cannot be embedded: {reason}; undo that, or give the model pixel values")
-        calls[f"original: {reason}"] += 1
-        return original(self, hidden_states)
-
-    return forward
+def _reject_bytes(module: nn.Module, reason: str, hidden_states: Tensor) -> None:
+    """Raise ValueError for uint8 patches: the module's own code would take two of them for one."""
+    known = lacks(module, "patch_size", "temporal_patch_size", "in_channels", "embed_dim") is None
+    if hidden_states.dtype == torch.uint8 or (known and _holds(module, hidden_states) == "bytes"):
+        raise ValueError(f"uint8 patches cannot be embedded: {reason}; undo that, or give the model pixel values")
 
 
-def _make_image(function: Forward) -> Callable[[Forward, Counter[str]], Forward]:
-    def make(original: Forward, calls: Counter[str]) -> Forward:
-        def forward(self: nn.Module, pixel_values: Tensor) -> Tensor:
-            reason = _refuse_image(self)
-            if reason is None:
-                return function(self, pixel_values, calls)
-            calls[f"original: {reason}"] += 1
-            return original(self, pixel_values)
+def _make_flat(_: Forward) -> Serve:
+    def serve(module: nn.Module, calls: Counter[str] | None, hidden_states: Tensor) -> Tensor:
+        if _holds(module, hidden_states) != "embeddings":
+            reason = why_flat_called(module, hidden_states)
+            if reason is not None:
+                raise OwnForward(reason)
+        return embed_flat_patches(module, hidden_states, calls)
 
-        return forward
+    return serve
+
+
+def _make_image(embed: Callable[..., Tensor]) -> Callable[[Forward], Serve]:
+    def make(_: Forward) -> Serve:
+        def serve(module: nn.Module, calls: Counter[str] | None, pixel_values: Tensor) -> Tensor:
+            reason = why_image_called(module, pixel_values)
+            if reason is not None:
+                raise OwnForward(reason)
+            return embed(module, pixel_values, calls)
+
+        return serve
 
     return make
 
 
+OP = "roi_patch_embed"
 RULES = (
-    Rule("roi_patch_embed", tuple(NORMALISATION), _refuse_flat, _make_flat),
-    Rule("roi_patch_embed", ("Dinov2PatchEmbeddings",), _refuse_image, _make_image(embed_dinov2)),
-    Rule(
-        "roi_patch_embed",
-        ("SamPatchEmbeddings",),
-        lambda module: _refuse_image(module) or lacks(module, "image_size"),
-        _make_image(embed_sam),
-    ),
+    Rule(OP, tuple(NORMALISATION), _refuse_flat, why_flat_called, _make_flat, _reject_bytes),
+    Rule(OP, (DINOV2,), _refuse_image, why_image_called, _make_image(embed_dinov2)),
+    Rule(OP, (SAM,), _refuse_sam, why_image_called, _make_image(embed_sam)),
 )

@@ -9,51 +9,59 @@ import torch
 from torch import Tensor, nn
 
 from vpt_kernels.control_cross_attention.api import ControlProjector, control_cross_attention, fold_projector
-from vpt_kernels.patch.rules import Forward, Rule, folded, hooked, lacks
+from vpt_kernels.guard import OwnForward, why_called
+from vpt_kernels.patch.rules import Forward, Rule, Serve, folded, lacks, record
+from vpt_kernels.patch.supported import FORMS
 
-FORMS = {"MinimalProjector": "linear", "MinimalSamProjector": "conv", "MinimalCLIPProjector": "identity"}
 _EPS = 1e-5
 
 
-def _refuse_parts(module: nn.Module) -> str | None:
-    missing = lacks(
-        module, "projector_scale", "linear_feature", "linear_condition", "layernorm_feature", "layernorm_condition"
-    )
+_PARTS = {
+    "linear": {"layernorm_feature": nn.LayerNorm, "linear_feature": nn.Linear},
+    "conv": {"layernorm_feature": nn.LayerNorm, "conv_feature": nn.Conv2d},
+    "identity": {},
+}
+_CONDITION = {"linear_condition": nn.Linear, "layernorm_condition": nn.LayerNorm}
+"""The layers whose weights the operator reads, by form, and in every form."""
+
+
+def parts(module: nn.Module) -> dict[str, type[nn.Module]]:
+    return {**_CONDITION, **_PARTS[FORMS[type(module).__name__]]}
+
+
+def _refuse(module: nn.Module) -> str | None:
+    form = FORMS[type(module).__name__]
+    names = ["projector_scale", "linear_feature", "layernorm_feature", *parts(module)]
+    missing = lacks(module, *names, *(["spatial_merge_size"] if form == "identity" else []))
     if missing:
         return missing
-    if module.projector_scale != 1:
-        return f"its projector_scale is {module.projector_scale}; the operator takes one control row per image, scale 1"
-    parts = {"linear_condition": nn.Linear, "layernorm_condition": nn.LayerNorm}
-    form = FORMS[type(module).__name__]
-    if form != "identity":
-        parts |= {"layernorm_feature": nn.LayerNorm, "linear_feature": nn.Linear}
-    if form == "conv":
-        if not hasattr(module, "conv_feature"):
-            return "it has no attribute conv_feature"
-        parts["conv_feature"] = nn.Conv2d
-    elif form == "identity" and not hasattr(module, "spatial_merge_size"):
-        return "it has no attribute spatial_merge_size"
-    for name, kind in parts.items():
+    for name, kind in parts(module).items():
         part = getattr(module, name)
-        if type(part) is not kind:
-            return f"its {name} is a {type(part).__name__}, not a plain {kind.__name__}"
-        if hooked(part):
-            return f"its {name} has hooks, which the operator would skip"
+        if not isinstance(part, kind):
+            return why_called(part, kind, name)
         if kind is nn.LayerNorm and part.eps != _EPS:
             return f"its {name} has eps {part.eps}; the operator's is {_EPS}"
         if part.weight is None or part.bias is None:
             return f"its {name} has no weight or no bias"
+    if module.projector_scale != 1:
+        return f"its projector_scale is {module.projector_scale}; the operator takes one control row per image, scale 1"
+    try:
+        fold(module)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _refuse(module: nn.Module) -> str | None:
-    reason = _refuse_parts(module)
-    if reason is None:
-        try:
-            fold(module)
-        except ValueError as error:
-            reason = str(error)
-    return reason
+def why_parts_called(module: nn.Module, x: Tensor | None = None) -> str | None:
+    """Why a projector must call its layers, or None."""
+    for name, kind in parts(module).items():
+        part = getattr(module, name, None)
+        reason = why_called(part, kind, name, x)
+        if reason is not None:
+            return reason
+        if part.weight is None or part.bias is None or (kind is nn.LayerNorm and part.eps != _EPS):
+            return f"its {name} has no weight, no bias or another eps than {_EPS}"
+    return None if module.projector_scale == 1 else f"its projector_scale is {module.projector_scale}"
 
 
 def fold(module: nn.Module) -> ControlProjector:
@@ -95,51 +103,50 @@ def project(module: nn.Module, hidden_states: Tensor, conditions: Tensor | None,
     return control_cross_attention(hidden_states, conditions, projector, ends)
 
 
-def _reason(
+def _require_served(
     module: nn.Module,
     hidden_states: Tensor,
     conditions: Tensor | None,
     output_intermediate: bool,
     grid_thw: Tensor | None,
-) -> str | None:
-    """Why this call takes the module's own forward, or None."""
+) -> None:
+    """Raise OwnForward for a call that the operator does not serve."""
+    reason = None
     if torch.is_grad_enabled():
-        return "gradients are enabled"
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        return "autocast"
-    if output_intermediate and conditions is not None:
-        return "intermediate outputs are wanted"
-    if FORMS[type(module).__name__] == "identity":
+        reason = "gradients are enabled"
+    elif torch.is_autocast_enabled(hidden_states.device.type):
+        reason = "autocast"
+    elif output_intermediate and conditions is not None:
+        reason = "intermediate outputs are wanted"
+    elif FORMS[type(module).__name__] == "identity":
         if conditions is None:
-            return "without a condition there is nothing to compute"
-        if grid_thw is None:
-            return "grid_thw is missing"
-    return _refuse_parts(module)
+            reason = "without a condition there is nothing to compute"
+        elif grid_thw is None:
+            reason = "grid_thw is None; it must be [images, 3], by which the tokens are those of images"
+    reason = reason or why_parts_called(module, hidden_states)
+    if reason is not None:
+        raise OwnForward(reason)
 
 
-def _make(original: Forward, calls: Counter[str]) -> Forward:
-    def forward(
-        self: nn.Module,
+def _make(_: Forward) -> Serve:
+    def serve(
+        module: nn.Module,
+        calls: Counter[str] | None,
         hidden_states: Tensor,
         conditions: Tensor | None = None,
         output_intermediate: bool = False,
         grid_thw: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        reason = _reason(self, hidden_states, conditions, output_intermediate, grid_thw)
-        if reason is None:
-            try:
-                projected = project(self, hidden_states, conditions, grid_thw)
-            except (TypeError, ValueError) as error:
-                # Nothing was computed yet: the module's own code takes more, or has an error of its own.
-                reason = str(error).partition(";")[0]
-            else:
-                calls["control_cross_attention"] += 1
-                return projected, None
-        calls[f"original: {reason}"] += 1
-        grid = {"grid_thw": grid_thw} if FORMS[type(self).__name__] == "identity" else {}
-        return original(self, hidden_states, conditions, output_intermediate, **grid)
+        _require_served(module, hidden_states, conditions, output_intermediate, grid_thw)
+        try:
+            projected = project(module, hidden_states, conditions, grid_thw)
+        except (TypeError, ValueError) as error:
+            # Nothing was computed yet: the module's own code takes more, or has an error of its own.
+            raise OwnForward(str(error).partition(";")[0]) from error
+        record(calls, "control_cross_attention")
+        return projected, None
 
-    return forward
+    return serve
 
 
-RULES = (Rule("control_cross_attention", tuple(FORMS), _refuse, _make),)
+RULES = (Rule("control_cross_attention", tuple(FORMS), _refuse, why_parts_called, _make),)

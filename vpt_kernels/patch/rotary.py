@@ -1,34 +1,49 @@
 """Rotary embedding and cache update of a foreign attention through `append_visual_kv_`.
 
-The attention's own forward runs, with two things exchanged: the function it calls to rotate q and k only remembers q,
-and the cache it is given rotates and appends when it is updated. Everything else, projections, norms, masks and the
-attention itself, is the model's code, whatever its version.
+    # transformers' Qwen2VLAttention.forward, as it is     | … and what the two marked lines do when it is patched
+    cos, sin = position_embeddings                         | one HeldQuery takes the places of cos and of sin
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)            | returns q and k as they are; the HeldQuery keeps q
+    k, v = past_key_values.update(k, v, self.layer_idx)    | an AppendingCache: one kernel rotates q in place and
+                                                           | writes rotated k and v into the cache
+    out = attention(q, k, v, mask)                         | sees the rotated q and all keys and values, as before
+
+The attention's own code runs, whatever its version: projections, norms, masks and the attention itself. It is a copy
+of the function that looks its names up where the original does, but for the one that rotates.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from vpt_kernels.caches import LAYERS, append_rows_, page_slots
-from vpt_kernels.patch.rules import Forward, Rule, lacks
+from vpt_kernels.guard import OwnForward
+from vpt_kernels.patch import legacy
+from vpt_kernels.patch.rules import Forward, Rule, Serve, lacks, record
+from vpt_kernels.patch.supported import ATTENTIONS, LEGACY_ATTENTIONS
 
-ROTATIONS = ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")
-"""What an attention calls to rotate: with cos and sin [B, S, D] already mixed from three positions; before
-transformers 5, with [3, B, S, D] and the sections."""
-CACHES = ("past_key_values", "past_key_value")
+ROTATIONS = ("apply_rotary_pos_emb", *legacy.ROTATIONS)
+"""What an attention calls to rotate, with cos and sin [B, S, D] already mixed from three positions."""
+CACHES = ("cache", "past_key_values", *legacy.CACHES)
+"""Names of the argument that holds the cache, the newest first."""
+LIBRARY = "transformers.cache_utils"
 
 
-class Rotations(tuple):
-    """(cos, sin) of one forward call of the model, and what its layers derive from them, computed once."""
+class Angles:
+    """What the layers of one forward call of the model derive from its cos and sin, computed once."""
 
-    def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        half = cos.shape[-1] // 2
+        self.stamp = _stamp(cos, sin)
+        self._places = cos.shape[:-1]
+        self._table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
         self._slots: dict[tuple, Tensor] = {}
-        self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._rows: dict[tuple[int, int], Tensor] = {}
 
     def slots(self, *place: Any) -> Tensor:
         """`page_slots`, whose arguments are the same in every layer."""
@@ -41,186 +56,212 @@ class Rotations(tuple):
 
         A batch or a number of tokens of one is that of every row or token, as where the model multiplies.
         """
-        shape = batch, count
-        if shape not in self._rotations:
-            cos, sin = self
-            half = cos.shape[-1] // 2
-            table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
-            row, places = torch.arange(table.shape[0], device=cos.device), cos.shape[:-1]
+        shape, places = (batch, count), self._places
+        if shape not in self._rows:
+            row = torch.arange(self._table.shape[0], device=self._table.device)
             if places[-2:] != shape:
                 row = row.view(places).expand(*places[:-2], *shape)
             # One row of angles for all three axes, or one for each.
-            self._rotations[shape] = (table, row.reshape(3 if len(places) == 3 else 1, -1).expand(3, -1))
-        return self._rotations[shape]
+            self._rows[shape] = row.reshape(3 if len(places) == 3 else 1, -1).expand(3, -1)
+        return self._table, self._rows[shape]
 
 
-class _Append:
-    """Stands for cos, for sin and for the cache during one call of an attention's forward."""
+_angles: dict[int, tuple[ref[Tensor], ref[Tensor], Angles]] = {}
 
-    def __init__(self, kv_cache: Any, layer: Any, rotations: Rotations) -> None:
-        self._cache, self._layer, self._rotations = kv_cache, layer, rotations
+
+def _stamp(cos: Tensor, sin: Tensor) -> tuple[int, ...]:
+    """What tells that neither was changed in place; inference tensors cannot say it."""
+    return tuple(0 if t.is_inference() else t._version for t in (cos, sin))
+
+
+def angles_of(cos: Tensor, sin: Tensor) -> Angles:
+    """The angles of this very pair of tensors, remembered as long as cos lives."""
+    key = id(cos)
+    known = _angles.get(key)
+    if known is None or known[0]() is not cos or known[1]() is not sin or known[2].stamp != _stamp(cos, sin):
+        known = _angles[key] = (ref(cos, lambda _: _angles.pop(key, None)), ref(sin), Angles(cos, sin))
+    return known[2]
+
+
+class HeldQuery:
+    """Stands for cos and for sin in one call of an attention's forward, and keeps the q that they should rotate."""
+
+    def __init__(self) -> None:
         self.query: Tensor | None = None
         self.sections: tuple[int, ...] = ()
+
+
+def hold(q: Tensor, k: Tensor, held: HeldQuery, _: Any, sections: Any = None, *__: Any, **___: Any) -> tuple:
+    """Takes the place of the function that rotates: q and k as they are, until the cache is updated."""
+    held.query = q
+    held.sections = (q.shape[-1] // 2, 0, 0) if sections is None else tuple(sections)
+    return q, k
+
+
+class AppendingCache:
+    """Stands for the cache in one call of an attention's forward: the caller's, but for `update`."""
+
+    def __init__(self, cache: Any, layer: Any, angles: Angles, held: HeldQuery) -> None:
+        self._cache, self._layer, self._angles, self._held = cache, layer, angles, held
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values of the layer, [B, heads, length, D]; rotates the remembered q in place."""
-        query, self.query = self.query, None
+        """All keys and values of the layer, [B, heads, length, D]; rotates the held q in place."""
+        held = self._held
+        query, held.query = held.query, None
         q = query.transpose(1, 2).contiguous()
         kv = append_rows_(
-            self._layer, (q, key.transpose(1, 2), value.transpose(1, 2)), self._rotations.of(*q.shape[:2]),
-            self.sections, {}, self._rotations.slots,
+            self._layer, (q, key.transpose(1, 2), value.transpose(1, 2)), self._angles.of(*q.shape[:2]),
+            held.sections, {}, self._angles.slots,
         )  # fmt: skip
         if q.data_ptr() != query.data_ptr():
             query.copy_(q.transpose(1, 2))
         return kv
 
 
-def _remember(q: Tensor, k: Tensor, append: _Append, _: Any, sections: Any = None, *__: Any, **___: Any) -> tuple:
-    """Takes the place of the function that rotates: q and k as they are, until the cache is updated."""
-    append.query = q
-    append.sections = (q.shape[-1] // 2, 0, 0) if sections is None else tuple(sections)
-    return q, k
+class _Names(dict):
+    """The globals of a changed copy: what was exchanged, and for all else what the original would find now."""
+
+    def __init__(self, originals: dict[str, Any], exchanged: dict[str, Any]) -> None:
+        super().__init__(exchanged, __builtins__=originals["__builtins__"])
+        self._originals = originals
+
+    def __missing__(self, name: str) -> Any:
+        return self._originals[name]
 
 
-def _exchanged(original: Forward) -> Forward:
-    """The attention's forward, calling `_remember` where it calls the function that rotates."""
-    names = {**original.__globals__, **dict.fromkeys(ROTATIONS, _remember)}
-    clone = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
-    clone.__kwdefaults__ = original.__kwdefaults__
-    return clone
+def changed_copy(function: FunctionType, exchanged: dict[str, Any]) -> FunctionType:
+    """The function with some of its global names exchanged, inside the decorators that it has."""
+    inner, cells, names = getattr(function, "__wrapped__", None), function.__closure__, function.__globals__
+    if inner is None:
+        names = _Names(names, exchanged)
+    else:
+        copy = changed_copy(inner, exchanged)
+        cells = tuple(CellType(copy) if cell.cell_contents is inner else cell for cell in cells)
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
-class _LegacyLayer:
-    """A layer of the `DynamicCache` before transformers 4.56, two lists of tensors, with a `DynamicLayer`'s names."""
+def innermost(function: Any) -> FunctionType:
+    """The function inside decorators of transformers' own, which pass the call on.
 
-    def __init__(self, kv_cache: Any, index: int) -> None:
-        self._cache, self._index = kv_cache, index
-
-    @property
-    def is_initialized(self) -> bool:
-        return len(self._cache.key_cache) > self._index
-
-    @property
-    def keys(self) -> Tensor | None:
-        return self._cache.key_cache[self._index] if self.is_initialized else None
-
-    @keys.setter
-    def keys(self, keys: Tensor) -> None:
-        if self._index == 0:
-            self._cache._seen_tokens += keys.shape[-2] - self.get_seq_length()
-        self._cache.key_cache[self._index] = keys
-
-    @property
-    def values(self) -> Tensor | None:
-        return self._cache.value_cache[self._index] if self.is_initialized else None
-
-    @values.setter
-    def values(self, values: Tensor) -> None:
-        self._cache.value_cache[self._index] = values
-
-    def get_seq_length(self) -> int:
-        return self.keys.shape[-2] if self.is_initialized else 0
-
-    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
-        self._cache.key_cache.append(keys)
-        self._cache.value_cache.append(values)
+    Raises:
+        OwnForward: it is no plain function, or somebody else's decorator is around it.
+    """
+    while hasattr(function, "__wrapped__"):
+        where = getattr(function, "__globals__", {}).get("__name__", type(function).__name__)
+        cells = getattr(function, "__closure__", None) or ()
+        if not where.startswith("transformers.") or not any(c.cell_contents is function.__wrapped__ for c in cells):
+            raise OwnForward(f"its forward is wrapped by a decorator of {where}")
+        function = function.__wrapped__
+    if not isinstance(function, FunctionType):
+        raise OwnForward(f"its forward is a {type(function).__name__}")
+    return function
 
 
-def _layer(kv_cache: Any, index: int) -> Any:
-    """The cache's layer that the kernel can append to, or the reason why there is none."""
-    if kv_cache is None:
-        return "no cache"
-    if getattr(kv_cache, "offloading", False):
-        return "the cache is offloaded"
-    layers = getattr(kv_cache, "layers", None)
-    if layers is None and hasattr(kv_cache, "key_cache") and type(kv_cache).__name__ == "DynamicCache":
-        return _LegacyLayer(kv_cache, index)
+def _why_rotated_elsewhere(function: FunctionType) -> str | None:
+    """Why the function that the attention calls to rotate is not the one beside it, or None."""
+    for name in ROTATIONS:
+        if name in function.__code__.co_names:
+            found = function.__globals__.get(name)
+            beside = isinstance(found, FunctionType) and found.__globals__ is function.__globals__
+            # The package `kernels` makes a module of it, whose forward it can exchange.
+            plain = isinstance(found, nn.Module) and type(found).__module__.startswith("kernels.")
+            if not beside and not (plain and "forward" not in vars(found) and not found._forward_hooks):
+                return f"another library replaced {name}"
+    return None
+
+
+def _own_update(holder: Any) -> bool:
+    """Whether `holder.update` is the library's own."""
+    update = getattr(type(holder).update, "__globals__", {})
+    return update.get("__name__") == LIBRARY and "update" not in vars(holder)
+
+
+def _layer(cache: Any, index: int) -> Any:
+    """The cache's layer that the kernel can append to; raises OwnForward where there is none."""
+    if cache is None:
+        raise OwnForward("no cache")
+    if getattr(cache, "offloading", False):
+        raise OwnForward("the cache is offloaded")
+    layers = getattr(cache, "layers", None)
     if layers is None:
-        return f"a {type(kv_cache).__name__} has no layers"
-    grows = getattr(kv_cache, "layer_class_to_replicate", None)
+        return legacy.layer(cache, index)
+    grows = getattr(cache, "layer_class_to_replicate", None)
     if grows is not None and grows.__name__ in LAYERS:
         while len(layers) <= index:
             layers.append(grows())
     if len(layers) <= index:
-        return f"the cache has {len(layers)} layers"
+        raise OwnForward(f"the cache has {len(layers)} layers")
     name = type(layers[index]).__name__
-    return layers[index] if name in LAYERS else f"{name} stores other rows"
+    if name not in LAYERS:
+        raise OwnForward(f"{name} stores other rows")
+    if not _own_update(layers[index]) or not _own_update(cache):
+        raise OwnForward(f"update of {type(cache).__name__} or {name} is not transformers'")
+    return layers[index]
 
 
-def _reason(hidden: Tensor | None, given: dict[str, Any], name: str, index: int) -> Any:
-    """The layer to append to, or the reason why this call takes the original way."""
-    if torch.compiler.is_compiling():
-        return "torch.compile"
+def _served(function: FunctionType, hidden: Tensor | None, given: dict[str, Any], name: str | None, index: int) -> Any:
+    """The layer to append to; raises OwnForward for a call that the kernel does not serve."""
+    # Hooks see what they saw: every module that the attention calls is still called.
+    reason = "torch.jit.trace" if torch.jit.is_tracing() else _why_rotated_elsewhere(function)
+    if reason is not None:
+        raise OwnForward(reason)
     if torch.is_grad_enabled():
-        return "gradients are enabled"
-    if hidden is None or name not in given or given.get("position_embeddings") is None:
-        return f"hidden_states, {name} or position_embeddings is not given by name"
+        raise OwnForward("gradients are enabled")
+    if hidden is None or name is None or given.get("position_embeddings") is None:
+        raise OwnForward("hidden_states, the cache or position_embeddings is not given by name")
+    if type(hidden) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise OwnForward("its input is no plain tensor")
     if torch.is_autocast_enabled(hidden.device.type):
-        return "autocast"
+        raise OwnForward("autocast")
     layer = _layer(given[name], index)
-    if isinstance(layer, str):
-        return layer
     places, shape = given["position_embeddings"][0].shape[-3:-1], hidden.shape[:2]
     if places != shape and any(angles not in (1, tokens) for angles, tokens in zip(places, shape)):
-        return "position_embeddings are of another batch or length"
+        raise OwnForward("position_embeddings are of another batch or length")
     if layer.is_initialized and not layer.keys.dtype == layer.values.dtype == hidden.dtype:
-        return f"the cache holds {layer.keys.dtype} and {layer.values.dtype}"
+        raise OwnForward(f"the cache holds {layer.keys.dtype} and {layer.values.dtype}")
     return layer
 
 
-def _make_attention(original: Forward, calls: Counter[str]) -> Forward:
-    exchanged, name = _exchanged(original), _cache_name(original)
+def _make(original: Forward) -> Serve:
+    function, exchanged = innermost(original), changed_copy(original, dict.fromkeys(ROTATIONS, hold))
 
-    def forward(self: nn.Module, *inputs: Any, **given: Any) -> Any:
+    def serve(module: nn.Module, calls: Counter[str] | None, *inputs: Any, **given: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise OwnForward("torch.compile")
         hidden = inputs[0] if inputs else given.get("hidden_states")
-        layer = _reason(hidden, given, name, self.layer_idx)
-        if isinstance(layer, str):
-            calls[f"original: {layer}"] += 1
-            return original(self, *inputs, **given)
-        rotations = given["position_embeddings"]
-        if not isinstance(rotations, Rotations):
-            rotations = Rotations(rotations)
-        kv_cache = given[name]
-        append = given[name] = _Append(kv_cache, layer, rotations)
-        given["position_embeddings"] = (append, append)
-        output = exchanged(self, *inputs, **given)
-        if append.query is not None:
+        name = next((name for name in CACHES if name in given), None)
+        layer = _served(function, hidden, given, name, module.layer_idx)
+        held, cache = HeldQuery(), given[name]
+        append = AppendingCache(cache, layer, angles_of(*given["position_embeddings"]), held)
+        output = exchanged(module, *inputs, **given | {name: append, "position_embeddings": (held, held)})
+        if held.query is not None:
             raise RuntimeError(
-                f"{type(self).__name__}.forward rotated q and did not update the cache: layer {self.layer_idx} got "
+                f"{type(module).__name__}.forward rotated q and did not update the cache: layer {module.layer_idx} got "
                 "nothing; report this version of transformers, and unpatch"
             )
-        calls["append_visual_kv_"] += 1
-        # Before transformers 5 an attention hands its cache on.
-        if type(output) is tuple and any(part is append for part in output):
-            output = tuple(kv_cache if part is append else part for part in output)
-        return output
+        record(calls, "append_visual_kv_")
+        return legacy.handed_on(output, append, cache)
 
-    return forward
+    return serve
 
 
-def _make_rotary(original: Forward, calls: Counter[str]) -> Forward:
-    def forward(self: nn.Module, *inputs: Any, **given: Any) -> Any:
-        calls["table"] += 1
-        return Rotations(original(self, *inputs, **given))
-
-    return forward
-
-
-def _cache_name(function: Forward) -> str | None:
-    return next((name for name in CACHES if name in function.__code__.co_varnames), None)
-
-
-def _refuse_attention(module: nn.Module) -> str | None:
-    function = type(module).forward
-    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
-        return "its forward is wrapped by a decorator"
-    names, variables = function.__code__.co_names, function.__code__.co_varnames
+def _refuse(module: nn.Module) -> str | None:
+    try:
+        function = innermost(type(module).forward)
+    except OwnForward as reason:
+        return str(reason)
+    code, home = function.__code__, function.__globals__.get("__name__")
+    names, variables = code.co_names, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    if home != type(module).__module__:
+        return f"its forward was replaced by one of {home}"
     if not set(ROTATIONS) & set(names) or "update" not in names or "position_embeddings" not in variables:
         return f"its forward does not rotate with {' or '.join(ROTATIONS)} and update a cache"
-    if _cache_name(function) is None:
+    if not set(CACHES) & set(variables):
         return f"its forward has no argument {' or '.join(CACHES)}"
     missing = lacks(module, "layer_idx", "head_dim", "q_proj", "k_proj", "v_proj")
     if missing:
@@ -230,25 +271,8 @@ def _refuse_attention(module: nn.Module) -> str | None:
     return f"its head_dim is {module.head_dim}, which is odd" if module.head_dim % 2 else None
 
 
-RULES = (
-    Rule(
-        "append_visual_kv",
-        (
-            "Qwen2VLAttention",
-            "Qwen2VLSdpaAttention",
-            "Qwen2VLFlashAttention2",
-            "Qwen2_5_VLAttention",
-            "Qwen2_5_VLSdpaAttention",
-            "Qwen2_5_VLFlashAttention2",
-            "Qwen3VLTextAttention",
-        ),
-        _refuse_attention,
-        _make_attention,
-    ),
-    Rule(
-        "append_visual_kv",
-        ("Qwen2VLRotaryEmbedding", "Qwen2_5_VLRotaryEmbedding", "Qwen3VLTextRotaryEmbedding"),
-        lambda module: None,
-        _make_rotary,
-    ),
-)
+def _declines(module: nn.Module) -> str | None:
+    return _why_rotated_elsewhere(innermost(type(module).forward))
+
+
+RULES = (Rule("append_visual_kv", (*ATTENTIONS, *LEGACY_ATTENTIONS), _refuse, _declines, _make),)

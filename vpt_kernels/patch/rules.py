@@ -1,4 +1,4 @@
-"""What one replacement is: the classes it knows, when it declines, and the forward it puts in place."""
+"""What one replacement is: the classes it knows, when it declines, and what it does in place of their forward."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 Forward = Callable[..., Any]
+Serve = Callable[..., Any]
 Folded = TypeVar("Folded")
 
 
@@ -18,26 +20,36 @@ Folded = TypeVar("Folded")
 class Rule:
     """How modules of some classes are replaced.
 
-    op: the operator that takes over. classes: names of the classes, matched exactly. refuse: why a module of such a
-    class cannot be replaced, or None. make: from the forward of the module's class and a counter to the forward that
-    replaces it, a function of (module, …). What a caller can change after patching, it looks at in every call.
+    Attributes:
+        op: the operator that takes over.
+        classes: names of the classes, matched exactly.
+        refuse: why a module of such a class can never be served, or None. Asked by `patch`.
+        declines: why it would not be served now, or None: what hooks, adapters and copies change. Asked by `patch`,
+            and by `serve` in every call.
+        make: from the forward of the module's class to `serve(module, calls, *inputs, **named)`, which computes what
+            that forward would and counts the way it took, or raises OwnForward.
+        reject: raises ValueError where the module's own forward, taken for the given reason, would misread its inputs;
+            called as `reject(module, reason, *inputs, **named)`. None: it takes them all.
     """
 
     op: str
     classes: tuple[str, ...]
     refuse: Callable[[nn.Module], str | None]
-    make: Callable[[Forward, Counter[str]], Forward]
+    declines: Callable[[nn.Module], str | None]
+    make: Callable[[Forward], Serve]
+    reject: Callable[..., None] | None = None
+
+
+def record(calls: Counter[str] | None, way: str) -> None:
+    """Count a call by the way it took; not in a compiled graph, which would be compiled anew for every count."""
+    if calls is not None and not torch.compiler.is_compiling():
+        calls[way] += 1
 
 
 def lacks(module: nn.Module, *names: str) -> str | None:
     """Why a module without these attributes is not the class that its name says, or None."""
     missing = [name for name in names if not hasattr(module, name)]
     return f"it has no attribute {', '.join(missing)}" if missing else None
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something watches this module's calls, which a replacement would skip."""
-    return any(getattr(module, f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 _folded: WeakKeyDictionary[nn.Module, tuple[list[tuple], list[Tensor], Any]] = WeakKeyDictionary()
@@ -48,8 +60,8 @@ def folded(module: nn.Module, tensors: list[Tensor], fold: Callable[[], Folded])
 
     A change through `.data` or another alias that autograd does not track is not seen: `forget` the module then.
     """
-    if any(t.is_inference() for t in tensors):
-        # They have no version, by which a change in place is seen.
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        # A compiled graph folds by itself; inference tensors have no version, by which a change in place is seen.
         return fold()
     key = [(t.data_ptr(), t.dtype, t.device, t._version) for t in tensors]
     known = _folded.get(module)
