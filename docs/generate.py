@@ -253,7 +253,7 @@ def support() -> str:
             devices = "any" if capability.devices is None else ", ".join(capability.devices)
             lines.append(f"| `{operator}` | {name} | {devices} | {dtypes} |")
     lines += ["", "## Modules that `patch` replaces", "", "| class | name in `ops` |", "|---|---|"]
-    lines += [f"| `{kind}` | `{rule.op}` |" for rule in RULES for kind in rule.classes]
+    lines += [f"| `{kind}` | `{rule.op}` |" for kind, rule in RULES.items()]
     lines += [
         "",
         f"Caches that can be appended to: layers of class {' and '.join(f'`{name}`' for name in LAYERS)}.",

@@ -12,7 +12,8 @@ from vpt_kernels.control_cross_attention.api import (
     fold_projector,
 )
 from vpt_kernels.images import decode_image
-from vpt_kernels.patch.api import PatchReport, patch
+from vpt_kernels.patch.api import patch
+from vpt_kernels.patch.report import PatchReport
 from vpt_kernels.processor import QwenVLImageProcessor
 from vpt_kernels.roi_patch_embed import reference as _roi_reference  # noqa: F401
 from vpt_kernels.roi_patch_embed.api import (
