@@ -29,7 +29,7 @@ class Decoding:
         language = self.made.engine.model.language
         # A tied embedding is read whole by the head; of its own rows one per token.
         self.weights = [tensor for layer in language.layers for tensor in vars(layer).values()] + [language.head]
-        self.ids, self.prompt = self._ours()[1], self.made.engine.fed[0]
+        self.ids, self.prompt = self._ours()[1], self.made.engine.executor.fed[0]
 
     @cached_property
     def decoded(self) -> Decoded:
@@ -43,11 +43,11 @@ class Decoding:
     def _ours(self) -> tuple[float, list[list[int]]]:
         engine, times = self.made.engine, []
         ids: list[list[int]] = [[] for _ in range(self.batch)]
-        engine.fed = []
+        engine.executor.fed = []
         # Random weights may choose to stop; what is timed is a number of tokens.
-        with patch.object(engine, "ids", replace(engine.ids, stop=frozenset())):
-            rows = [engine._admit(self.photo, QUESTION, None, 1 + self.count, False, None) for _ in ids]
-            for row, event in engine._together(rows):
+        with patch.object(engine.loop, "ids", replace(engine.ids, stop=frozenset())):
+            questions = [engine.question(self.photo, QUESTION, max_new_tokens=1 + self.count) for _ in ids]
+            for row, event in engine.events(questions):
                 if isinstance(event, Token):
                     ids[row].append(event.id)
                     if row == self.batch - 1:
@@ -66,7 +66,7 @@ class Decoding:
     @property
     def work(self) -> Work:
         stored = len(self.prompt.tokens) + self.count // 2
-        cache = self.made.engine._idle[0].bytes_per_token * stored
+        cache = self.made.engine.pool.idle[0].bytes_per_token * stored
         return Work(sum(weight.nbytes for weight in self.weights) + self.batch * cache, 0)
 
 

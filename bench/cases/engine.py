@@ -28,8 +28,9 @@ from vpt_model.app.demo import QUESTION, default_image
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.engine import Engine
-from vpt_model.engine.conversation import Chunk
 from vpt_model.engine.events import Clock, Look, Stage, Token
+from vpt_model.engine.executor import Eager, Fed
+from vpt_model.engine.requests import Append
 from vpt_model.network.linear import linear
 from vpt_model.network.model import Model
 from vpt_model.published.procedure import PublishedProcedure
@@ -58,21 +59,24 @@ def our_linear() -> Iterator[None]:
         yield
 
 
-class Recorder(Engine):
+class Recorder(Eager):
     """Remembers what it feeds to the language model."""
 
-    fed: list[Chunk]
+    def __init__(self, executor: Eager) -> None:
+        vars(self).update(vars(executor))
+        self.fed: list[Append] = []
+        self._feed = executor.feed
 
-    def _feed(self, chunks: Sequence[Chunk]) -> None:
-        super()._feed(chunks)
-        self.fed += chunks
+    def feed(self, appends: Sequence[Append]) -> list[Fed]:
+        self.fed += appends
+        return self._feed(appends)
 
 
 @dataclass
 class Procedures:
     """The engine and the published procedure over the same random weights."""
 
-    engine: Recorder
+    engine: Engine
     published: PublishedProcedure
     state: dict[str, Tensor]
 
@@ -82,9 +86,9 @@ def procedures(preset: str, kind: str, device: str) -> Procedures:
     config = replace(PRESETS[preset], kind=kind)
     tokenizer = Tokenizer.byte_level(config.vocab_size, kind)
     state = {name: tensor.to(device) for name, tensor in random_state(config).items()}
-    engine = Recorder(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE, capacity=CAPACITY)
-    engine.fed = []
+    engine = Engine(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE, capacity=CAPACITY)
     engine.warm_up()
+    engine.executor = Recorder(engine.executor)
     return Procedures(engine, PublishedProcedure(config, state, tokenizer.ids, tokenizer), state)
 
 
@@ -122,7 +126,7 @@ class Problem:
 
     def _ours(self) -> tuple[float, Tensor]:
         triggers, begin, looked = {self.engine.ids.region_end, self.engine.ids.action_start}, 0.0, False
-        self.engine.fed = []
+        self.engine.executor.fed = []
         stream = self.engine.stream(self.photo, self.question, looks=[self.look], max_new_tokens=1, keep_logits=True)
         for event in stream:
             if isinstance(event, Token) and looked:
@@ -130,7 +134,7 @@ class Problem:
                 break
             if isinstance(event, Token) and event.id in triggers:
                 begin = time.perf_counter()
-                self.before = len(self.engine.fed)
+                self.before = len(self.engine.executor.fed)
             looked |= isinstance(event, Look)
         *_, done = stream
         self.saw("ours", seconds, done.answer.timings)
@@ -182,7 +186,8 @@ class Continued:
 
         engine, self.nearest = problem.engine, Image.Resampling.NEAREST
         problem.ours()
-        first, self.second = engine.fed[: problem.before], engine.fed[problem.before :]
+        fed = engine.executor.fed
+        first, self.second = fed[: problem.before], fed[problem.before :]
         self.problem, self.state, self.ids = problem, problem.state, engine.ids
         self.model = transformers_twin(*problem.names)
         self.processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12_845_056)
@@ -224,7 +229,7 @@ class Continued:
         for one in earlier:
             with nullcontext() if self.boxes else self.clock("perceive"):
                 state = self._forward(one, self._embed(one.tokens))
-                if one.sample:  # whether the first round ends here is not known before
+                if one.logits:  # whether the first round ends here is not known before
                     int(self.model.lm_head(state)[0].argmax())
         if self.boxes:
             features = self._see(self.boxes)
@@ -271,7 +276,7 @@ class Continued:
             embeds[ids == self.ids.image_pad] = features
         return embeds
 
-    def _forward(self, chunk: Chunk, embeds: Tensor) -> Tensor:
+    def _forward(self, chunk: Append, embeds: Tensor) -> Tensor:
         return continued(self.model, self.cache, embeds[None], chunk.positions)
 
 

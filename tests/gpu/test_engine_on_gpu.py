@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype
 from tests.model.attention_inputs import make, oracle
-from tests.model.engine.test_graphs import Fed
+from tests.model.engine.scripts import Steps
 from tests.model.inputs import random_image, tiny_config, tiny_state
 from vpt_model.config import ENCODERS
 from vpt_model.engine import Engine
@@ -61,7 +61,7 @@ def test_tokens_of_the_cpu(encoder, look, speculate):
     answers = [engine.ask(IMAGE, QUESTION, **options)]
     seconds = engine.warm_up()
     assert len(seconds) > len(BUCKETS) and min(seconds.values()) > 0
-    with Fed(engine) as fed:
+    with Steps(engine) as fed:
         answers += [engine.ask(IMAGE, QUESTION, **options) for _ in range(2)]
     assert fed.eager == [] and fed.buckets == [], "everything was replayed"
     for answer in answers:
@@ -87,13 +87,13 @@ def test_no_bucket_writes_a_row_of_another_cache():
     """Canaries in every row that is not appended, over all counts of a bucket."""
     engine = engine_of("clip", "cuda")
     engine.warm_up()
-    (keys, values), caches = engine._graphs.slab, engine._graphs.caches
+    (keys, values), caches = engine.executor.graphs.slab, engine.executor.graphs.caches
     keys.fill_(float("nan")), values.fill_(float("nan"))
     expected = engine_of("clip", "cpu").ask(IMAGE, QUESTION, looks=[REGION], max_new_tokens=6)
     answer = engine.ask(IMAGE, QUESTION, looks=[REGION], max_new_tokens=6)
     assert answer.ids == expected.ids
     used = sum(stage.work.get("tokens", 0) for stage in answer.timings)
-    cache = engine._idle[-1]
+    cache = engine.pool.idle[-1]
     written = ~keys.isnan().all(dim=(0, 2, 3)).cpu()
     assert written.nonzero().flatten().tolist() == list(range(cache.first, cache.first + used))
     assert len(caches) * cache.capacity == keys.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from vpt_model.checkpoint import random_state
 from vpt_model.config import PRESETS, ModelConfig
+from vpt_model.network.cache import KVCache
+from vpt_model.network.language import LanguageModel
 from vpt_model.network.model import Model
 from vpt_model.published.recordings import Recording, load_recording
 from vpt_model.text.tokens import TokenIds
@@ -30,6 +33,21 @@ def tiny_state(kind: str | None = "clip", seed: int = 0) -> dict[str, torch.Tens
 @lru_cache(maxsize=4)
 def tiny_model(kind: str | None = "clip", seed: int = 0) -> Model:
     return Model.from_state(tiny_config(kind), tiny_state(kind, seed))
+
+
+def appended(
+    language: LanguageModel,
+    embeds: torch.Tensor,
+    positions: torch.Tensor,
+    caches: Sequence[KVCache],
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """Hidden states of tokens that are fed and then count as stored, as `vpt_model.engine.executor` does it."""
+    hidden = language.forward(embeds, positions, caches, lengths)
+    for cache, count, where in zip(caches, lengths, positions.split(list(lengths), dim=1), strict=True):
+        if count:
+            cache.advance(count, int(where.max()) + 1)
+    return hidden
 
 
 def random_image(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -23,6 +23,8 @@ from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS, ModelConfig
 from vpt_model.engine import Engine
 from vpt_model.engine.events import Box, Done, Look, Token
+from vpt_model.engine.executor import Executor
+from vpt_model.engine.requests import Decode, Output, ReencodeAndAppend, Request
 from vpt_model.mini.scenes import make_question, make_scene
 from vpt_model.mini.story import Chapter, tell
 from vpt_model.network.cache import KVCache
@@ -117,32 +119,61 @@ class Report:
         return all(look.identical and look.difference <= self.limit for look in self.comparisons)
 
 
-class WrongControl(Engine):
+class WrongControl:
     """Re-encodes under the control state's negative."""
 
-    def control_state(self, hidden: Tensor) -> Tensor:
-        return -super().control_state(hidden)
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
+        return [
+            replace(result, control=-result.control) if isinstance(result, ReencodeAndAppend) else result
+            for result in self.executor.run(requests)
+        ]
 
 
-class WrongPosition(Engine):
+class WrongPosition:
     """Appends the second look one position too far."""
 
-    def positions(self, tokens: Tensor, grids: Sequence[tuple[int, int]], start: int) -> Tensor:
-        return super().positions(tokens, grids, start) + int(start > 0 and len(tokens) > 1)
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
+        return self.executor.run([self._shifted(request) for request in requests])
+
+    def _shifted(self, request: Request) -> Request:
+        if (
+            isinstance(request, Decode)
+            or not request.conversation.length
+            or getattr(request, "control", None) is not None
+        ):
+            return request
+        positions = request.positions.clone()
+        positions[:, isinstance(request, ReencodeAndAppend) :] += 1  # the token that asks for it stays where it is
+        return replace(request, positions=positions, next_position=request.next_position + 1)
 
 
-class WrongSlot(Engine):
+class WrongSlot:
     """Stores the second look's keys and values one slot too far."""
 
-    class Cache(KVCache):
-        def slots(self, count: int) -> Tensor:
-            return super().slots(count) + int(self.length > 0 and count > 1)
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
 
-    def new_cache(self) -> KVCache:
-        return self.Cache(self.model.config, self.capacity, self.model.dtype, self.model.device)
+    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
+        for request in requests:
+            cache = request.conversation.cache
+            cache.slots = partial(self._shifted, cache)
+        return self.executor.run(requests)
+
+    def _shifted(self, cache: KVCache, count: int) -> Tensor:
+        return KVCache.slots(cache, count) + int(cache.length > 0 and count > 1)
 
 
-FAULTS: dict[str, type[Engine]] = {"control": WrongControl, "position": WrongPosition, "slot": WrongSlot}
+FAULTS: dict[str, Callable[[Executor], Executor]] = {
+    "control": WrongControl,
+    "position": WrongPosition,
+    "slot": WrongSlot,
+}
 
 
 def default_image() -> Image.Image:
@@ -204,7 +235,9 @@ def run(
     options = {"max_new_tokens": max_new_tokens, "keep_logits": True}
     for encoder, group in groups.items():
         config, state, tokenizer = _weights(preset, encoder, progress)
-        engine = FAULTS.get(inject, Engine)(Model.from_state(config, state), tokenizer)
+        engine = Engine(Model.from_state(config, state), tokenizer)
+        if inject is not None:
+            engine.executor = FAULTS[inject](engine.executor)
         published = PublishedProcedure(config, state, tokenizer.ids, tokenizer)
         progress("warming up")
         for procedure in (engine, published):

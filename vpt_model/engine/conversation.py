@@ -1,61 +1,212 @@
-"""What the engine keeps of one request while it runs."""
+"""A conversation leases a cache and knows what lies in it; a question knows how it is to be answered, and how far."""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from vpt_model.engine.events import Clock, Look
+from vpt_model.engine.events import Answer, Clock, Look, Stage
 from vpt_model.engine.perception import Ahead
 from vpt_model.engine.sampling import Sampler
 from vpt_model.network.cache import KVCache
+from vpt_model.text.prompt import ANSWER_PREFIX
+
+
+class Mark(NamedTuple):
+    """A place in a conversation to which it can go back."""
+
+    length: int
+    next_position: int
+
+
+@dataclass
+class Picture:
+    """An image that a conversation is shown.
+
+    pixels: uint8 [height, width, 3] on the model's device. features: [N, H] of its first look, once it is taken, and
+    its grids in patches. ahead: the re-encoder's work, where it was begun before it was asked for.
+    """
+
+    pixels: Tensor
+    features: Tensor | None = None
+    grids: tuple[tuple[int, int], ...] = ()
+    ahead: Ahead | None = None
+
+    @property
+    def whole(self) -> tuple[int, int, int, int]:
+        """The box of all pixels."""
+        height, width, _ = self.pixels.shape
+        return 0, 0, width, height
+
+
+class Conversation:
+    """A cache on lease, and what it holds; `close` gives it back, and so does forgetting the conversation.
+
+    release: takes the cache back. clock: times the stages of the question that is being answered.
+    """
+
+    def __init__(self, cache: KVCache, clock: Clock, release: Callable[[KVCache], None]) -> None:
+        self.cache = cache
+        self.clock = clock
+        self.pictures: list[Picture] = []
+        self._give_back = weakref.finalize(self, release, cache)
+        self._give_back.atexit = False
+
+    @property
+    def length(self) -> int:
+        """Tokens that have been fed."""
+        return self.cache.length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.cache.capacity
+
+    @property
+    def next_position(self) -> int:
+        """M-RoPE position of the next text token, which is less than `length` behind an image."""
+        return self.cache.next_position
+
+    @property
+    def closed(self) -> bool:
+        """Whether the cache has been given back."""
+        return not self._give_back.alive
+
+    def mark(self) -> Mark:
+        """Where the conversation is now."""
+        return Mark(self.length, self.next_position)
+
+    def truncate(self, mark: Mark) -> None:
+        """Forget what was fed behind `mark`. Raises ValueError if the conversation is shorter."""
+        self.cache.truncate(*mark)
+
+    def fork(self) -> Conversation:
+        """A second conversation that begins behind this one's tokens, which it reads where they are.
+
+        Until it is closed, this one can be read but not continued, because both write to the same rows.
+        """
+        fork = Conversation(self.cache.fork(), self.clock, KVCache.release)
+        fork.pictures = list(self.pictures)
+        return fork
+
+    def close(self) -> None:
+        """Give the cache back; a closed conversation takes no further tokens."""
+        self._give_back()
 
 
 @dataclass
 class Turn:
-    """What the model generated in one round. `end`: a finish reason of `Answer`, or "action" (a look follows)."""
+    """What the model generated in one round. `end`: a finish reason of `Answer`, or "action" (a look follows).
 
+    forced: tokens that come first, whatever the model would choose.
+    """
+
+    forced: deque[int] = field(default_factory=deque)
     ids: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     end: str = ""
+    unprinted: list[int] = field(default_factory=list)
+
+    def add(self, token: int, decode: Callable[[list[int]], str]) -> str:
+        """Take a token; the text that it completes, which is empty where the end of a character may be missing."""
+        self.ids.append(token)
+        self.unprinted.append(token)
+        text = decode(self.unprinted)
+        if not self.end and text.endswith("\ufffd"):
+            return ""
+        self.unprinted.clear()
+        return text
 
 
 @dataclass
-class Conversation:
-    """One request and how far it has come."""
+class Question:
+    """One question, the limits of its answer, and what has come of it.
 
-    cache: KVCache
-    clock: Clock
-    image: Tensor | None = None  # uint8 [height, width, 3]
-    forced: deque[list[int]] = field(default_factory=deque)  # answers of the next rounds
+    user: ids of its text. forced: what the next rounds begin with. max_new_tokens: per round; forced tokens are free.
+    max_looks: second looks that this question may take. round_start: the place behind the current assistant header.
+    """
+
+    user: Sequence[int]
+    picture: Picture | None = None
+    forced: deque[Sequence[int]] = field(default_factory=deque)
+    sampler: Sampler = field(default_factory=Sampler)
     max_new_tokens: int = 64
+    max_looks: int = 1
     keep_logits: bool = False
-    choose: Sampler = field(default_factory=Sampler)
-    features: Tensor | None = None  # [N, H], the first look
-    grids: tuple[tuple[int, int], ...] = ()
-    ahead: Ahead | None = None  # the re-encoder's work on the image, begun before it is asked for
-    header: tuple[int, int] = (0, 0)  # length and next position of the cache behind the current assistant header
-    last: int | None = None  # the token fed last, its hidden state [1, H] and what follows it, float32 [vocab]
-    hidden: Tensor | None = None
-    logits: Tensor | None = None
-    likeliest: Tensor | None = None  # `greedy(logits)` where the step that made them chose, too
+    round_start: Mark = Mark(0, 0)
     turns: list[Turn] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
+    @property
+    def may_look(self) -> bool:
+        """Whether there is a picture, and another look at it is allowed."""
+        return self.picture is not None and len(self.looks) < self.max_looks
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens that a conversation wants appended, at positions [3, T], with embeddings [T, H], or None for their own.
+    @property
+    def next_sampler(self) -> Sampler | None:
+        """What chooses the first token of the next round; None if it is forced."""
+        return None if self.forced and self.forced[0] else self.sampler
 
-    Once fed, the conversation knows the last one's hidden state and, with `sample`, the logits of what follows.
+    def begin_turn(self) -> Turn:
+        """The next round, with what is forced on it."""
+        turn = Turn(deque(self.forced.popleft() if self.forced else ()))
+        self.turns.append(turn)
+        return turn
+
+    def fits(self, conversation: Conversation, count: int) -> bool:
+        """Whether a look of `count` tokens can be appended; if not, the round ends for want of space, with a notice."""
+        needed = conversation.length + count
+        if needed > conversation.capacity:
+            self.turns[-1].end = "capacity"
+            self.notices.append(
+                f"no second look: the conversation would hold {needed} tokens, the cache's capacity is "
+                f"{conversation.capacity}; give the engine capacity >= {needed}"
+            )
+        return needed <= conversation.capacity
+
+    def summary(self, decode: Callable[[list[int]], str], timings: list[Stage], keep_prefix: bool) -> Answer:
+        """What has come of the question."""
+        first, last = self.turns[0], self.turns[-1]
+        text = decode(last.ids)
+        return Answer(
+            text=text if keep_prefix else text.removeprefix(ANSWER_PREFIX),
+            ids=last.ids,
+            first_text=decode(first.ids),
+            finish_reason=last.end,
+            looks=self.looks,
+            timings=timings,
+            notices=self.notices,
+            logits=torch.stack(last.logits) if last.logits else None,
+        )
+
+
+class CachePool:
+    """Caches for conversations; one that is given back is leased again.
+
+    make: a new cache, where none is idle. idle: those that no conversation has, the next one last.
     """
 
-    talk: Conversation
-    tokens: Sequence[int]
-    embeds: Tensor | None
-    positions: Tensor
-    sample: bool
+    def __init__(self, make: Callable[[], KVCache]) -> None:
+        self._make = make
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self.idle = [make()]
+
+    def conversation(self, clock: Clock) -> Conversation:
+        """A new conversation over one of the caches."""
+        return Conversation(self.idle.pop() if self.idle else self._make(), clock, self._take_back)
+
+    def keep_only(self, caches: Sequence[KVCache]) -> None:
+        """From now on lease these, which lie side by side, first, and forget every other one that is given back."""
+        self._kept, self.idle = caches[0].slab, list(caches)
+
+    def _take_back(self, cache: KVCache) -> None:
+        cache.clear()
+        if self._kept is None or cache.slab is self._kept:
+            self.idle.append(cache)

@@ -1,42 +1,30 @@
-"""The multi-pass loop of visual perception tokens over one append-only cache.
+"""The engine: what it takes, what it refuses, and what it keeps between questions.
 
-    image ── look ──┐
-    question ───────┴─ prefill ── decode ──┬── answer
-                                    ↑      ├── region span ──── crop, look ─────────────────┐
-                                    │      └── action start ─── feed it → h*, re-encode ────┤
-                                    └──────────────────── append ───────────────────────────┘
-
-Every token passes the language model once. The control state h* and all keys and values cached before it do not
-depend on the new image, so a second look is appended and nothing is prefilled again. Source: arXiv 2502.17425.
+How a question is answered stands in `vpt_model.engine.loop`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vpt_kernels import decode_image, qwen2_vl_policy
-from vpt_model.config import ENCODERS
 from vpt_model.engine import perception
-from vpt_model.engine.conversation import Chunk, Conversation, Turn
-from vpt_model.engine.events import Answer, Box, Clock, Done, Event, Look, Reencode, Region, Token
+from vpt_model.engine.conversation import CachePool, Picture, Question
+from vpt_model.engine.events import Answer, Clock, Done, Event
+from vpt_model.engine.executor import Captured, Eager, Executor
 from vpt_model.engine.graphs import Graphs
+from vpt_model.engine.loop import Loop
 from vpt_model.engine.sampling import Sampler, Sampling
-from vpt_model.network.cache import KVCache
+from vpt_model.engine.scheduler import Row, Scheduler
 from vpt_model.network.model import Model
-from vpt_model.network.positions import mrope_positions
 from vpt_model.network.tower_graphs import captured
-from vpt_model.text.prompt import ANSWER_PREFIX, PromptFormat, action_round, first_round, region_round
-from vpt_model.text.tokens import Tokenizer, crop_box, parse_look, parse_region_ids
-
-Row = Generator[Event | Chunk, None, None]
-"""One conversation as a coroutine: it yields its events and, where it needs the language model, a chunk to feed."""
+from vpt_model.text.prompt import PromptFormat
+from vpt_model.text.tokens import Tokenizer, parse_look
 
 
 class Engine:
@@ -74,32 +62,35 @@ class Engine:
         if max_looks < 0:
             raise ValueError(f"max_looks is {max_looks}; it must be 0 or more")
         self.model = model
-        self.tokenizer = tokenizer
-        self.ids = tokenizer.ids
-        self.reencoder = next((name for name, kind in ENCODERS.items() if kind == self.ids.kind), None)
+        self.tokenizer, self.ids = tokenizer, tokenizer.ids
         self.max_looks = max_looks
         self.capacity = capacity
         self.prompt = prompt or PromptFormat()
-        self.keep_prefix = keep_prefix
-        self.speculate = speculate and model.encoder is not None and model.device.type == "cuda"
         self.policy = qwen2_vl_policy(longest_edge=longest_edge or model.config.image_resolution, pass_order="hv")
-        self._idle = [self.new_cache()]
-        self._graphs: Graphs | None = None
+        self.loop = Loop(model, tokenizer, self.prompt, self.policy, keep_prefix)
+        self.executor: Executor = Eager(model, speculate)
+        self.pool = CachePool(lambda: self.model.language.new_cache(capacity))
+        self._speculate = speculate
 
     def warm_up(self) -> dict[str, float]:
         """Capture CUDA graphs for the steps that recur; the seconds each took. Nothing on a CPU.
 
-        What fits no graph, and all that runs before this call, runs without, and chooses the same tokens. Takes the
-        memory of `vpt_model.engine.graphs.ROWS` caches. Not while a stream is open.
+        What fits no graph, and all that was begun before this call, runs without, and chooses the same tokens. Takes
+        the memory of `vpt_model.engine.graphs.ROWS` caches.
         """
         if self.model.device.type != "cuda":
             return {}
         with torch.inference_mode():
-            self._graphs = Graphs(self.model.language, self.capacity)
-            self._idle = list(self._graphs.caches)
-            seconds = self._graphs.capture()
-            self.model, towers = captured(self.model)
+            graphs = Graphs(self.model.language, self.capacity)
+            seconds = graphs.capture()
+            model, towers = captured(self.model)
+        self.use(model, graphs)
         return seconds | towers
+
+    def use(self, model: Model, graphs: Graphs) -> None:
+        """Run questions that are asked from now on by these towers and graphs, in the graphs' caches."""
+        self.model, self.executor = model, Captured(model, graphs, self._speculate)
+        self.pool.keep_only(graphs.caches)
 
     def ask(
         self,
@@ -112,8 +103,7 @@ class Engine:
         sampling: Sampling | None = None,
     ) -> Answer:
         """The answer to `question`; arguments and errors as in `stream`."""
-        row = self._admit(image, question, looks, max_new_tokens, keep_logits, sampling)
-        *_, done = self._events(row)
+        *_, done = self._stream(self.question(image, question, looks, max_new_tokens, keep_logits, sampling))
         return done.answer
 
     def ask_batch(
@@ -143,10 +133,10 @@ class Engine:
                 f"{len(images)} images, {len(questions)} questions and {len(looks)} lists of looks were given: "
                 "give one of each for every row (None for no image, None for no forced looks)"
             )
-        requests = zip(images, questions, looks, strict=True)
-        rows = [self._admit(*request, max_new_tokens, keep_logits, sampling) for request in requests]
-        answers = {number: event.answer for number, event in self._together(rows) if isinstance(event, Done)}
-        return [answers[number] for number in range(len(rows))]
+        options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "sampling": sampling}
+        asked = [self.question(*row, **options) for row in zip(images, questions, looks, strict=True)]
+        answers = {row: event.answer for row, event in self.events(asked) if isinstance(event, Done)}
+        return [answers[row] for row in range(len(asked))]
 
     def stream(
         self,
@@ -166,31 +156,18 @@ class Engine:
         ValueError or TypeError on bad input; a prompt that does not fit into the cache raises ValueError at the first
         event, before anything is written.
         """
-        return self._events(self._admit(image, question, looks, max_new_tokens, keep_logits, sampling))
+        return self._stream(self.question(image, question, looks, max_new_tokens, keep_logits, sampling))
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for one conversation."""
-        return self.model.language.new_cache(self.capacity)
-
-    def positions(self, tokens: Tensor, grids: Sequence[tuple[int, int]], start: int) -> Tensor:
-        """M-RoPE positions int64 [3, T] of a chunk that begins at position `start`."""
-        merge = self.model.config.vision.spatial_merge_size
-        return mrope_positions(tokens, grids, start, self.ids.image_pad, merge)[0]
-
-    def control_state(self, hidden: Tensor) -> Tensor:
-        """h* [1, H] from the final hidden state at the action start: the same, as embedding and as condition."""
-        return hidden
-
-    def _admit(
+    def question(
         self,
         image: Any,
         question: str,
-        looks: Sequence[str] | None,
-        max_new_tokens: int,
-        keep_logits: bool,
-        sampling: Sampling | None,
-    ) -> Row:
-        """Check a request; the conversation takes a cache when it is first advanced."""
+        looks: Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        keep_logits: bool = False,
+        sampling: Sampling | None = None,
+    ) -> Question:
+        """A question that has been checked and not been asked; arguments and errors as in `stream`."""
         if not isinstance(question, str):
             raise TypeError(f"question is a {type(question).__name__}; it must be a string")
         if max_new_tokens < 1:
@@ -207,243 +184,26 @@ class Engine:
             raise ValueError(
                 f"the question contains special tokens (ids {sorted(reserved)}): remove them from the text"
             )
-        pixels = None if image is None else perception.upload(decode_image(image), self.model.device)
-        for answer in forced:
-            self._boxes(pixels, answer)
-        options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "choose": Sampler(sampling)}
-        return self._run(user, image=pixels, forced=forced, **options)
+        picture = None
+        if image is not None:
+            picture = Picture(perception.upload(decode_image(image), self.model.device))
+            for answer in forced:
+                self.loop.boxes(picture, answer)
+        return Question(user, picture, forced, Sampler(sampling), max_new_tokens, self.max_looks, keep_logits)
 
-    def _events(self, row: Row) -> Generator[Event, None, None]:
-        with closing(self._together([row])) as events:
-            for _, event in events:
-                yield event
+    def events(self, questions: Sequence[Question]) -> Iterator[tuple[int, Event]]:
+        """Answer several questions side by side: every event with the number of its question, as they happen.
 
-    @torch.inference_mode()
-    def _together(self, rows: Sequence[Row]) -> Generator[tuple[int, Event], None, None]:
-        """Every event with the number of its row. Each row runs until it needs the language model; then all are fed."""
-        with ExitStack() as stack:
-            for row in rows:
-                stack.callback(row.close)
-            running = dict(enumerate(rows))
-            while running:
-                chunks = []
-                for number, row in list(running.items()):
-                    for step in row:
-                        if isinstance(step, Chunk):
-                            chunks.append(step)
-                            break
-                        yield number, step
-                    else:
-                        del running[number]
-                if chunks:
-                    self._feed(chunks)
+        Closing the iterator gives the caches back.
+        """
+        return Scheduler(self.executor, [self._row(question) for question in questions]).events()
 
-    def _feed(self, chunks: Sequence[Chunk]) -> None:
-        """Every token passes the language model here, once: the chunks of all conversations in one ragged call."""
-        if self._graphs is not None and self._graphs.feed(chunks):
-            return
-        lengths = [len(chunk.tokens) for chunk in chunks]
-        embeds = torch.cat([self._embed(c.tokens) if c.embeds is None else c.embeds for c in chunks])
-        positions = torch.cat([c.positions for c in chunks], dim=1)
-        hidden = self.model.language.forward(embeds, positions, [chunk.talk.cache for chunk in chunks], lengths)
-        ends = list(accumulate(lengths))
-        sampled = [hidden[end - 1 : end] for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
-        logits = iter(self.model.language.logits(torch.cat(sampled)) if sampled else ())
-        for chunk, end in zip(chunks, ends, strict=True):
-            chunk.talk.last, chunk.talk.hidden = chunk.tokens[-1], hidden[end - 1 : end]
-            chunk.talk.logits, chunk.talk.likeliest = next(logits) if chunk.sample else None, None
+    def _stream(self, question: Question) -> Iterator[Event]:
+        with closing(self.events([question])) as events:
+            yield from (event for _, event in events)
 
-    def _run(self, user: list[int], **request: Any) -> Row:
-        with self._conversation(**request) as talk:
-            yield from self._prefill(talk, user)
-            answer = yield from self._converse(talk)
+    def _row(self, question: Question) -> Row:
+        """A question in a conversation of its own, which leases a cache when it is first advanced."""
+        with closing(self.pool.conversation(Clock(self.model.device))) as conversation:
+            answer = yield from self.loop.answer(conversation, question)
         yield Done(answer)
-
-    def _converse(self, talk: Conversation) -> Generator[Event | Chunk, None, Answer]:
-        """Rounds of decoding and looking again, until one ends without a look."""
-        turn = yield from self._decode(talk)
-        while (yield from self._look_again(talk, turn)):
-            turn = yield from self._decode(talk)
-        return self._answer(talk)
-
-    @contextmanager
-    def _conversation(self, **request: Any) -> Iterator[Conversation]:
-        cache = self._idle.pop() if self._idle else self.new_cache()
-        try:
-            yield Conversation(cache, Clock(self.model.device), **request)
-        finally:
-            cache.truncate(0, 0)
-            self._idle.append(cache)
-
-    def _prefill(self, talk: Conversation, user: list[int]) -> Row:
-        if talk.image is not None:
-            height, width, _ = talk.image.shape
-            features, talk.grids = self._look(talk, [(0, 0, width, height)])
-            talk.features = features[0]
-            talk.ahead = perception.Ahead(self.model, talk.image) if self.speculate and self._may_look(talk) else None
-        count = None if talk.image is None else len(talk.features)
-        tokens = first_round(self.ids, self.tokenizer.encode(self.prompt.system), user, count)
-        with talk.clock("prefill", tokens=len(tokens), lm_calls=1):
-            yield self._chunk(talk, tokens, self._embed(tokens, talk.features), talk.grids)
-        talk.header = talk.cache.length, talk.cache.next_position
-
-    def _decode(self, talk: Conversation) -> Generator[Token | Chunk, None, Turn]:
-        """Generate until the turn ends; the token that ends it is not fed."""
-        turn, unprinted = Turn(), []
-        talk.turns.append(turn)
-        forced = deque(talk.forced.popleft() if talk.forced else ())
-        while not turn.end:
-            token = forced.popleft() if forced else talk.choose(talk.logits, talk.likeliest)
-            if token is None:
-                turn.end = "nan"
-                talk.notices.append(
-                    f"the logits behind {talk.cache.length} tokens are NaN: check the weights, and use bfloat16 or "
-                    "float32 where float16 overflows"
-                )
-                break
-            if token in self.ids.stop:
-                turn.end = "stop"
-            elif token == self.ids.action_start and self._may_look(talk):
-                turn.end = "action"
-            elif len(turn.ids) + 1 >= talk.max_new_tokens and not forced:
-                turn.end = "length"
-            elif talk.cache.length == talk.cache.capacity:
-                turn.end = "capacity"
-            elif self.ids.action is not None and talk.last == self.ids.action_start:
-                token = self.ids.action  # the models never learned to predict it
-            turn.ids.append(token)
-            if talk.keep_logits:
-                turn.logits.append(talk.logits)
-            unprinted.append(token)
-            text = self.tokenizer.decode(unprinted)
-            if turn.end or not text.endswith("\ufffd"):  # the end of a character may still be missing
-                unprinted.clear()
-            yield Token(token, "" if unprinted else text)
-            if not turn.end:
-                with talk.clock("decode", tokens=1, lm_calls=1):
-                    # The action token's own embedding is never used: its input is the state of the token before it.
-                    yield self._chunk(talk, [token], talk.hidden if token == self.ids.action else None)
-        return turn
-
-    def _look_again(self, talk: Conversation, turn: Turn) -> Generator[Event | Chunk, None, bool]:
-        """Take the look that the turn asks for, if any; whether another turn follows."""
-        if turn.end == "action":
-            yield Reencode(self.reencoder)
-            look = yield from self._reencode(talk, turn)
-        elif boxes := self._named_boxes(talk, turn):
-            yield Region(boxes)
-            look = yield from self._crop(talk, turn, boxes)
-        else:
-            return False
-        if look is None:
-            return False
-        talk.looks.append(look)
-        talk.header = talk.cache.length, talk.cache.next_position
-        yield look
-        return True
-
-    def _reencode(self, talk: Conversation, turn: Turn) -> Generator[Chunk, None, Look | None]:
-        encoder = self.model.encoder
-        count = len(talk.features) if encoder is None else encoder.tokens
-        tokens = action_round(self.ids, count)
-        # The second round starts from the bare action span: text that led to it is forgotten.
-        talk.cache.truncate(*talk.header)
-        if not self._fits(talk, turn, 1 + len(tokens)):
-            return None
-        features = perception.reencode(self.model, talk.image, talk.features, talk.clock, talk.ahead)
-        with talk.clock("perceive", tokens=1, lm_calls=1, features=count):
-            yield self._chunk(talk, [self.ids.action_start], sample=False)
-            control = self.control_state(talk.hidden)
-            embeds = self._embed(tokens)
-            embeds[0] = control[0]
-            first = tokens.index(self.ids.kind_pad)
-            perception.reencode_into(self.model, features, control, embeds, first, count)
-        with talk.clock("append", tokens=len(tokens), lm_calls=1):
-            yield self._chunk(talk, tokens, embeds)
-        grids = talk.grids if encoder is None else (encoder.grid,)
-        return Look(self.reencoder, (), grids, count, 1 + len(tokens))
-
-    def _crop(self, talk: Conversation, turn: Turn, boxes: tuple[Box, ...]) -> Generator[Chunk, None, Look | None]:
-        features, grids = self._look(talk, boxes)
-        answer = turn.ids[:-1] if turn.end == "stop" else turn.ids
-        again = self.tokenizer.encode(self.tokenizer.decode(answer))
-        unfed = answer[len(turn.ids) - 1 :]
-        if again != answer:
-            # The second round reads the answer's text, and that text has other ids than were generated.
-            talk.cache.truncate(*talk.header)
-            unfed = again
-        counts = [len(crop) for crop in features]
-        tokens = unfed + region_round(self.ids, counts, self.tokenizer.encode)
-        if not self._fits(talk, turn, len(tokens)):
-            return None
-        with talk.clock("append", tokens=len(tokens), lm_calls=1):
-            yield self._chunk(talk, tokens, self._embed(tokens, torch.cat(features)), grids)
-        return Look("region", boxes, grids, sum(counts), len(tokens))
-
-    def _named_boxes(self, talk: Conversation, turn: Turn) -> tuple[Box, ...]:
-        if talk.image is None or turn.end == "nan":
-            return ()
-        try:
-            boxes = self._boxes(talk.image, turn.ids)
-        except ValueError as error:
-            if self._may_look(talk):
-                talk.notices.append(f"no second look: {error}")
-            return ()
-        if self._may_look(talk):
-            return boxes
-        if boxes and turn.end == "stop":
-            turn.end = "looks"
-        return ()
-
-    def _boxes(self, image: Tensor, tokens: Sequence[int]) -> tuple[Box, ...]:
-        height, width, _ = image.shape
-        return tuple(crop_box(span, width, height) for span in parse_region_ids(tokens, self.ids))
-
-    def _may_look(self, talk: Conversation) -> bool:
-        return talk.image is not None and len(talk.looks) < self.max_looks
-
-    def _fits(self, talk: Conversation, turn: Turn, count: int) -> bool:
-        needed = talk.cache.length + count
-        if needed > talk.cache.capacity:
-            turn.end = "capacity"
-            talk.notices.append(
-                f"no second look: the conversation would hold {needed} tokens, the cache's capacity is "
-                f"{talk.cache.capacity}; give the engine capacity >= {needed}"
-            )
-        return needed <= talk.cache.capacity
-
-    def _look(self, talk: Conversation, boxes: Sequence[Box]) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
-        return perception.look(self.model, talk.image, boxes, self.policy, talk.clock)
-
-    def _embed(self, tokens: Sequence[int], features: Tensor | None = None) -> Tensor:
-        """Input embeddings [T, H]; image pads take the rows of `features` in order."""
-        ids = torch.tensor(tokens)
-        embeds = self.model.language.embed(ids)
-        if features is not None:
-            embeds[(ids == self.ids.image_pad).nonzero().flatten().to(embeds.device)] = features
-        return embeds
-
-    def _chunk(
-        self,
-        talk: Conversation,
-        tokens: Sequence[int],
-        embeds: Tensor | None = None,
-        grids: Sequence[tuple[int, int]] = (),
-        sample: bool = True,
-    ) -> Chunk:
-        positions = self.positions(torch.tensor(tokens), grids, talk.cache.next_position)
-        return Chunk(talk, tokens, embeds, positions, sample)
-
-    def _answer(self, talk: Conversation) -> Answer:
-        first, last = talk.turns[0], talk.turns[-1]
-        text = self.tokenizer.decode(last.ids)
-        return Answer(
-            text=text if self.keep_prefix else text.removeprefix(ANSWER_PREFIX),
-            ids=last.ids,
-            first_text=self.tokenizer.decode(first.ids),
-            finish_reason=last.end,
-            looks=talk.looks,
-            timings=talk.clock.stages,
-            notices=talk.notices,
-            logits=torch.stack(last.logits) if last.logits else None,
-        )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_model.engine.conversation import Chunk
+from vpt_model.engine.requests import Append
 from vpt_model.engine.sampling import greedy
 from vpt_model.network.attention import Padded
 from vpt_model.network.cache import KVCache
@@ -46,7 +46,7 @@ def smallest(buckets: Iterable[Bucket], rows: int, tokens: int, sample: bool) ->
     return min(fitting, key=lambda bucket: bucket.rows * bucket.tokens, default=None)
 
 
-class Numbers:
+class StepMetadata:
     """The integers of one step, int32, in one block so that one copy takes them to the device.
 
     tokens: [R · N], −1 where the embedding is given or the row is padding. positions: [3, R · N]. slots: [R · N], −1
@@ -61,19 +61,19 @@ class Numbers:
         )
         self.positions = positions.view(3, total)
 
-    def fill(self, chunks: Sequence[Chunk]) -> list[slice]:
-        """Take the integers of `chunks`, one per row; the rest is padding. Where each chunk's tokens are."""
+    def fill(self, appends: Sequence[Append]) -> list[slice]:
+        """Take the integers of `appends`, one per row; the rest is padding. Where each one's tokens are."""
         self.block.zero_()
         self.tokens.fill_(-1)
         self.slots.fill_(-1)
         places = []
-        for row, chunk in enumerate(chunks):
-            cache, count = chunk.talk.cache, len(chunk.tokens)
+        for row, append in enumerate(appends):
+            cache, count = append.conversation.cache, len(append.tokens)
             end = (row + 1) * self.bucket.tokens
             place = slice(end - count, end)
-            if chunk.embeds is None:
-                self.tokens[place] = torch.tensor(chunk.tokens)
-            self.positions[:, place] = chunk.positions
+            if append.embeds is None:
+                self.tokens[place] = torch.tensor(append.tokens)
+            self.positions[:, place] = append.positions
             begin = cache.first + cache.length
             self.slots[place] = torch.arange(begin, begin + count)
             self.starts[row], self.past[row], self.counts[row] = cache.first, cache.length, count
@@ -87,39 +87,39 @@ class Step:
     def __init__(self, bucket: Bucket, language: LanguageModel, slab: tuple[Tensor, Tensor], capacity: int) -> None:
         self.bucket, self.language, self.slab, self.capacity = bucket, language, slab, capacity
         on_gpu = language.device.type == "cuda"
-        self.host, self.device = Numbers(bucket, "cpu", on_gpu), Numbers(bucket, language.device)
+        self.host, self.device = StepMetadata(bucket, "cpu", on_gpu), StepMetadata(bucket, language.device)
         shape = (bucket.rows * bucket.tokens, language.config.hidden_size)
         self.given = torch.zeros(shape, dtype=language.dtype, device=language.device)
         self.copied = torch.cuda.Event() if on_gpu else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: tuple[Tensor, ...] = ()
 
-    def __call__(self, chunks: Sequence[Chunk]) -> tuple[Tensor, ...]:
-        """Feed the chunks: the last token's hidden states [R, H] and, if the bucket samples, logits and `greedy`."""
-        self.upload(chunks)
+    def __call__(self, appends: Sequence[Append]) -> tuple[Tensor, ...]:
+        """Feed the tokens: the last token's hidden states [R, H] and, if the bucket samples, logits and `greedy`."""
+        self.upload(appends)
         if self.graph is None:
             return self.run()
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
 
-    def upload(self, chunks: Sequence[Chunk]) -> None:
+    def upload(self, appends: Sequence[Append]) -> None:
         if self.copied is not None:
             self.copied.synchronize()  # the copy before this one may still be reading the pinned block
-        places = self.host.fill(chunks)
+        places = self.host.fill(appends)
         self.device.block.copy_(self.host.block, non_blocking=True)
         if self.copied is not None:
             self.copied.record()
-        for chunk, place in zip(chunks, places, strict=True):
-            if chunk.embeds is not None:
-                self.given[place] = chunk.embeds
+        for append, place in zip(appends, places, strict=True):
+            if append.embeds is not None:
+                self.given[place] = append.embeds
 
     def run(self) -> tuple[Tensor, ...]:
         """What a graph holds: nothing here waits for the device or depends on a value."""
-        numbers, language = self.device, self.language
-        embeds = language.embed(numbers.tokens.clamp_min(0))
-        x = torch.where((numbers.tokens >= 0)[:, None], embeds, self.given)
-        lengths = (numbers.starts, numbers.past, numbers.counts)
-        attend = Padded(*self.slab, self.capacity, numbers.positions, numbers.slots, lengths, language.rotary)
+        metadata, language = self.device, self.language
+        embeds = language.embed(metadata.tokens.clamp_min(0))
+        x = torch.where((metadata.tokens >= 0)[:, None], embeds, self.given)
+        lengths = (metadata.starts, metadata.past, metadata.counts)
+        attend = Padded(*self.slab, self.capacity, metadata.positions, metadata.slots, lengths, language.rotary)
         hidden = language.run(x, attend).unflatten(0, (self.bucket.rows, -1))[:, -1]
         if not self.bucket.sample:
             return (hidden,)
@@ -161,23 +161,3 @@ class Graphs:
             sampled = "" if bucket.sample else ", no logits"
             seconds[f"{bucket.rows} x {bucket.tokens} tokens{sampled}"] = time.perf_counter() - begin
         return seconds
-
-    def feed(self, chunks: Sequence[Chunk]) -> bool:
-        """Append the chunks by one step and tell their conversations the outcome; False if no bucket takes them.
-
-        Raises ValueError, before anything is written, if a cache cannot take its tokens.
-        """
-        longest, sample = max(len(chunk.tokens) for chunk in chunks), any(chunk.sample for chunk in chunks)
-        bucket = smallest(self.steps, len(chunks), longest, sample)
-        if bucket is None or any(chunk.talk.cache.slab is not self.slab for chunk in chunks):
-            return False
-        for chunk in chunks:
-            chunk.talk.cache.check(len(chunk.tokens))
-        hidden, *sampled = self.steps[bucket](chunks)
-        for row, chunk in enumerate(chunks):
-            talk = chunk.talk
-            talk.last, talk.hidden = chunk.tokens[-1], hidden[row : row + 1]
-            talk.logits, talk.likeliest = (out[row] for out in sampled) if chunk.sample else (None, None)
-            # The largest position is read from the host tensor: on a GPU this must not wait for the device.
-            talk.cache.advance(len(chunk.tokens), int(chunk.positions.max()) + 1)
-        return True

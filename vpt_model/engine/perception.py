@@ -7,25 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vpt_kernels import RegionPolicy, control_cross_attention_into
+from vpt_kernels import RegionPlan, RegionPolicy, control_cross_attention_into
 from vpt_model.engine.events import Box, Clock
 from vpt_model.network.model import Model
+from vpt_model.network.vision import VisionTower
 
 
-def look(
-    model: Model, image: Tensor, boxes: Sequence[Box], policy: RegionPolicy, clock: Clock
-) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
-    """Features [n_i, H] of each box of a decoded image, and grids (height, width) in patches.
+def plan(vision: VisionTower, image: Tensor, boxes: Sequence[Box], policy: RegionPolicy, clock: Clock) -> RegionPlan:
+    """How each box of an image is cropped and resized; nothing but the image's size is read. Stage: "crop+embed".
 
-    image: uint8 [height, width, 3] on the model's device. Stages: "crop+embed", "ViT".
     Raises ValueError for a box that is empty or outside the image.
     """
-    with clock("crop+embed", images=len(boxes)):
-        patches, grids = model.vision.embed_regions([image], [(0, *box) for box in boxes], policy)
+    with clock("crop+embed"):
+        return vision.plan([image], [(0, *box) for box in boxes], policy)
+
+
+def look(model: Model, image: Tensor, regions: RegionPlan, clock: Clock) -> tuple[Tensor, ...]:
+    """Features [n_i, H] of each region of a decoded image.
+
+    image: uint8 [height, width, 3] on the model's device. regions: from `plan`. Stages: "crop+embed", "ViT".
+    """
+    grids = regions.grids
+    with clock("crop+embed", images=len(grids)):
+        patches = model.vision.embed_plan([image], regions)
     tokens = [height * width // model.vision.config.spatial_merge_size**2 for height, width in grids]
-    with clock("ViT", images=len(boxes), vit_patches=len(patches), vit_calls=1):
-        features = model.vision.forward(patches, grids)
-    return list(features.split(tokens)), tuple(grids)
+    with clock("ViT", images=len(grids), vit_patches=len(patches), vit_calls=1):
+        return model.vision.forward(patches, grids).split(tokens)
 
 
 def upload(image: Tensor, device: torch.device) -> Tensor:

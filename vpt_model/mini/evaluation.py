@@ -21,6 +21,8 @@ from torch import Tensor
 from vpt_model import mini
 from vpt_model.engine import Engine, perception
 from vpt_model.engine.events import Answer
+from vpt_model.engine.executor import Executor
+from vpt_model.engine.requests import Output, ReencodeAndAppend, Request
 from vpt_model.mini.scenes import KINDS, Question, crop, make_question, make_scene
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER, LOOK_TRIGGERS
 from vpt_model.network import attention, vision
@@ -74,13 +76,21 @@ class Score:
         return cls(count, sum(r.right for r in results) / count, sum(r.right_path for r in results) / count)
 
 
-class BorrowedControl(Engine):
+class BorrowedControl:
     """Re-encodes under the control state of the question before, which is about another picture."""
 
-    _last: Tensor | None = None
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self._last: Tensor | None = None
 
-    def control_state(self, hidden: Tensor) -> Tensor:
-        previous, self._last = self._last, super().control_state(hidden).clone()
+    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
+        return [
+            replace(result, control=self._borrowed(result.control)) if isinstance(result, ReencodeAndAppend) else result
+            for result in self.executor.run(requests)
+        ]
+
+    def _borrowed(self, control: Tensor) -> Tensor:
+        previous, self._last = self._last, control.clone()
         return self._last if previous is None else previous
 
 
@@ -99,8 +109,11 @@ def make_engine(path: str, kind: str, dtype: torch.dtype, control: str = "true",
     if control == "zero":
         for part in ("weight", "bias"):
             state[f"clip_projector.linear_condition.{part}"].zero_()
-    made = BorrowedControl if control == "another's" else Engine
-    return made(Model.from_state(config, state), tokenizer, capacity=512, prompt=PromptFormat(trigger=trigger))
+    model, prompt = Model.from_state(config, state), PromptFormat(trigger=trigger)
+    engine = Engine(model, tokenizer, capacity=512, prompt=prompt)
+    if control == "another's":
+        engine.executor = BorrowedControl(engine.executor)
+    return engine
 
 
 @contextmanager

@@ -103,6 +103,10 @@ class KVCache:
         self.length = length
         self.next_position = next_position
 
+    def clear(self) -> None:
+        """Forget everything; as `truncate(0, 0)`."""
+        self.truncate(0, 0)
+
     def fork(self, copy: bool = False) -> KVCache:
         """A second conversation that starts from this one's tokens.
 

@@ -83,24 +83,19 @@ class LanguageModel:
         caches: Sequence[KVCache],
         lengths: Sequence[int],
     ) -> torch.Tensor:
-        """Append `lengths[i]` tokens to `caches[i]` and return the hidden states behind the final norm.
+        """Write `lengths[i]` tokens behind what `caches[i]` holds and return the hidden states behind the final norm.
 
         embeds: [T, H], the tokens of all conversations one after the other, without padding (T = sum(lengths)).
         positions: int64 [3, T] on the CPU, M-RoPE positions of the same tokens (`mrope_positions`).
-        Returns [T, H]; the row of an action-start token is the control state of its look.
+        Returns [T, H]; the row of an action-start token is the control state of its look. The caches do not count the
+        tokens as stored until the caller advances them (`KVCache.advance`).
 
         Raises ValueError before anything is written if the shapes disagree, a cache appears twice, or any cache
         cannot take its tokens.
         """
         self._check(embeds, positions, caches, lengths)
         attend = Ragged(caches, lengths, positions.to(self.device), self.rotary, self.dtype)
-        hidden, begin = self.run(embeds, attend), 0
-        for cache, count in zip(caches, lengths, strict=True):
-            if count:
-                # The largest position is read from the host tensor: on a GPU this must not wait for the device.
-                cache.advance(count, int(positions[:, begin : begin + count].max()) + 1)
-            begin += count
-        return hidden
+        return self.run(embeds, attend)
 
     def run(self, x: torch.Tensor, attend: Ragged | Padded) -> torch.Tensor:
         """All layers and the final norm: embeddings [T, H] → hidden states [T, H]. Nothing is read by the host."""

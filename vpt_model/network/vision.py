@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from vpt_kernels import RegionPolicy, fold_patch_weight, plan_regions, roi_patch_embed
+from vpt_kernels import RegionPlan, RegionPolicy, fold_patch_weight, plan_regions, roi_patch_embed
 from vpt_model.config import ModelConfig
 from vpt_model.network.attention import attend_within
 from vpt_model.network.linear import linear
@@ -96,8 +96,21 @@ class VisionTower:
         policy: RegionPolicy,
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """First half of `look`: crop, resize and embed. Patch embeddings `[N, E]` of all boxes and grids in patches."""
-        plan = plan_regions([tuple(image.shape[:2]) for image in images], boxes, policy)
-        return roi_patch_embed(images, plan, self.patch_embed), list(plan.grids)
+        plan = self.plan(images, boxes, policy)
+        return self.embed_plan(images, plan), list(plan.grids)
+
+    def plan(
+        self,
+        images: Sequence[torch.Tensor],
+        boxes: Sequence[tuple[int, int, int, int, int]],
+        policy: RegionPolicy,
+    ) -> RegionPlan:
+        """How `look` will crop and resize; of the images, only their sizes are read."""
+        return plan_regions([tuple(image.shape[:2]) for image in images], boxes, policy)
+
+    def embed_plan(self, images: Sequence[torch.Tensor], plan: RegionPlan) -> torch.Tensor:
+        """Crop, resize and embed as planned: patch embeddings `[N, E]` of all boxes."""
+        return roi_patch_embed(images, plan, self.patch_embed)
 
     def embed_pixel_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patch embeddings `[N, E]` of the normalised patches float `[N, 3 * T * p * p]` of transformers' processor.

@@ -16,12 +16,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vpt_kernels import control_cross_attention
+from vpt_kernels import control_cross_attention, qwen2_vl_policy
 from vpt_model.checkpoint.weights import read_json
 from vpt_model.config import ENCODERS, ModelConfig, parse_config
+from vpt_model.engine.conversation import Conversation, Question
+from vpt_model.engine.events import Clock
+from vpt_model.engine.executor import Eager
+from vpt_model.engine.loop import Loop
+from vpt_model.engine.requests import Append
+from vpt_model.engine.sampling import Sampler
+from vpt_model.engine.scheduler import Row, Scheduler
 from vpt_model.network.cache import KVCache
 from vpt_model.network.model import Model
 from vpt_model.network.positions import mrope_positions
+from vpt_model.text.prompt import PromptFormat
 from vpt_model.text.tokens import GRID, TokenIds
 
 _WIDE = {torch.float16: torch.float32, torch.int32: torch.int64}
@@ -135,8 +143,31 @@ class Request:
     positions: list[Tensor] = field(default_factory=list)
 
 
+class _Witness(Eager):
+    """Keeps the hidden states [T, H] of all the tokens that each conversation was fed last."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.last: dict[Conversation, Tensor] = {}
+
+    def states(self, appends: Sequence[Append]) -> list[Tensor]:
+        states = super().states(appends)
+        self.last = {append.conversation: hidden for append, hidden in zip(appends, states, strict=True)}
+        return states
+
+
+@dataclass(frozen=True)
+class _Wordless:
+    """In a tokenizer's place: recorded ids are arbitrary and stand for no text."""
+
+    ids: TokenIds
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+
 class Replay:
-    """The conversations of one recording, by this model's parts.
+    """The conversations of one recording, by the engine's own executor and decoding.
 
     state: weights instead of the recorded ones, such as those of another recording.
     """
@@ -144,6 +175,8 @@ class Replay:
     def __init__(self, recording: Recording, state: dict[str, Tensor] | None = None) -> None:
         self.recording, self.tensors, self.ids = recording, recording.tensors, recording.ids
         self.model = Model.from_state(recording.config, state or recording.state)
+        self.executor = _Witness(self.model)
+        self.loop = Loop(self.model, _Wordless(self.ids), PromptFormat(), qwen2_vl_policy())
 
     def requests(self, case: str) -> list[Request]:
         """The prompts of `case`, unpadded, with the images that the recording shows them."""
@@ -165,31 +198,9 @@ class Replay:
             requests.append(request)
         return requests
 
-    def prefill(self, requests: Sequence[Request], room: int = 0) -> list[KVCache]:
-        """Up to the action-start token, then the look itself: two forward calls for the whole batch.
-
-        room: tokens that may follow.
-        """
-        language, merge = self.model.language, self.model.config.vision.spatial_merge_size
-        caches = [language.new_cache(len(request.ids) + room) for request in requests]
-        where = [mrope_positions(r.ids, r.grids, 0, self.ids.image_pad, merge)[0] for r in requests]
-        heads = [[*request.ids.tolist(), self.ids.action].index(self.ids.action) for request in requests]
-        prompts = [language.embed(request.ids) for request in requests]
-        for request, prompt in zip(requests, prompts, strict=True):
-            prompt[request.ids == self.ids.image_pad] = torch.cat(request.images)
-        firsts = [prompt[:head] for prompt, head in zip(prompts, heads, strict=True)]
-        self._append(requests, caches, firsts, [w[:, :head] for w, head in zip(where, heads, strict=True)])
-        looks = [i for i, request in enumerate(requests) if request.reencoded is not None]
-        if looks:
-            for i in looks:
-                self.begin_look(requests[i], prompts[i][heads[i] :], where[i][:, heads[i] :])
-            self._append(
-                [requests[i] for i in looks],
-                [caches[i] for i in looks],
-                [prompts[i][heads[i] :] for i in looks],
-                [where[i][:, heads[i] :] for i in looks],
-            )
-        return caches
+    def prefill(self, requests: Sequence[Request]) -> None:
+        """Up to the action-start token, then the look itself: two forward calls for the whole batch."""
+        self._run([self._prompted(request, self._conversation(request)) for request in requests])
 
     def begin_look(self, request: Request, embeds: Tensor, positions: Tensor) -> None:
         """Complete the part of a prompt that begins with the action token: its embeddings [T, H], in place.
@@ -202,38 +213,53 @@ class Replay:
         embeds[0] = request.control[0]
 
     def generate(self, requests: Sequence[Request], steps: int) -> tuple[Tensor, Tensor]:
-        """Greedy decoding of the whole batch: ids int64 [rows, steps] and logits float32 [rows, steps, vocab].
+        """The engine's greedy decoding of all rows: ids int64 [rows, steps] and logits float32 [rows, steps, vocab].
 
-        After an action-start token the next one is always the action token, and its embedding is the hidden state of
-        the action-start token.
+        Nothing ends a row before `steps` tokens.
         """
-        language = self.model.language
-        caches = self.prefill(requests, room=steps)
-        last = torch.stack([request.hidden[-1][-1] for request in requests])
-        previous = [int(request.ids[-1]) for request in requests]
-        ids, logits = [], []
-        for step in range(steps):
-            logits.append(language.logits(last))
-            forced = [token == self.ids.action_start for token in previous]
-            sampled = logits[-1].argmax(-1).tolist()
-            previous = [self.ids.action if force else best for force, best in zip(forced, sampled, strict=True)]
-            ids.append(previous)
-            if step + 1 < steps:
-                embeds = language.embed(torch.tensor(previous))
-                embeds = torch.where(torch.tensor(forced)[:, None], last, embeds)
-                positions = torch.tensor([cache.next_position for cache in caches]).expand(3, -1)
-                last = language.forward(embeds, positions, caches, [1] * len(caches))
-        return torch.tensor(ids).T, torch.stack(logits, 1)
+        # The token that ends a round is as the model chose it: one more than is asked for takes that place.
+        options = {"max_new_tokens": steps + 1, "max_looks": 0, "keep_logits": True}
+        questions = [Question([], **options) for _ in requests]
+        self._run([self._answered(*row, steps) for row in zip(requests, questions, strict=True)])
+        turns = [question.turns[0] for question in questions]
+        ids = torch.tensor([turn.ids[:steps] for turn in turns])
+        return ids, torch.stack([torch.stack(turn.logits[:steps]) for turn in turns])
 
-    def _append(
-        self, requests: Sequence[Request], caches: list[KVCache], embeds: list[Tensor], positions: list[Tensor]
-    ) -> None:
-        """One ragged forward call; every request gets its hidden states."""
-        lengths = [len(chunk) for chunk in embeds]
-        hidden = self.model.language.forward(torch.cat(embeds), torch.cat(positions, 1), caches, lengths)
-        for request, states, where in zip(requests, hidden.split(lengths), positions, strict=True):
-            request.hidden.append(states)
-            request.positions.append(where)
+    def _run(self, rows: Sequence[Row]) -> None:
+        for _ in Scheduler(self.executor, rows).events():
+            pass
+
+    def _conversation(self, request: Request, room: int = 0) -> Conversation:
+        cache = self.model.language.new_cache(len(request.ids) + room)
+        return Conversation(cache, Clock(self.model.device), KVCache.clear)
+
+    def _answered(self, request: Request, question: Question, room: int) -> Row:
+        conversation = self._conversation(request, room)
+        output = yield from self._prompted(request, conversation)
+        yield from self.loop.decode(conversation, question, output)
+
+    def _prompted(self, request: Request, conversation: Conversation) -> Row:
+        """Feed the prompt, in two parts if it holds a look; the last part's output."""
+        language, merge = self.model.language, self.model.config.vision.spatial_merge_size
+        positions, _ = mrope_positions(request.ids, request.grids, 0, self.ids.image_pad, merge)
+        head = [*request.ids.tolist(), self.ids.action].index(self.ids.action)
+        embeds = language.embed(request.ids)
+        embeds[request.ids == self.ids.image_pad] = torch.cat(request.images)
+        parts = [slice(head)] if request.reencoded is None else [slice(head), slice(head, None)]
+        for number, part in enumerate(parts):
+            if number:
+                self.begin_look(request, embeds[part], positions[:, part])
+            output = yield Append(
+                conversation=conversation,
+                tokens=request.ids[part].tolist(),
+                embeds=embeds[part],
+                positions=positions[:, part],
+                next_position=int(positions[:, part].max()) + 1,
+                sampler=Sampler(),
+            )
+            request.hidden.append(self.executor.last[conversation])
+            request.positions.append(positions[:, part])
+        return output
 
     def _see(self, pixel_values: Tensor, grids: list[tuple[int, int]]) -> list[Tensor]:
         vision, merge = self.model.vision, self.model.config.vision.spatial_merge_size

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections import deque
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.model.engine import scripts
+from tests.model.engine.scripts import Wrapped, events_of, question_of
 from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
 from tests.model.replay import Replay
 from vpt_model.engine import Engine
 from vpt_model.engine.events import Answer, Done, Look, Reencode, Region, Token
+from vpt_model.engine.requests import ReencodeAndAppend
 from vpt_model.network.cache import KVCache
 from vpt_model.network.model import Model
 from vpt_model.text.prompt import ANSWER_PREFIX, REGION_TRIGGER, PromptFormat, first_round, region_round
@@ -45,10 +48,8 @@ def exact(request) -> Engine:
 
 def scripted(engine: Engine, *rounds: list[int], image: torch.Tensor | None = IMAGE, **options) -> Answer:
     """The answer when the model generates the tokens of `rounds`, whether they are allowed as forced looks or not."""
-    request = {"max_new_tokens": 8, "keep_logits": True} | options
-    user = TOKENIZER.encode(engine.prompt.user_text(QUESTION, image is not None))
-    *_, done = engine._events(engine._run(user, image=image, forced=deque(rounds), **request))
-    return done.answer
+    options = {"max_new_tokens": 8, "keep_logits": True} | options
+    return scripts.scripted(engine, QUESTION, image, rounds, **options)
 
 
 def replay_of(engine: Engine, image: torch.Tensor | None = IMAGE) -> Replay:
@@ -233,7 +234,7 @@ def test_events_come_in_order(engine):
 
 def test_streamed_text_is_the_answer_text(engine):
     said = TOKENIZER.encode("Café – 漢字 ") + [0xFF, 0xC3]
-    events = list(engine._events(engine._run([], image=IMAGE, forced=deque([[*said, IDS.im_end]]))))
+    events = events_of(engine, question_of(engine, QUESTION, IMAGE, [[*said, IDS.im_end]]))
     texts = [event.text for event in events[:-1]]
     assert texts[:5] == ["C", "a", "f", "", "é"]
     assert "".join(texts) == events[-1].answer.text == "Café – 漢字 \ufffd\ufffd"
@@ -256,7 +257,7 @@ def test_rows_behind_the_conversation_never_matter(engine):
         engine.ask(IMAGE, QUESTION, looks=[look], keep_logits=True, max_new_tokens=6) for look in (THREE, "clip")
     ]
     for look, answer in zip((THREE, "clip"), expected, strict=True):
-        (cache,) = engine._idle
+        (cache,) = engine.pool.idle
         cache.keys.fill_(float("nan"))
         cache.values.fill_(float("nan"))
         again = engine.ask(IMAGE, QUESTION, looks=[look], keep_logits=True, max_new_tokens=6)
@@ -272,7 +273,7 @@ def test_abandoned_streams_leave_the_engine_usable(engine):
         stream.close()
     del stream
     assert engine.ask(IMAGE, QUESTION, looks=["clip"], max_new_tokens=4).ids == expected.ids
-    assert [cache.length for cache in engine._idle] == [0]
+    assert [cache.length for cache in engine.pool.idle] == [0]
 
 
 def test_interleaved_streams_share_nothing(engine):
@@ -284,7 +285,7 @@ def test_interleaved_streams_share_nothing(engine):
             if isinstance(event := next(stream, None), Done):
                 answers[i] = event.answer.ids
     assert [answers[0], answers[1]] == expected
-    assert len(engine._idle) == 2
+    assert len(engine.pool.idle) == 2
 
 
 class TestCapacity:
@@ -293,7 +294,7 @@ class TestCapacity:
         stream = engine.stream(IMAGE, QUESTION)
         with pytest.raises(ValueError, match="capacity"):
             next(stream)
-        (cache,) = engine._idle
+        (cache,) = engine.pool.idle
         assert cache.length == 0 and not cache.keys.any() and not cache.values.any()
 
     def test_decoding_stops_when_the_cache_is_full(self):
@@ -315,31 +316,43 @@ class TestCapacity:
 
 
 class TestFaults:
-    """One corrupted step, injected by overriding one method, must show in the logits."""
+    """One corrupted step, injected by an executor around the right one, must show in the logits."""
 
     @pytest.mark.parametrize("fault", ["control", "position", "slot"])
     def test_a_corrupted_step_shows(self, engine, fault):
-        class WrongControl(Engine):
-            def control_state(self, hidden):
-                return hidden.roll(1, -1)
+        class WrongControl(Wrapped):
+            def run(self, requests):
+                results = super().run(requests)
+                return [
+                    replace(result, control=result.control.roll(1, -1))
+                    if isinstance(result, ReencodeAndAppend)
+                    else result
+                    for result in results
+                ]
 
-        class WrongPosition(Engine):
-            def positions(self, tokens, grids, start):
-                return super().positions(tokens, grids, start + (start > 0 and len(tokens) > 1))
+        class WrongPosition(Wrapped):
+            def run(self, requests):
+                for request in requests:
+                    if isinstance(request, ReencodeAndAppend) and request.control is not None:
+                        request.positions.add_(1)
+                return super().run(requests)
 
-        class WrongSlot(Engine):
-            def new_cache(self):
-                return SwappedSlots(MODEL.config, self.capacity)
+        class WrongSlot(Wrapped):
+            def run(self, requests):
+                for request in requests:
+                    request.conversation.cache.slots = partial(self.swapped, request.conversation.cache)
+                return super().run(requests)
 
-        class SwappedSlots(KVCache):
-            def slots(self, count):
-                slots = super().slots(count)
-                return slots.flip(0) if self.length and count > 1 else slots
+            def swapped(self, cache, count):
+                slots = KVCache.slots(cache, count)
+                return slots.flip(0) if cache.length and count > 1 else slots
 
-        faulty = {"control": WrongControl, "position": WrongPosition, "slot": WrongSlot}[fault]
+        wrapper = {"control": WrongControl, "position": WrongPosition, "slot": WrongSlot}[fault]
+        faulty = Engine(MODEL, TOKENIZER)
+        faulty.executor = wrapper(faulty.executor)
         options = {"looks": ["clip"], "max_new_tokens": 4, "keep_logits": True}
         right = engine.ask(IMAGE, QUESTION, **options)
-        wrong = faulty(MODEL, TOKENIZER).ask(IMAGE, QUESTION, **options)
+        wrong = faulty.ask(IMAGE, QUESTION, **options)
         assert (right.logits[0] - wrong.logits[0]).abs().max() > 1e-2
 
 
@@ -374,7 +387,7 @@ def png(image: torch.Tensor) -> bytes:
 def test_bad_requests_fail_before_anything_runs(engine, arguments, options, error, message):
     with pytest.raises(error, match=message):
         engine.stream(*arguments, **options)
-    (cache,) = engine._idle
+    (cache,) = engine.pool.idle
     assert not cache.keys.any()
 
 

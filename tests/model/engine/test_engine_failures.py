@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
 
 import pytest
 import torch
 
 import vpt_model.network.attention
+from tests.model.engine import scripts
 from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
 from vpt_model.engine import Engine, perception
 from vpt_model.engine.events import Answer, Done
@@ -34,9 +34,7 @@ def ids(engine: Engine) -> list[list[int]]:
 
 
 def scripted(engine: Engine, *rounds: list[int], **options) -> Answer:
-    user = TOKENIZER.encode(engine.prompt.user_text(QUESTION, True))
-    *_, done = engine._events(engine._run(user, image=IMAGE, forced=deque(rounds), **options))
-    return done.answer
+    return scripts.scripted(engine, QUESTION, IMAGE, rounds, **options)
 
 
 class TestTwoEngines:
@@ -93,7 +91,7 @@ class TestInterrupted:
             calls = after
             with pytest.raises(KeyboardInterrupt):
                 engine.ask(IMAGE, QUESTION, looks=looks, max_new_tokens=99)
-            assert [cache.length for cache in engine._idle] == [0]
+            assert [cache.length for cache in engine.pool.idle] == [0]
             calls = 10**6
             assert engine.ask(IMAGE, QUESTION, looks=looks, max_new_tokens=3).ids == expected
 
@@ -104,7 +102,7 @@ class TestInterrupted:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
             patch.setattr(perception, stage, failing)
             engine.ask(IMAGE, QUESTION, looks=["clip"], max_new_tokens=6)
-        assert [cache.length for cache in engine._idle] == [0] and ids(engine) == expected
+        assert [cache.length for cache in engine.pool.idle] == [0] and ids(engine) == expected
 
 
 def failing(*arguments: object) -> None:
@@ -138,7 +136,7 @@ class TestNaN:
         assert answer.finish_reason == "nan" and answer.ids == [] and [look.kind for look in answer.looks] == ["clip"]
         assert [row.finish_reason == "nan" for row in batch] == [False, True, False]
         assert [batch[0].ids, batch[2].ids] == [expected[0], expected[2]]
-        (cache, *_) = engine._idle
+        (cache, *_) = engine.pool.idle
         assert cache.keys.isnan().any(), "the rows of the broken look are still there"
         assert ids(engine) == expected
 

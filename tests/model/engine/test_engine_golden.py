@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.model.engine.scripts import Fed, Wrapped, answers_of, question_of
 from tests.model.inputs import golden, golden_again, golden_config, golden_state, golden_token_ids
 from vpt_model.engine import Engine, perception
-from vpt_model.engine.events import Answer, Done
+from vpt_model.engine.events import Answer
+from vpt_model.engine.executor import Executor
+from vpt_model.engine.requests import CropAndAppend, ReencodeAndAppend
 from vpt_model.network.model import Model
+from vpt_model.network.vision import VisionTower
 from vpt_model.text.prompt import PromptFormat
 from vpt_model.text.tokens import Tokenizer
 
@@ -54,60 +59,80 @@ class RecordedTokenizer(Tokenizer):
         return self._texts[text] if text in self._texts else super().encode(text)
 
 
-class RecordedEngine(Engine):
+class RecordedVision(VisionTower):
     """Sees the recorded pixels: an image filled with i stands for the images of row i."""
 
+    def __init__(self, tower: VisionTower, name: str) -> None:
+        vars(self).update(vars(tower))
+        self.tensors = golden(name)[0]
+
+    def plan(self, images, boxes, policy):
+        """The first recorded image where the whole is asked for, else the others."""
+        row = row_of(images[0])
+        grids = self.tensors["gen_b2.image_grid_thw"][1:] if row else self.tensors["fwd.image_grid_thw"]
+        grids = [tuple(grid[1:]) for grid in grids.tolist()]
+        pixels = self.tensors["gen_b2.pixel_values_row1" if row else "fwd.pixel_values"]
+        height, width, _ = images[0].shape
+        seen = slice(1) if boxes == [(0, 0, 0, width, height)] else slice(1, None)
+        parts = pixels.split([height * width for height, width in grids])
+        return SimpleNamespace(grids=tuple(grids[seen]), pixels=torch.cat(parts[seen]))
+
+    def embed_plan(self, images, plan):
+        return self.embed_pixel_values(plan.pixels)
+
+
+class Recorded(Wrapped):
+    """What the recorded model is shown where it re-encodes by "clip" differs on purpose from its first image."""
+
+    def __init__(self, executor: Executor, name: str) -> None:
+        super().__init__(executor)
+        self.name, self.controls = name, []
+
+    def run(self, requests):
+        results = super().run(requests)
+        for number, (request, result) in enumerate(zip(requests, results, strict=True)):
+            if isinstance(result, ReencodeAndAppend):
+                self.controls.append(result.control)
+            elif isinstance(request, CropAndAppend) and self.name == "clip":
+                vision = self.executor.model.vision
+                pixels, grids = golden_again("clip", row_of(request.picture.pixels))
+                features = vision.forward(vision.embed_pixel_values(pixels), grids)
+                request.picture.grids = tuple(grids)
+                results[number] = replace(result, features=(features,))
+        return results
+
+
+class RecordedEngine(Engine):
+    """Over the recorded weights, prompts and pixels."""
+
     def __init__(self, name: str, case: str, state: dict[str, torch.Tensor] | None = None, **options) -> None:
-        self.name, self.tensors, self.controls = name, golden(name)[0], []
-        prompts = [prompt(name, case, row) for row in range(len(self.tensors[f"{case}.input_ids"]))]
+        self.name, tensors = name, golden(name)[0]
+        prompts = [prompt(name, case, row) for row in range(len(tensors[f"{case}.input_ids"]))]
         weights = "clip" if name == "region" else name
         model = Model.from_state(golden_config(name), state or golden_state(weights))
+        model = replace(model, vision=RecordedVision(model.vision, name))
         if model.encoder is not None:
             model.encoder.embed_regions = lambda images, boxes: model.encoder.embed_pixel_values(
                 golden_again(name, row_of(images[0]))[0]
             )
         super().__init__(model, RecordedTokenizer(name, prompts), **options)
+        self.recorded = self.executor = Recorded(self.executor, name)
         self.rows = range(len(prompts))
-
-    def encoded(self, pixels: torch.Tensor, grids: list) -> tuple[list[torch.Tensor], tuple[tuple[int, int], ...]]:
-        vision = self.model.vision
-        features = vision.forward(vision.embed_pixel_values(pixels), grids)
-        return list(features.split([height * width // 4 for height, width in grids])), tuple(grids)
-
-    def _look(self, talk, boxes):
-        if row_of(talk.image):
-            pixels, grids = self.tensors["gen_b2.pixel_values_row1"], self.tensors["gen_b2.image_grid_thw"][1:]
-        else:
-            pixels, grids = self.tensors["fwd.pixel_values"], self.tensors["fwd.image_grid_thw"]
-        features, grids = self.encoded(pixels, [tuple(grid[1:]) for grid in grids.tolist()])
-        seen = slice(1, None) if talk.turns else slice(1)
-        return features[seen], grids[seen]
-
-    def _reencode(self, talk, turn):
-        if self.name == "clip":  # its second image differs on purpose from the first
-            (talk.features,), talk.grids = self.encoded(*golden_again("clip", row_of(talk.image)))
-        return (yield from super()._reencode(talk, turn))
-
-    def control_state(self, hidden):
-        self.controls.append(hidden)
-        return hidden
 
     def recorded_look(self) -> str:
         sidecar = golden(self.name)[1]
         boxes = [
             ",".join(f"{axis}{i}" for axis, i in zip("xyxy", box, strict=True)) for box in sidecar.get("boxes", [])
         ]
-        return f"region:{'+'.join(boxes)}" if boxes else self.reencoder
+        return f"region:{'+'.join(boxes)}" if boxes else self.loop.reencoder
 
     def follow(self, forced: list[list[int]], steps: int) -> list[Answer]:
         """Answers of rows whose first tokens are `forced`, side by side."""
-        rows = []
-        for row, tokens in enumerate(forced):
-            user = self.tokenizer.encode(f"\n{row}")
-            request = {"image": image(row), "max_new_tokens": steps + len(tokens), "keep_logits": True}
-            rows.append(self._run(user, forced=deque([tokens]), **request))
-        answers = {row: event.answer for row, event in self._together(rows) if isinstance(event, Done)}
-        return [answers[row] for row in range(len(rows))]
+        questions = [
+            question_of(self, str(row), image(row), [tokens], max_new_tokens=steps + len(tokens), keep_logits=True)
+            for row, tokens in enumerate(forced)
+        ]
+        return answers_of(self, questions)
 
 
 def image(row: int) -> torch.Tensor:
@@ -142,7 +167,7 @@ def test_second_round(name):
     options = {"looks": [engine.recorded_look()], "max_new_tokens": steps, "keep_logits": True}
     matches([engine.ask(image(0), "0", **options)], name, "gen")
     if name != "region":
-        assert (engine.controls[0] - golden(name)[0]["fwd.control"]).abs().max() <= 1e-4
+        assert (engine.recorded.controls[0] - golden(name)[0]["fwd.control"]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -182,12 +207,23 @@ def test_round_one_of_a_batch(name):
     matches(engine.follow(forced, steps), name, "r1_b2", skipped=tuple(len(tokens) for tokens in forced))
 
 
+class Altered(Wrapped):
+    """Changes the look before its chunk is fed, when the control state is known."""
+
+    def __init__(self, executor: Executor, change: Callable[[ReencodeAndAppend], ReencodeAndAppend]) -> None:
+        super().__init__(executor)
+        self.change = change
+
+    def run(self, requests):
+        return [self.change(r) if isinstance(r, ReencodeAndAppend) else r for r in super().run(requests)]
+
+
 def pre_norm_control(engine, monkeypatch):
     """h* is taken in front of the final norm."""
     language, seen = engine.model.language, []
     norm = language._rms_norm
     monkeypatch.setattr(language, "_rms_norm", lambda x, weight: seen.append(x) or norm(x, weight))
-    monkeypatch.setattr(engine, "control_state", lambda hidden: seen[-1][-1:])
+    engine.executor = Altered(engine.executor, lambda look: replace(look, control=seen[-1][-1:]))
 
 
 def raw_action_embedding(engine, monkeypatch):
@@ -203,28 +239,22 @@ def raw_action_embedding(engine, monkeypatch):
 
 def grid_positions(engine, monkeypatch):
     """The pads of the re-encoded image get the positions of an image, row by row."""
-    positions = engine.positions
 
-    def with_grid(tokens, grids, start):
-        found, pads = positions(tokens, grids, start), (tokens == engine.ids.kind_pad).nonzero().flatten()
-        if len(pads):
-            columns = len(pads) // 2
-            cells = torch.arange(len(pads))
-            found[:, pads] = found[0, pads[0]] + torch.stack([0 * cells, cells // columns, cells % columns])
-            found[:, pads[-1] + 1 :] -= len(pads) - columns
-        return found
+    def with_grid(look):
+        found = look.positions.clone()
+        pads = (torch.tensor(look.tokens) == engine.ids.kind_pad).nonzero().flatten()
+        columns = len(pads) // 2
+        cells = torch.arange(len(pads))
+        found[:, pads] = found[0, pads[0]] + torch.stack([0 * cells, cells // columns, cells % columns])
+        found[:, pads[-1] + 1 :] -= len(pads) - columns
+        return replace(look, positions=found)
 
-    monkeypatch.setattr(engine, "positions", with_grid)
+    engine.executor = Altered(engine.executor, with_grid)
 
 
 def shifted_positions(engine, monkeypatch):
     """The second look is appended one position too far."""
-    positions = engine.positions
-
-    def shifted(tokens, grids, start):
-        return positions(tokens, grids, start + (1 if start and len(tokens) > 1 else 0))
-
-    monkeypatch.setattr(engine, "positions", shifted)
+    engine.executor = Altered(engine.executor, lambda look: replace(look, positions=look.positions + 1))
 
 
 def unconditioned_projector(engine, monkeypatch):
@@ -265,10 +295,7 @@ def test_the_recorded_prompts_are_rebuilt():
     for name in CASES:
         engine = RecordedEngine(name, "fwd")
         # In the recorded runs nothing ends an answer; here the end of the forced one must.
-        engine.ids = replace(engine.ids, stop=frozenset({engine.ids.im_end}))
-        fed, chunk = [], engine._chunk
-        engine._chunk = lambda talk, tokens, *rest, fed=fed, chunk=chunk, **more: (
-            fed.extend(tokens) or chunk(talk, tokens, *rest, **more)
-        )
+        engine.loop.ids = replace(engine.ids, stop=frozenset({engine.ids.im_end}))
+        fed = engine.executor = Fed(engine.executor)
         engine.ask(image(0), "0", looks=[engine.recorded_look()], max_new_tokens=1)
-        assert fed == prompt(name, "fwd", 0)
+        assert fed.tokens == prompt(name, "fwd", 0)

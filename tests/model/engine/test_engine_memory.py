@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter, deque
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -16,8 +16,10 @@ from tests.model.watch import CacheTraffic, LiveMemory, tensors
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.engine import Engine
-from vpt_model.engine.conversation import Conversation
-from vpt_model.engine.events import Answer, Clock, Done, Event, Look
+from vpt_model.engine.conversation import Conversation, Question
+from vpt_model.engine.events import Answer, Clock, Done, Look
+from vpt_model.engine.requests import Output
+from vpt_model.engine.scheduler import Row, Scheduler
 from vpt_model.network.model import Model
 from vpt_model.text.tokens import Tokenizer, parse_look
 
@@ -41,26 +43,26 @@ class TestCacheTraffic:
     @pytest.mark.parametrize("look", [REGION, "re-encode"])
     def test_only_appends_and_attention_touch_a_cache(self, encoder, look):
         engine = engine_of(encoder, max_looks=2)
-        (cache,) = engine._idle
+        (cache,) = engine.pool.idle
         before = cache.keys.data_ptr(), cache.values.data_ptr()
-        with CacheTraffic(engine._idle) as traffic:
+        with CacheTraffic(engine.pool.idle) as traffic:
             looks = [encoder if look == "re-encode" else look] * 2
             answer = engine.ask(IMAGE, QUESTION, looks=looks, max_new_tokens=5)
         assert len(answer.looks) == 2 and traffic.other == []
         assert sum(traffic.appended) == LAYERS * fed(answer), "every token is written once per layer"
         assert len(traffic.read) == len(traffic.appended)
-        assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before and engine._idle == [cache]
+        assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before and engine.pool.idle == [cache]
 
     def test_a_batch_writes_no_row_twice(self):
         engine = engine_of()
-        engine._idle = [engine.new_cache() for _ in range(3)]
-        with CacheTraffic(engine._idle) as traffic:
+        engine.pool.idle = [engine.model.language.new_cache(engine.capacity) for _ in range(3)]
+        with CacheTraffic(engine.pool.idle) as traffic:
             answers = engine.ask_batch([IMAGE] * 3, [QUESTION, "Why?", ""], looks=[[REGION], ["clip"], None])
         assert traffic.other == [] and sum(traffic.appended) == LAYERS * sum(map(fed, answers))
 
     @torch.inference_mode()
     def test_the_watcher_sees_copies(self):
-        (cache,) = engine_of()._idle
+        (cache,) = engine_of().pool.idle
         query, keys = torch.zeros(1, 4, 3, 32), cache.keys[0].transpose(0, 1)[None]
         for name, touch in (
             ("clone", lambda: cache.keys.clone()),
@@ -103,7 +105,7 @@ class Work(TorchDispatchMode):
 def test_forty_looks_in_one_conversation_cost_the_same_each(look):
     looks, options = 40, {"max_new_tokens": 4, "looks": [look] * 40}
     engine, costs, lengths = engine_of(max_looks=looks, capacity=4096), [], []
-    (cache,) = engine._idle
+    (cache,) = engine.pool.idle
     with Work() as work:
         for event in engine.stream(IMAGE, QUESTION, **options):
             if isinstance(event, Look):
@@ -112,30 +114,37 @@ def test_forty_looks_in_one_conversation_cost_the_same_each(look):
                 work.done = Counter()
             elif isinstance(event, Done):
                 answer = event.answer
-    assert len(answer.looks) == looks and len({tuple(sorted(cost.items())) for cost in costs[1:]}) == 1
+    # The token behind the last look is not forced: choosing it is the only work that the others lack.
+    assert len(answer.looks) == looks and len({tuple(sorted(cost.items())) for cost in costs[1:-1]}) == 1
     assert len({after - before for before, after in zip(lengths, lengths[1:])}) == 1
     assert fed(answer) == lengths[-1] + len(answer.ids) - 1, "no token was fed twice"
     assert answer.ids == engine_of(max_looks=looks, capacity=4096).ask(IMAGE, QUESTION, **options).ids
 
 
-def prefilled(engine: Engine, talk: Conversation) -> None:
-    user = engine.tokenizer.encode(engine.prompt.user_text(QUESTION, True))
-    for _ in engine._together([engine._prefill(talk, user)]):
-        pass
+def on_a_fork(engine: Engine, conversation: Conversation, prompted: Question, output: Output, look: str) -> Answer:
+    """The answer of a second conversation that begins behind the first look and is forgotten."""
+    question = replace(prompted, forced=deque([parse_look(look, engine.ids)]), turns=[], looks=[], notices=[])
 
+    def row() -> Row:
+        with closing(conversation.fork()) as fork:
+            fork.clock = Clock(engine.model.device)
+            turn = yield from engine.loop.decode(fork, question, output)
+            while (behind := (yield from engine.loop.look_again(fork, question, turn))) is not None:
+                turn = yield from engine.loop.decode(fork, question, behind)
+            yield Done(question.summary(engine.tokenizer.decode, fork.clock.stages, False))
 
-def on_a_fork(engine: Engine, talk: Conversation, look: str) -> Answer:
-    """The answer of a second conversation that begins behind the first look of `talk` and is forgotten."""
-    cache = talk.cache.fork()
-    forced = deque([parse_look(look, engine.ids)])
-    fork = replace(talk, cache=cache, forced=forced, turns=[], looks=[], notices=[], clock=Clock(engine.model.device))
-
-    def row() -> Iterator[Event]:
-        yield Done((yield from engine._converse(fork)))
-
-    *_, (_, done) = engine._together([row()])
-    cache.release()
+    *_, (_, done) = Scheduler(engine.executor, [row()]).events()
     return done.answer
+
+
+def prefilled(engine: Engine, conversation: Conversation, question: Question) -> Output:
+    outputs = []
+
+    def row() -> Row:
+        outputs.append((yield from engine.loop.prefill(conversation, question)))
+
+    assert list(Scheduler(engine.executor, [row()]).events()) == []
+    return outputs[0]
 
 
 def resident() -> int:
@@ -149,14 +158,15 @@ def test_looks_over_forks_of_one_conversation_leave_nothing_behind(looks):
     specs = [REGION, "clip", "region:x0,y0,x7,y7"]
     fresh = {spec: engine_of().ask(IMAGE, QUESTION, looks=[spec], max_new_tokens=3).ids for spec in specs}
     memory, alive, objects = LiveMemory(), [], []
-    with engine._conversation(image=IMAGE, max_new_tokens=3) as talk:
-        prefilled(engine, talk)
-        length = talk.cache.length
+    with closing(engine.pool.conversation(Clock(engine.model.device))) as conversation:
+        question = engine.question(IMAGE, QUESTION, max_new_tokens=3)
+        output = prefilled(engine, conversation, question)
+        length = conversation.length
         with memory:
             for number in range(looks):
                 spec = specs[number % len(specs)]
-                assert on_a_fork(engine, talk, spec).ids == fresh[spec]
-                assert talk.cache.length == length
+                assert on_a_fork(engine, conversation, question, output, spec).ids == fresh[spec]
+                assert conversation.length == length
                 if number % (2 * len(specs)) == 0:
                     gc.collect()
                     alive.append(memory.now)
@@ -166,7 +176,7 @@ def test_looks_over_forks_of_one_conversation_leave_nothing_behind(looks):
     assert set(alive) == {alive[0]}, "bytes of tensors"
     assert objects[-1] - objects[1] <= 2, "Python objects (the two that this test keeps)"
     assert resident() - quarter < 4 << 20, "pages of the process"
-    assert len(engine._idle) == 1
+    assert len(engine.pool.idle) == 1
 
 
 @pytest.mark.slow
@@ -179,6 +189,6 @@ def test_peak_memory_is_weights_cache_and_the_largest_activation():
         answer = engine.ask(random_image(384, 512), QUESTION, looks=["clip"], max_new_tokens=3)
     prefill = next(stage.work["tokens"] for stage in answer.timings if stage.name == "prefill")
     largest = prefill * 2 * config.intermediate_size * 4
-    necessary = weights + engine._idle[0].nbytes + largest
-    assert weights + engine._idle[0].nbytes + memory.peak <= 1.05 * necessary
+    necessary = weights + engine.pool.idle[0].nbytes + largest
+    assert weights + engine.pool.idle[0].nbytes + memory.peak <= 1.05 * necessary
     assert memory.peak <= 3 * largest, "gate and up, their product, and what is small beside them"

@@ -8,13 +8,16 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.model.inputs import random_image, tiny_model, tiny_state
+from tests.model.engine.scripts import Steps
+from tests.model.inputs import appended, random_image, tiny_model, tiny_state
 from tests.model.watch import Reads
 from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.engine import Engine
-from vpt_model.engine.conversation import Chunk, Conversation
+from vpt_model.engine.conversation import Conversation
 from vpt_model.engine.events import Clock
-from vpt_model.engine.graphs import BUCKETS, Bucket, Graphs, Numbers, Step, smallest
+from vpt_model.engine.executor import Eager
+from vpt_model.engine.graphs import BUCKETS, Bucket, Graphs, Step, StepMetadata, smallest
+from vpt_model.engine.requests import Append
 from vpt_model.engine.sampling import greedy
 from vpt_model.network import attention
 from vpt_model.network.cache import KVCache
@@ -29,26 +32,33 @@ NAN = float("nan")
 SMALL = (Bucket(1, 1, False), Bucket(1, 1, True), Bucket(4, 1, True), Bucket(1, 16, True), Bucket(1, 320, True))
 
 
-def talk(cache: KVCache) -> Conversation:
-    return Conversation(cache, Clock(torch.device("cpu")))
+def conversation(cache: KVCache) -> Conversation:
+    return Conversation(cache, Clock(torch.device("cpu")), lambda cache: None)
 
 
 def words(count: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def chunk(cache: KVCache, count: int, seed: int, own: bool = True, sample: bool = True) -> Chunk:
+def chunk(cache: KVCache, count: int, seed: int, own: bool = True, sample: bool = True) -> Append:
     """`count` tokens at positions that are no slots; `own`: with their own embeddings, else with random ones."""
     tokens, start = words(count, seed), cache.next_position + 3
     embeds = None if own else torch.randn(count, 128, generator=torch.Generator().manual_seed(seed))
-    return Chunk(talk(cache), tokens, embeds, torch.arange(start, start + count).expand(3, -1), sample)
+    return append(cache, tokens, embeds, torch.arange(start, start + count).expand(3, -1), sample)
 
 
-def feed(cache: KVCache, given: Chunk) -> torch.Tensor:
+def append(
+    cache: KVCache, tokens: list[int], embeds: torch.Tensor | None, positions: torch.Tensor, logits: bool = True
+) -> Append:
+    where = {"positions": positions, "next_position": int(positions.max()) + 1}
+    return Append(conversation=conversation(cache), tokens=tokens, embeds=embeds, logits=logits, **where)
+
+
+def feed(cache: KVCache, given: Append) -> torch.Tensor:
     """The hidden state of the last token, without a bucket."""
     language = tiny_model().language
     embeds = language.embed(torch.tensor(given.tokens)) if given.embeds is None else given.embeds
-    return language.forward(embeds, given.positions, [cache], [len(given.tokens)])[-1:]
+    return appended(language, embeds, given.positions, [cache], [len(given.tokens)])[-1:]
 
 
 def same_past(count: int, cache: KVCache, other: KVCache) -> None:
@@ -75,17 +85,17 @@ class TestSmallest:
 def test_the_integers_of_a_step():
     caches = KVCache.side_by_side(3, PRESETS["tiny"], 10, torch.float32, "cpu")
     caches[2].advance(4, 9)
-    numbers = Numbers(Bucket(2, 3, True), "cpu")
-    numbers.block.fill_(77)
-    first = Chunk(talk(caches[2]), [5, 6], None, torch.tensor([[9, 9], [10, 9], [11, 10]]), True)
-    second = Chunk(talk(caches[0]), [8], torch.zeros(1, 128), torch.tensor([[1], [2], [3]]), True)
-    assert numbers.fill([first, second]) == [slice(1, 3), slice(5, 6)]
-    assert numbers.tokens.tolist() == [-1, 5, 6, -1, -1, -1]
-    assert numbers.slots.tolist() == [-1, 24, 25, -1, -1, 0]
-    assert numbers.positions.tolist() == [[0, 9, 9, 0, 0, 1], [0, 10, 9, 0, 0, 2], [0, 11, 10, 0, 0, 3]]
-    assert [x.tolist() for x in (numbers.starts, numbers.past, numbers.counts)] == [[20, 0], [4, 0], [2, 1]]
-    numbers.fill([second])
-    assert numbers.slots.tolist() == [-1, -1, 0, -1, -1, -1] and numbers.counts.tolist() == [1, 0]
+    metadata = StepMetadata(Bucket(2, 3, True), "cpu")
+    metadata.block.fill_(77)
+    first = append(caches[2], [5, 6], None, torch.tensor([[9, 9], [10, 9], [11, 10]]))
+    second = append(caches[0], [8], torch.zeros(1, 128), torch.tensor([[1], [2], [3]]))
+    assert metadata.fill([first, second]) == [slice(1, 3), slice(5, 6)]
+    assert metadata.tokens.tolist() == [-1, 5, 6, -1, -1, -1]
+    assert metadata.slots.tolist() == [-1, 24, 25, -1, -1, 0]
+    assert metadata.positions.tolist() == [[0, 9, 9, 0, 0, 1], [0, 10, 9, 0, 0, 2], [0, 11, 10, 0, 0, 3]]
+    assert [x.tolist() for x in (metadata.starts, metadata.past, metadata.counts)] == [[20, 0], [4, 0], [2, 1]]
+    metadata.fill([second])
+    assert metadata.slots.tolist() == [-1, -1, 0, -1, -1, -1] and metadata.counts.tolist() == [1, 0]
 
 
 class TestStep:
@@ -110,11 +120,11 @@ class TestStep:
             same_past(past, cache, other)
             before = [buffer.clone() for buffer in cache.slab]
             new = chunk(cache, count, count, own)
-            hidden, logits, likeliest = step([new])
+            hidden, logits, argmax_token = step([new])
             expected = feed(other, new)
             torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(logits, language.logits(expected), rtol=1e-5, atol=1e-5)
-            assert torch.equal(likeliest, greedy(logits))
+            assert torch.equal(argmax_token, greedy(logits))
             begin = CAPACITY + past
             for buffer, old, own_buffer in zip(cache.slab, before, (other.keys, other.values)):
                 written = buffer[:, begin : begin + count]
@@ -133,9 +143,9 @@ class TestStep:
             same_past(row * 9, cache, other)
             chunks.append(chunk(cache, 1, row, own=row != 1))
             expected.append(feed(other, chunks[-1]))
-        hidden, logits, likeliest = step(chunks)
+        hidden, logits, argmax_token = step(chunks)
         torch.testing.assert_close(hidden[:3], torch.cat(expected), rtol=1e-5, atol=1e-5)
-        assert likeliest[:3].tolist() == tiny_model().language.logits(torch.cat(expected)).argmax(1).tolist()
+        assert argmax_token[:3].tolist() == tiny_model().language.logits(torch.cat(expected)).argmax(1).tolist()
 
     @torch.inference_mode()
     def test_a_step_leaves_nothing_to_the_next(self):
@@ -174,7 +184,7 @@ def test_a_step_needs_no_values(bucket, monkeypatch):
         slab = KVCache.side_by_side(4, config, CAPACITY, torch.float32, "meta")[0].slab
         step = Step.__new__(Step)
         step.bucket, step.language, step.slab, step.capacity = bucket, language, slab, CAPACITY
-        step.device = Numbers(bucket, "meta")
+        step.device = StepMetadata(bucket, "meta")
         step.given = torch.empty(bucket.rows * bucket.tokens, config.hidden_size, device="meta")
         outputs = step.run()
     assert {output.device.type for output in outputs} == {"meta"}
@@ -182,37 +192,8 @@ def test_a_step_needs_no_values(bucket, monkeypatch):
 
 def on_steps(engine: Engine, rows: int = 4, buckets: Sequence[Bucket] = SMALL) -> Graphs:
     """Make the engine use its graphs' steps, which are eager here."""
-    engine._graphs = Graphs(engine.model.language, engine.capacity, rows, buckets)
-    engine._idle = list(engine._graphs.caches)
-    return engine._graphs
-
-
-class Fed:
-    """Counts the calls of the language model outside the steps, and the buckets of those inside."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.eager, self.buckets = [], []
-        language, graphs = engine.model.language, engine._graphs
-        self.patches = [
-            mock.patch.object(language, "forward", self.noting(self.eager, language.forward, lambda *a: list(a[3]))),
-            *(
-                mock.patch.object(step, "run", self.noting(self.buckets, step.run, lambda bucket=bucket: bucket))
-                for bucket, step in graphs.steps.items()
-            ),
-        ]
-
-    @staticmethod
-    def noting(into, function, what):
-        return lambda *arguments: into.append(what(*arguments)) or function(*arguments)
-
-    def __enter__(self) -> Fed:
-        for patch in self.patches:
-            patch.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for patch in self.patches:
-            patch.stop()
+    engine.use(engine.model, Graphs(engine.model.language, engine.capacity, rows, buckets))
+    return engine.executor.graphs
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -228,7 +209,7 @@ class TestEngine:
         expected = self.engine(encoder).ask(IMAGE, QUESTION, **options)
         engine = self.engine(encoder)
         on_steps(engine)
-        with Fed(engine) as fed:
+        with Steps(engine) as fed:
             answer = engine.ask(IMAGE, QUESTION, **options)
         assert answer.ids == expected.ids and (answer.logits - expected.logits).abs().max() <= 1e-4
         assert fed.eager == [] and {bucket.tokens for bucket in fed.buckets} == {1, 320}
@@ -239,11 +220,11 @@ class TestEngine:
         expected = self.engine(encoder).ask(IMAGE, QUESTION, **options)
         engine = self.engine(encoder)
         on_steps(engine, buckets=[Bucket(1, 1, True)])
-        with Fed(engine) as fed:
+        with Steps(engine) as fed:
             assert engine.ask(IMAGE, QUESTION, **options).ids == expected.ids
         assert len(fed.eager) == 2 and min(map(sum, fed.eager)) > 1 and len(fed.buckets) > 6
-        engine._idle = [engine.new_cache()]
-        with Fed(engine) as fed:
+        engine.pool.idle = [engine.model.language.new_cache(engine.capacity)]
+        with Steps(engine) as fed:
             assert engine.ask(IMAGE, QUESTION, **options).ids == expected.ids
         assert fed.buckets == [], "a cache that does not lie beside the others"
 
@@ -255,11 +236,12 @@ class TestEngine:
             expected = self.engine(encoder).ask_batch(*requests, **options)
             engine = self.engine(encoder)
             on_steps(engine)
-            with Fed(engine) as fed:
+            with Steps(engine) as fed:
                 answers = engine.ask_batch(*requests, **options)
             assert [answer.ids for answer in answers] == [answer.ids for answer in expected]
-            assert fed.eager, "prompts of several rows fit no bucket"
-            assert (Bucket(4, 1, True) in fed.buckets) == (rows == 4), "the fifth row's cache lies elsewhere"
+            assert Bucket(4, 1, True) in fed.buckets and fed.buckets.count(Bucket(1, 320, True)) >= 4
+            assert all(len(lengths) == 1 for lengths in fed.eager), "only the fifth row, whose cache lies elsewhere"
+            assert bool(fed.eager) == (rows == 5)
 
     def test_full_caches_and_abandoned_streams(self, encoder):
         engine = self.engine(encoder)
@@ -273,14 +255,15 @@ class TestEngine:
         assert engine.ask(IMAGE, QUESTION, looks=[encoder], max_new_tokens=4).ids == expected
         cache = graphs.caches[0]  # behind its last slot begins another conversation's
         cache.advance(cache.capacity - 1, 5)
-        assert graphs.feed([chunk(cache, 1, 1)]) and cache.length == cache.capacity
+        engine.executor.run([chunk(cache, 1, 1)])
+        assert cache.length == cache.capacity
         before = graphs.slab[0].clone()
-        with pytest.raises(ValueError, match="capacity is 512"):
-            graphs.feed([chunk(cache, 1, 1)])
+        for requests in ([chunk(cache, 1, 1)], [chunk(graphs.caches[1], 1, 1), chunk(cache, 1, 1)]):
+            with pytest.raises(ValueError, match="capacity is 512"):
+                engine.executor.run(requests)
         assert torch.equal(graphs.slab[0], before)
-        assert not graphs.feed([chunk(cache, 400, 1)]), "no bucket, nothing checked, nothing written"
 
 
 def test_warming_up_a_cpu_is_nothing():
     engine = Engine(tiny_model(), Tokenizer.byte_level(320, "clip"))
-    assert engine.warm_up() == {} and engine._graphs is None
+    assert engine.warm_up() == {} and type(engine.executor) is Eager

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.model.engine.scripts import scripted
 from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
 from tests.model.replay import Replay
 from vpt_model.config import ENCODERS
-from vpt_model.engine import Engine
+from vpt_model.engine import Engine, perception
 from vpt_model.engine.events import Answer, Done, Look, Reencode, Token
 from vpt_model.engine.sampling import Sampling
 from vpt_model.network.model import Model
@@ -71,8 +71,7 @@ class Scripted:
         logits = engine.model.language.logits
         # The engine is only a way to see the hidden states from which the tokens will have to be chosen.
         engine.model.language.logits = lambda hidden: seen.append(hidden) or logits(hidden)
-        user = engine.tokenizer.encode(engine.prompt.user_text(QUESTION, True))
-        list(engine._events(engine._run(user, image=IMAGE, forced=deque([self.said]), max_new_tokens=99)))
+        scripted(engine, QUESTION, IMAGE, [self.said], max_new_tokens=99)
         del engine.model.language.logits
         hidden = torch.cat(seen)[: len(self.said)].double()
         self.state = dict(tiny_state(ENCODERS[self.encoder]))
@@ -176,8 +175,8 @@ class TestBatch:
         engine = engine_of(encoder, capacity=150)
         with pytest.raises(ValueError, match="capacity"):
             engine.ask_batch([None, None], ["short", "long " * 60])
-        assert len(engine._idle) == 2
-        assert not any(cache.keys.any() or cache.length for cache in engine._idle)
+        assert len(engine.pool.idle) == 2
+        assert not any(cache.keys.any() or cache.length for cache in engine.pool.idle)
 
     def test_bad_batches(self, encoder):
         engine = engine_of(encoder)
@@ -191,12 +190,11 @@ class TestBatch:
 
     def test_an_abandoned_batch_gives_its_caches_back(self, encoder):
         engine = engine_of(encoder)
-        rows = [engine._admit(IMAGE, QUESTION, [look], 4, False, None) for look in (ONE, encoder)]
-        together = engine._together(rows)
+        together = engine.events([engine.question(IMAGE, QUESTION, [look], 4) for look in (ONE, encoder)])
         for _ in range(5):
             next(together)
         together.close()
-        assert [cache.length for cache in engine._idle] == [0, 0]
+        assert [cache.length for cache in engine.pool.idle] == [0, 0]
 
 
 class TestStream:
@@ -218,17 +216,17 @@ class TestStream:
             if taken % 2:
                 stream.close()
             del stream
-            assert [cache.length for cache in engine._idle] == [0]
+            assert [cache.length for cache in engine.pool.idle] == [0]
         assert engine.ask(IMAGE, QUESTION, **options).ids == expected.ids
 
     def test_an_error_in_the_middle_frees_the_cache(self, encoder, monkeypatch):
         engine = engine_of(encoder)
         stream = engine.stream(IMAGE, QUESTION, looks=[encoder], max_new_tokens=4)
         next(stream)
-        monkeypatch.setattr(engine, "control_state", lambda hidden: 1 / 0)
+        monkeypatch.setattr(perception, "reencode_into", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(stream)
-        assert [cache.length for cache in engine._idle] == [0]
+        assert [cache.length for cache in engine.pool.idle] == [0]
 
 
 @pytest.mark.parametrize("looks", [(ONE, "re-encode"), ("re-encode", THREE), ("re-encode", "re-encode")])
@@ -256,11 +254,8 @@ def test_the_action_token_in_the_middle_of_an_answer(encoder):
     replay.action()
     start = [*engine.tokenizer.encode("so"), engine.ids.action_start]
     replay.add(start)
-    user = engine.tokenizer.encode(engine.prompt.user_text(QUESTION, True))
-    forced = deque([[engine.ids.action_start], start])
-    request = {"image": IMAGE, "max_new_tokens": 10, "keep_logits": True}
-    *_, done = engine._events(engine._run(user, forced=forced, **request))
-    answer = done.answer
+    forced = [[engine.ids.action_start], start]
+    answer = scripted(engine, QUESTION, IMAGE, forced, max_new_tokens=10, keep_logits=True)
     assert answer.ids[:4] == [*start, engine.ids.action] and len(answer.looks) == 1
     replay.check(replace(answer, ids=answer.ids[3:], logits=answer.logits[3:]))
 
@@ -291,8 +286,5 @@ def test_perception_tokens_do_not_end_a_round(encoder):
     plain = [ids.region_start, ids.region_end, *ids.x, *ids.y, ids.action_end, ids.action]
     assert not ids.stop & {*plain, ids.action_start} and ids.kind_pad in ids.stop
     engine = engine_of(encoder)
-    user = engine.tokenizer.encode("a")
-    *_, done = engine._events(
-        engine._run(user, image=None, forced=deque([[*plain, ids.im_end]]), max_new_tokens=len(plain))
-    )
-    assert done.answer.ids == [*plain, ids.im_end] and done.answer.finish_reason == "stop"
+    answer = scripted(engine, "a", None, [[*plain, ids.im_end]], max_new_tokens=len(plain))
+    assert answer.ids == [*plain, ids.im_end] and answer.finish_reason == "stop"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.model.inputs import tiny_config, tiny_model
+from tests.model.inputs import appended, tiny_config, tiny_model
 from vpt_model.config import PRESETS
 from vpt_model.network.cache import KVCache
 
@@ -19,7 +19,7 @@ def feed(cache, ids, start=None):
     language = tiny_model().language
     ids = torch.tensor(ids)
     begin = cache.next_position if start is None else start
-    return language.forward(language.embed(ids), text(len(ids), begin), [cache], [len(ids)])
+    return appended(language, language.embed(ids), text(len(ids), begin), [cache], [len(ids)])
 
 
 def snapshot(cache):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import vpt_model.network.attention
 from bench.transformers_model import transformers_model
-from tests.model.inputs import tiny_config, tiny_model, tiny_state
+from tests.model.inputs import appended, tiny_config, tiny_model, tiny_state
 from vpt_model.checkpoint import random_state
 from vpt_model.network.linear import linear
 from vpt_model.network.model import Model
@@ -51,7 +51,7 @@ def run(model, cache, ids, pictures=()):
     """Append a chunk to the cache; returns its positions and the logits of all its tokens."""
     ids = torch.tensor(ids)
     positions, _ = mrope_positions(ids, [grid for _, grid, _ in pictures], cache.next_position, PAD)
-    hidden = model.language.forward(embed(model, ids, pictures), positions, [cache], [len(ids)])
+    hidden = appended(model.language, embed(model, ids, pictures), positions, [cache], [len(ids)])
     return positions, model.language.logits(hidden)
 
 
@@ -132,7 +132,7 @@ def test_ragged_batch_equals_single_rows(plain):
     positions = torch.cat(
         [torch.arange(len(new)).expand(3, -1) + cache.next_position for new, cache in zip(news, caches, strict=True)], 1
     )
-    hidden = language.forward(language.embed(ids), positions, caches, [len(new) for new in news])
+    hidden = appended(language, language.embed(ids), positions, caches, [len(new) for new in news])
     assert (language.logits(hidden) - torch.cat(alone)).abs().max() <= TOLERANCE
     assert [cache.length for cache in caches] == [18, 11, 11]
     assert [cache.next_position for cache in caches] == [18, 11, 11]
@@ -142,7 +142,7 @@ def test_empty_turns_are_legal(plain):
     _, model = plain
     language = model.language
     caches = [language.new_cache(8), language.new_cache(8)]
-    hidden = language.forward(language.embed(torch.tensor([1, 2])), torch.arange(2).expand(3, -1), caches, [0, 2])
+    hidden = appended(language, language.embed(torch.tensor([1, 2])), torch.arange(2).expand(3, -1), caches, [0, 2])
     assert hidden.shape == (2, 128)
     assert [cache.length for cache in caches] == [0, 2]
     assert language.logits(hidden[:0]).shape == (0, 320)

@@ -74,7 +74,7 @@ def towers_of(encoder: str) -> Engine:
     engine = engine_of(encoder)
     model = engine.model
     again = model.encoder and CapturedEncoder(model.encoder)
-    engine.model = replace(model, vision=CapturedTower(model.vision), encoder=again)
+    engine.executor.model = replace(model, vision=CapturedTower(model.vision), encoder=again)
     return engine
 
 
@@ -144,7 +144,7 @@ class TestAhead:
         options = {"looks": looks, "max_new_tokens": 6}
         expected = engine_of(encoder).ask(IMAGE, QUESTION, **options)
         streams, engine = Streams(monkeypatch), engine_of(encoder)
-        engine.speculate = True
+        engine.executor.speculate = True
         answer = engine.ask(IMAGE, QUESTION, **options)
         assert answer.ids == expected.ids
         begun = ["side waits for main", "torch.uint8 used by side"]
@@ -165,13 +165,13 @@ class TestAhead:
 
     def test_an_abandoned_stream_drops_it(self, monkeypatch):
         streams, engine = Streams(monkeypatch), engine_of("dino")
-        engine.speculate = True
+        engine.executor.speculate = True
         stream = engine.stream(IMAGE, QUESTION, looks=["dino"])
         next(stream)
         stream.close()
         assert streams.calls == ["side waits for main", "torch.uint8 used by side"]
-        assert [cache.length for cache in engine._idle] == [0]
+        assert [cache.length for cache in engine.pool.idle] == [0]
 
     def test_a_cpu_declines(self):
         kind = ENCODERS["dino"]
-        assert not Engine(tiny_model(kind), Tokenizer.byte_level(320, kind), speculate=True).speculate
+        assert not Engine(tiny_model(kind), Tokenizer.byte_level(320, kind), speculate=True).executor.speculate

@@ -1,0 +1,191 @@
+"""What runs requests: the only place where tokens pass the model and a cache is advanced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vpt_model.engine import perception
+from vpt_model.engine.graphs import Bucket, Graphs, smallest
+from vpt_model.engine.requests import Append, CropAndAppend, Decode, Output, ReencodeAndAppend, Request
+from vpt_model.network.model import Model
+
+_log = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """Runs requests of different conversations together."""
+
+    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
+        """What came of each request, in order, or what is left of it, to be run with the next ones.
+
+        Raises ValueError, before anything is written, if the tokens do not fit into a cache.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What the language model says behind the last token that was fed: state [1, H], logits [vocab], their argmax."""
+
+    hidden: Tensor
+    logits: Tensor | None = None
+    argmax_token: Tensor | None = None
+
+
+class Eager:
+    """Runs requests one operation at a time; images one by one, all tokens in one ragged call of the language model.
+
+    speculate: on a GPU, begin the re-encoder's work beside the first round.
+    """
+
+    def __init__(self, model: Model, speculate: bool = False) -> None:
+        self.model = model
+        self.speculate = speculate and model.encoder is not None and model.device.type == "cuda"
+
+    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
+        with ExitStack() as timers:
+            appends, features = [], []
+            for request in requests:
+                append, seen = self._prepare(request)
+                clock, count = append.conversation.clock, len(append.tokens)
+                timers.enter_context(clock(append.stage, tokens=count, lm_calls=1))
+                appends.append(append)
+                features.append(seen)
+            fed = self.feed(appends)
+            return [self._finish(*each) for each in zip(requests, appends, features, fed, strict=True)]
+
+    def feed(self, appends: Sequence[Append]) -> list[Fed]:
+        """Feed the tokens of all conversations; what follows each one's last."""
+        last = [states[-1:] for states in self.states(appends)]
+        sampled = [state for append, state in zip(appends, last, strict=True) if append.logits]
+        logits = iter(self.model.language.logits(torch.cat(sampled)) if sampled else ())
+        return [Fed(state, next(logits) if a.logits else None) for a, state in zip(appends, last, strict=True)]
+
+    def states(self, appends: Sequence[Append]) -> list[Tensor]:
+        """Every token passes the language model here, once, and the caches are advanced: hidden states [T_i, H]."""
+        lengths = [len(append.tokens) for append in appends]
+        caches = [append.conversation.cache for append in appends]
+        embeds = torch.cat([self._embed(a.tokens) if a.embeds is None else a.embeds for a in appends])
+        positions = torch.cat([append.positions for append in appends], dim=1)
+        hidden = self.model.language.forward(embeds, positions, caches, lengths)
+        for append, cache in zip(appends, caches, strict=True):
+            cache.advance(len(append.tokens), append.next_position)
+        return list(hidden.split(lengths))
+
+    def _prepare(self, request: Request) -> tuple[Append, tuple[Tensor, ...]]:
+        """The tokens that a request feeds first, and the features of what it looked at before."""
+        if isinstance(request, Append):
+            return request, ()
+        if isinstance(request, Decode):
+            return decoded(request), ()
+        if isinstance(request, CropAndAppend):
+            return self._crop(request)
+        return self._encode(request) if request.control is None else self._project(request)
+
+    def _finish(self, request: Request, append: Append, features: tuple[Tensor, ...], fed: Fed) -> Output | Request:
+        if isinstance(request, ReencodeAndAppend) and request.control is None:
+            return replace(request, control=fed.hidden, features=features[0])
+        token = append.sampler(fed.logits, fed.argmax_token) if append.sampler else None
+        return Output(append.tokens[-1], fed.hidden, fed.logits, token, features)
+
+    def _crop(self, request: CropAndAppend) -> tuple[Append, tuple[Tensor, ...]]:
+        picture = request.picture
+        features = perception.look(self.model, picture.pixels, request.plan, request.conversation.clock)
+        if self.speculate and request.again:
+            picture.ahead = perception.Ahead(self.model, picture.pixels)
+        embeds = self._embed(request.tokens)
+        embeds[(torch.tensor(request.tokens) == request.pad).nonzero().flatten().to(embeds.device)] = torch.cat(
+            features
+        )
+        return _append(request, request.tokens, request.positions, embeds, stage=request.stage), features
+
+    def _encode(self, request: ReencodeAndAppend) -> tuple[Append, tuple[Tensor, ...]]:
+        """The picture as the projector reads it, and the token whose state is the control."""
+        picture = request.picture
+        features = perception.reencode(
+            self.model, picture.pixels, picture.features, request.conversation.clock, picture.ahead
+        )
+        trigger, following = request.positions[:, :1], int(request.positions[0, 1])
+        place = {"next_position": following, "logits": False, "sampler": None, "stage": "perceive"}
+        return _append(request, request.tokens[:1], trigger, None, **place), (features,)
+
+    def _project(self, request: ReencodeAndAppend) -> tuple[Append, tuple[Tensor, ...]]:
+        """The look itself: the control state in the action token's place, the re-encoded picture in the pads'."""
+        tokens = request.tokens[1:]
+        first, count = tokens.index(request.pad), tokens.count(request.pad)
+        with request.conversation.clock("perceive", features=count):
+            embeds = self._embed(tokens)
+            embeds[0] = request.control[0]
+            perception.reencode_into(self.model, request.features, request.control, embeds, first, count)
+        return _append(request, tokens, request.positions[:, 1:], embeds), ()
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        return self.model.language.embed(torch.tensor(tokens))
+
+
+def decoded(request: Decode) -> Append:
+    """A generated token as one that is appended."""
+    begin = request.conversation.next_position
+    positions = torch.full((3, 1), begin)
+    return _append(request, [request.token], positions, request.embeds, next_position=begin + 1, stage="decode")
+
+
+def _append(request: Request, tokens: Sequence[int], positions: Tensor, embeds: Tensor | None, **other: Any) -> Append:
+    same = {"conversation": request.conversation, "sampler": request.sampler}
+    if not isinstance(request, Decode):
+        same["next_position"] = request.next_position
+    return Append(tokens=tokens, positions=positions, embeds=embeds, **(same | other))
+
+
+class Captured(Eager):
+    """Replays graphs for what fits their buckets; the rest runs eagerly.
+
+    Conversations that decode share a bucket, each that appends has one of its own. A conversation whose cache lies
+    outside the graphs' buffers is never replayed, which is logged once.
+    """
+
+    def __init__(self, model: Model, graphs: Graphs, speculate: bool = False) -> None:
+        super().__init__(model, speculate)
+        self.graphs = graphs
+        self._told = False
+
+    def feed(self, appends: Sequence[Append]) -> list[Fed]:
+        for append in appends:
+            append.conversation.cache.check(len(append.tokens))
+        fed: dict[int, Fed] = {}
+        for bucket, rows in self._buckets(appends):
+            hidden, *sampled = self.graphs.steps[bucket]([appends[row] for row in rows])
+            for place, row in enumerate(rows):
+                append = appends[row]
+                append.conversation.cache.advance(len(append.tokens), append.next_position)
+                fed[row] = Fed(hidden[place : place + 1], *(out[place] for out in sampled))
+        left = [row for row in range(len(appends)) if row not in fed]
+        if left:
+            fed |= zip(left, super().feed([appends[row] for row in left]), strict=True)
+        return [fed[row] for row in range(len(appends))]
+
+    def _buckets(self, appends: Sequence[Append]) -> Iterator[tuple[Bucket, list[int]]]:
+        """Which rows are replayed together."""
+        inside = [row for row, a in enumerate(appends) if a.conversation.cache.slab is self.graphs.slab]
+        if len(inside) < len(appends) and not self._told:
+            self._told = True
+            _log.warning(
+                "%d of %d conversations run without CUDA graphs: their caches are not among the %d that the graphs "
+                "know; ask fewer at a time for full speed",
+                len(appends) - len(inside), len(appends), len(self.graphs.caches),
+            )  # fmt: skip
+        decoding = [row for row in inside if len(appends[row].tokens) == 1 and appends[row].logits]
+        widest = max((bucket.rows for bucket in self.graphs.steps if bucket.tokens == 1 and bucket.sample), default=0)
+        groups = [decoding[begin : begin + widest] for begin in range(0, len(decoding), widest)] if widest else []
+        groups += [[row] for row in inside if row not in decoding]
+        for rows in groups:
+            first = appends[rows[0]]
+            if bucket := smallest(self.graphs.steps, len(rows), len(first.tokens), first.logits):
+                yield bucket, rows

@@ -1,0 +1,195 @@
+"""The multi-pass loop of visual perception tokens, as the paper draws it.
+
+    image ── look ──┐
+    question ───────┴─ prefill ── decode ──┬── answer
+                                    ↑      ├── region span ──── crop, look ─────────────────┐
+                                    │      └── action start ─── feed it → h*, re-encode ────┤
+                                    └──────────────────── append ───────────────────────────┘
+
+The loop is a generator: it yields its events and, where it needs the model, a request, and is sent what came of it.
+It feeds every token once. The control state h* and all keys and values cached before it do not depend on the new
+image, so a second look is appended and nothing is prefilled again. Source: arXiv 2502.17425.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+
+from vpt_kernels import RegionPolicy
+from vpt_model.config import ENCODERS
+from vpt_model.engine import perception
+from vpt_model.engine.conversation import Conversation, Picture, Question, Turn
+from vpt_model.engine.events import Answer, Box, Event, Look, Reencode, Region, Token
+from vpt_model.engine.requests import Append, CropAndAppend, Decode, Output, ReencodeAndAppend, Request
+from vpt_model.network.model import Model
+from vpt_model.network.positions import mrope_positions
+from vpt_model.text.prompt import PromptFormat, action_round, first_round, region_round
+from vpt_model.text.tokens import Tokenizer, crop_box, parse_region_ids
+
+
+class Loop:
+    """How a question is answered; arguments as of `Engine`. model: its shapes only, nothing is computed here."""
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, prompt: PromptFormat, policy: RegionPolicy, keep_prefix: bool = False
+    ) -> None:
+        self.tokenizer, self.ids, self.prompt = tokenizer, tokenizer.ids, prompt
+        self.vision, self.encoder, self.policy, self.keep_prefix = model.vision, model.encoder, policy, keep_prefix
+        self.reencoder = next((name for name, kind in ENCODERS.items() if kind == self.ids.kind), None)
+
+    def answer(self, conversation: Conversation, question: Question) -> Generator[Event | Request, Output, Answer]:
+        """Rounds of decoding and looking again, until one ends without a look."""
+        output = yield from self.prefill(conversation, question)
+        while output is not None:
+            turn = yield from self.decode(conversation, question, output)
+            output = yield from self.look_again(conversation, question, turn)
+        timings = conversation.clock.stages
+        return question.summary(self.tokenizer.decode, timings, self.keep_prefix)
+
+    def prefill(self, conversation: Conversation, question: Question) -> Generator[Request, Output, Output]:
+        """Feed the prompt, up to and including the assistant header."""
+        picture, system = question.picture, self.tokenizer.encode(self.prompt.system)
+        if picture is None:
+            tokens = first_round(self.ids, system, question.user, None)
+            place = self._place(conversation, tokens)
+            output = yield Append(**place, sampler=question.next_sampler, stage="prefill")
+        else:
+            conversation.pictures.append(picture)
+            plan = perception.plan(self.vision, picture.pixels, [picture.whole], self.policy, conversation.clock)
+            picture.grids = plan.grids
+            tokens = first_round(self.ids, system, question.user, *self._counts(plan.grids))
+            place = self._place(conversation, tokens, plan.grids) | {"picture": picture, "plan": plan}
+            output = yield CropAndAppend(
+                **place, pad=self.ids.image_pad, sampler=question.next_sampler, stage="prefill",
+                again=question.may_look,
+            )  # fmt: skip
+            (picture.features,) = output.features
+        question.round_start = conversation.mark()
+        return output
+
+    def decode(
+        self, conversation: Conversation, question: Question, output: Output
+    ) -> Generator[Token | Request, Output, Turn]:
+        """Generate until the turn ends; the token that ends it is not fed. output: of what was fed before."""
+        turn = question.begin_turn()
+        while not turn.end:
+            token = turn.forced.popleft() if turn.forced else output.token
+            if token is None:
+                turn.end = "nan"
+                question.notices.append(
+                    f"the logits behind {conversation.length} tokens are NaN: check the weights, and use bfloat16 or "
+                    "float32 where float16 overflows"
+                )
+                break
+            if token in self.ids.stop:
+                turn.end = "stop"
+            elif token == self.ids.action_start and question.may_look:
+                turn.end = "action"
+            elif len(turn.ids) + 1 >= question.max_new_tokens and not turn.forced:
+                turn.end = "length"
+            elif conversation.length == conversation.capacity:
+                turn.end = "capacity"
+            elif self.ids.action is not None and output.fed == self.ids.action_start:
+                token = self.ids.action  # the models never learned to predict it
+            if question.keep_logits:
+                turn.logits.append(output.logits)
+            yield Token(token, turn.add(token, self.tokenizer.decode))
+            if not turn.end:
+                # The action token's own embedding is never used: its input is the state of the token before it.
+                embeds = output.hidden if token == self.ids.action else None
+                follow = {"sampler": question.sampler, "ahead": question.max_new_tokens - len(turn.ids) - 1}
+                follow = {} if turn.forced else follow
+                output = yield Decode(conversation=conversation, token=token, embeds=embeds, **follow)
+        return turn
+
+    def look_again(
+        self, conversation: Conversation, question: Question, turn: Turn
+    ) -> Generator[Event | Request, Output, Output | None]:
+        """Take the look that the turn asks for; None if it asks for none, or none can be taken."""
+        if turn.end == "action":
+            yield Reencode(self.reencoder)
+            seen = yield from self._reencode(conversation, question)
+        elif boxes := self._named_boxes(question, turn):
+            yield Region(boxes)
+            seen = yield from self._crop(conversation, question, turn, boxes)
+        else:
+            return None
+        if seen is None:
+            return None
+        look, output = seen
+        question.looks.append(look)
+        question.round_start = conversation.mark()
+        yield look
+        return output
+
+    def _reencode(
+        self, conversation: Conversation, question: Question
+    ) -> Generator[Request, Output, tuple[Look, Output] | None]:
+        picture, encoder = question.picture, self.encoder
+        count = len(picture.features) if encoder is None else encoder.tokens
+        tokens = [self.ids.action_start, *action_round(self.ids, count)]
+        # The second round starts from the bare action span: text that led to it is forgotten.
+        conversation.truncate(question.round_start)
+        if not question.fits(conversation, len(tokens)):
+            return None
+        place = self._place(conversation, tokens) | {"picture": picture, "pad": self.ids.kind_pad}
+        output = yield ReencodeAndAppend(**place, sampler=question.next_sampler)
+        grids = picture.grids if encoder is None else (encoder.grid,)
+        return Look(self.reencoder, (), tuple(grids), count, len(tokens)), output
+
+    def _crop(
+        self, conversation: Conversation, question: Question, turn: Turn, boxes: tuple[Box, ...]
+    ) -> Generator[Request, Output, tuple[Look, Output] | None]:
+        picture = question.picture
+        plan = perception.plan(self.vision, picture.pixels, boxes, self.policy, conversation.clock)
+        answer = turn.ids[:-1] if turn.end == "stop" else turn.ids
+        again = self.tokenizer.encode(self.tokenizer.decode(answer))
+        unfed = answer[len(turn.ids) - 1 :]
+        if again != answer:
+            # The second round reads the answer's text, and that text has other ids than were generated.
+            conversation.truncate(question.round_start)
+            unfed = again
+        counts = self._counts(plan.grids)
+        tokens = unfed + region_round(self.ids, counts, self.tokenizer.encode)
+        if not question.fits(conversation, len(tokens)):
+            return None
+        place = self._place(conversation, tokens, plan.grids) | {"picture": picture, "plan": plan}
+        output = yield CropAndAppend(**place, pad=self.ids.image_pad, sampler=question.next_sampler)
+        return Look("region", boxes, tuple(plan.grids), sum(counts), len(tokens)), output
+
+    def _named_boxes(self, question: Question, turn: Turn) -> tuple[Box, ...]:
+        if question.picture is None or turn.end == "nan":
+            return ()
+        try:
+            boxes = self.boxes(question.picture, turn.ids)
+        except ValueError as error:
+            if question.may_look:
+                question.notices.append(f"no second look: {error}")
+            return ()
+        if question.may_look:
+            return boxes
+        if boxes and turn.end == "stop":
+            turn.end = "looks"
+        return ()
+
+    def boxes(self, picture: Picture, tokens: Sequence[int]) -> tuple[Box, ...]:
+        """The pixels of the regions that an answer names. Raises ValueError for a region that has none."""
+        _, _, width, height = picture.whole
+        return tuple(crop_box(span, width, height) for span in parse_region_ids(tokens, self.ids))
+
+    def _counts(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+        """Visual tokens of images of these grids."""
+        return [height * width // self.vision.config.spatial_merge_size**2 for height, width in grids]
+
+    def _place(
+        self, conversation: Conversation, tokens: Sequence[int], grids: Sequence[tuple[int, int]] = ()
+    ) -> dict[str, Any]:
+        """What every request to feed `tokens` next says: where they stand, and where the conversation goes on."""
+        merge = self.vision.config.spatial_merge_size
+        begin = conversation.next_position
+        positions, following = mrope_positions(torch.tensor(tokens), grids, begin, self.ids.image_pad, merge)
+        place = {"tokens": tokens, "positions": positions, "next_position": following}
+        return place | {"conversation": conversation}

@@ -1,0 +1,105 @@
+"""What the loop asks for, and what it is told: the only words that pass between it and whatever runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vpt_kernels import RegionPlan
+from vpt_model.engine.conversation import Conversation, Picture
+from vpt_model.engine.sampling import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Append:
+    """Feed tokens, with embeddings [T, H] or their own, at positions int64 [3, T] (on the CPU).
+
+    next_position: of the token that follows. logits: whether those behind the last token are wanted. sampler: chooses
+    the token that follows; None where it is already known. stage: under which name the time is
+    counted.
+    """
+
+    conversation: Conversation
+    tokens: Sequence[int]
+    positions: Tensor
+    next_position: int
+    embeds: Tensor | None = None
+    logits: bool = True
+    sampler: Sampler | None = None
+    stage: str = "append"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode:
+    """Feed one generated token at the next position and choose the one that follows it.
+
+    A round asks for its tokens one by one. `ahead` more may follow this one: whoever runs the request may feed the
+    token that it chooses before it is asked to, and forgets it where another request comes instead.
+    embeds: [1, H], or None for the token's own embedding.
+    """
+
+    conversation: Conversation
+    token: int
+    embeds: Tensor | None = None
+    sampler: Sampler | None = None
+    ahead: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropAndAppend:
+    """Look at the regions of `plan` in a picture and feed the tokens, whose `pad` ones take the features in order.
+
+    positions, next_position, sampler, stage: as in `Append`. again: whether the picture may later be re-encoded.
+    """
+
+    conversation: Conversation
+    picture: Picture
+    plan: RegionPlan
+    tokens: Sequence[int]
+    pad: int
+    positions: Tensor
+    next_position: int
+    sampler: Sampler | None = None
+    stage: str = "append"
+    again: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReencodeAndAppend:
+    """Feed the first token; under its hidden state h*, re-encode the picture, and feed the other tokens.
+
+    h* is the embedding of the second token; the `pad` tokens, which follow each other, take the re-encoded image.
+    positions: [3, T] of all tokens. control: h* [1, H] where the first token has already been fed; then features are
+    the picture as the projector reads it.
+    """
+
+    conversation: Conversation
+    picture: Picture
+    tokens: Sequence[int]
+    pad: int
+    positions: Tensor
+    next_position: int
+    sampler: Sampler | None = None
+    control: Tensor | None = None
+    features: Tensor | None = None
+
+
+Request = Append | Decode | CropAndAppend | ReencodeAndAppend
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is known once a request has been run.
+
+    fed: the last token that was fed. hidden: its final hidden state [1, H]. logits: float32 [vocab] of what follows.
+    token: what follows, by the request's sampler; None if the logits are NaN or there was no sampler. features: [N, H]
+    of each region that was looked at.
+    """
+
+    fed: int
+    hidden: Tensor
+    logits: Tensor | None = None
+    token: int | None = None
+    features: tuple[Tensor, ...] = ()
