@@ -1,4 +1,4 @@
-"""`python -m bench run | report | compare | traces`."""
+"""`python -m bench run | report | compare | launches | traces`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated
 import pytest
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from bench import goals, scaling
 from bench import report as reports
@@ -114,6 +115,39 @@ def compare(
     console.print(f"intervals of the same row overlap in {overlap:.0%} of the rows")
     console.print(f"slower, wrong or missing: {', '.join(failures)}" if failures else "nothing became slower")
     raise typer.Exit(int(bool(failures)))
+
+
+@app.command()
+def launches(
+    as_json: Annotated[bool, typer.Option("--json", help="Every number, and the kernels by name.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Make these the budgets and docs/launches.md.")] = False,
+    preset: Annotated[list[str] | None, typer.Option(help="Default: 2b and 7b.")] = None,
+) -> None:
+    """Count, without a GPU, what the engine asks of one."""
+    from bench import launches as counted
+    from bench.launches.counts import PRESETS_COUNTED, counts
+
+    if write and preset:
+        raise typer.BadParameter("--write replaces the budgets of every preset: leave --preset out")
+    tallies = {name: counts(name) for name in preset or PRESETS_COUNTED}
+    found = {name: {what: counted.numbers(tally) for what, tally in rows.items()} for name, rows in tallies.items()}
+    if write:
+        counted.write(found)
+    if as_json:
+        by_name = {
+            name: {
+                what: found[name][what] | {"by name": dict(tally.launches.most_common())}
+                for what, tally in rows.items()
+            }
+            for name, rows in tallies.items()
+        }
+        print(json.dumps(by_name, indent=1))
+        return
+    for name, rows in found.items():
+        table = Table("", *counted.COLUMNS.values(), title=name.upper())
+        for what, row in rows.items():
+            table.add_row(what, *(f"{number:,}" for number in row.values()))
+        console.print(table)
 
 
 @app.command()

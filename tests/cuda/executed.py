@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.launches.kernels import OPERATORS
 from tests.cuda import on_cpu
 from tests.helpers import (
     CLIP_MEAN,
@@ -83,6 +84,25 @@ def test_launches_of_control_and_append():
     assert launches(lambda: call.run_in_place("cuda")) == (1, 0)
     empty = make(0)
     assert launches(lambda: empty.run("cuda")) == (0, 0)
+
+
+def test_launches_are_what_the_count_declares():
+    """`python -m bench launches` counts Triton's kernels; the CUDA backend must not need others."""
+    image, plan = noise(60, 90, "launches"), plan_regions([(60, 90)], [(0, 0, 0, 90, 60)], qwen2_vl_policy())
+    embed = fold_patch_weight(normal(8, 3, 14, 14, key="w"), CLIP_MEAN, CLIP_STD)
+    features, control = normal(2, 5, 40, key="f"), normal(2, 40, key="c")
+    calls = {
+        "append_visual_kv": lambda: make(7).run("cuda"),
+        "control_cross_attention": lambda: control_cross_attention(
+            features, control, fold("identity", 40), backend="cuda"
+        ),
+        "roi_patches": lambda: roi_patches([image], plan, backend="cuda"),
+        "roi_patch_embed": lambda: roi_patch_embed([image], plan, embed, backend="cuda"),
+    }
+    assert set(calls) == set(OPERATORS)
+    for name, call in calls.items():
+        library_products = 1 if name == "roi_patch_embed" else 0
+        assert launches(call)[0] + library_products == OPERATORS[name], name
 
 
 def test_other_forms_are_declined():

@@ -1,0 +1,98 @@
+"""What one image, one decoded token and one look of each path ask of a GPU: the engine itself, on a pretended one."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from bench.launches.pretended import Pretended, Tally
+from vpt_model.checkpoint.load import expected_shapes
+from vpt_model.config import ENCODERS, PRESETS
+from vpt_model.engine import Engine
+from vpt_model.engine.events import Look, Token
+from vpt_model.network.cache import KVCache
+from vpt_model.network.model import Model
+from vpt_model.network.tower_graphs import captured
+from vpt_model.text.tokens import Tokenizer
+
+PRESETS_COUNTED = ("2b", "7b")
+LOOKS = {
+    "clip": {"look, clip": "clip", "look, 54 tokens": "region:x3,y3,x3,y3", "look, 252 tokens": "region:x2,y1,x5,y4"},
+    "dino": {"look, dino": "dino"},
+    "sam": {"look, sam": "sam"},
+}
+"""Of each re-encoder's model: what is looked at again, and the answer of the first round that asks for it."""
+PHOTO, LONGEST_EDGE, CAPACITY = (872, 1000, 3), 512, 2048
+"""Height, width and channels of the benchmark's photo, and the engine's limits."""
+
+
+def counts(preset: str) -> dict[str, Tally]:
+    """For "image", "decoded token" and every look, what it asked of the device.
+
+    image: crop, embedding and tower, once its graph is there. decoded token: the second one behind a clip look. look:
+    from the trigger token to the first answer token. Everything in bfloat16, one conversation, 2,048 slots.
+    """
+    found: dict[str, Tally] = {}
+    for encoder, looks in LOOKS.items():
+        with Pretended() as gpu:
+            model = _model(gpu, preset, ENCODERS[encoder])
+            if encoder == "clip":
+                found["image"] = _image(gpu, model)
+            tokenizer = Tokenizer.byte_level(model.config.vocab_size, ENCODERS[encoder])
+            engine = Engine(model, tokenizer, longest_edge=LONGEST_EDGE, capacity=CAPACITY)
+            engine.warm_up()
+            _watch_caches(gpu)
+            for name, answer in looks.items():
+                for _ in range(2):  # what is recorded or compiled at its first use does not count
+                    marks = _marks(engine, gpu, answer)
+                found[name] = marks[1] - marks[0]
+                found.setdefault("decoded token", marks[3] - marks[2])
+    return found
+
+
+def _model(gpu: Pretended, preset: str, kind: str) -> Model:
+    """A model of true shapes whose weights have no values."""
+    config = replace(PRESETS[preset], kind=kind)
+    shapes = expected_shapes(config).items()
+    return Model.from_state(config, {name: gpu.empty(shape, torch.bfloat16) for name, shape in shapes})
+
+
+def _image(gpu: Pretended, model: Model) -> Tally:
+    towered, _ = captured(model)
+    policy = Engine(model, Tokenizer.byte_level(model.config.vocab_size, "clip"), longest_edge=LONGEST_EDGE).policy
+    photo, box = gpu.empty(PHOTO, torch.uint8), (0, 0, 0, PHOTO[1], PHOTO[0])
+    for _ in range(2):
+        before = gpu.tally.copy()
+        towered.vision.look([photo], [box], policy)
+    return gpu.tally - before
+
+
+def _watch_caches(gpu: Pretended) -> None:
+    """Of the caches that are there only the slots of the running conversation are read."""
+    caches = [x for x in gc.get_objects() if type(x) is KVCache and gpu.owns(x.keys)]
+    slab = max((cache.slab for cache in caches), key=lambda buffers: buffers[0].numel())
+    gpu.watch_cache(*slab)
+    own = [cache for cache in caches if cache.slab[0] is slab[0]]
+    gpu.share = lambda: sum(cache.length for cache in own) / slab[0].shape[1]
+
+
+def _marks(engine: Engine, gpu: Pretended, answer: str) -> list[Tally]:
+    """The tally at the trigger token, then at every answer token."""
+    triggers = {engine.ids.region_end, engine.ids.action_start}
+    marks: list[Tally] = []
+    looked = False
+    for event in _ask(engine, answer):
+        looked |= isinstance(event, Look)
+        if isinstance(event, Token) and looked:
+            marks.append(gpu.tally.copy())
+        elif isinstance(event, Token) and event.id in triggers:
+            marks = [gpu.tally.copy()]
+    return marks
+
+
+def _ask(engine: Engine, answer: str) -> Iterator[object]:
+    photo = torch.zeros(PHOTO, dtype=torch.uint8)
+    return engine.stream(photo, "What is in the picture?", looks=[answer], max_new_tokens=5)
