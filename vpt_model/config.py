@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import index
 from typing import Any
 
 ENCODERS = {"clip": "clip", "dino": "detection", "sam": "seg"}
@@ -194,13 +195,16 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
     do not shape their re-encoders, which are the large ones; sections `dinov2` and `sam_vision` change that. Raises
     ValueError for missing fields and for settings this implementation does not reproduce.
     """
+    content = _flattened(content)
     model_type = content.get("model_type")
     if model_type not in (*PERCEPTION_MODEL_TYPES, PLAIN_MODEL_TYPE):
         known = ", ".join((*PERCEPTION_MODEL_TYPES, PLAIN_MODEL_TYPE))
-        raise ValueError(f"config.json has model_type {model_type!r}; supported are {known}")
+        raise ValueError(f"config.json has model_type {model_type!r}; supported are {known}: give such a checkpoint")
     missing = [name for name in (*_SIZES, *_CONSTANTS) if name not in content]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}: complete it from the model's page")
+        raise ValueError(
+            f"config.json lacks {', '.join(missing)}, at its top and in text_config: complete it from the model's page"
+        )
     sections = {name: content.get(name) or {} for name in ("rope_scaling", "vision_config", "dinov2", "sam_vision")}
     if wrong := [name for name, section in sections.items() if not isinstance(section, Mapping)]:
         raise ValueError(f"config.json has {', '.join(wrong)} that are not JSON objects: download it again")
@@ -211,12 +215,14 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
         "projector_scale": content.get("projector_scale", 1) != 1,
         "rope_scaling": rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"),
         "vision_config": vision.get("hidden_act", "quick_gelu") != "quick_gelu",
+        "layer_types": any(kind != "full_attention" for kind in content.get("layer_types") or ()),
+        "quantization_config": bool(content.get("quantization_config")),
     }
     wrong = {name: content[name] for name, is_wrong in unsupported.items() if is_wrong}
     if wrong:
         raise ValueError(
             f"config.json asks for {wrong}, which is not supported: only silu and quick_gelu, full attention, "
-            "projector_scale 1 and default M-RoPE are"
+            "projector_scale 1, default M-RoPE and weights that are not quantised are; give such a checkpoint"
         )
     sections = (rope.get("mrope_section", (16, 24, 24)), content.get("vision_encoder_ls") or ())
     if not all(isinstance(section, (list, tuple, str)) for section in sections):
@@ -233,6 +239,37 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
         dino=DinoConfig(**_checked(DinoConfig, dino)),
         sam=SamConfig(**_checked(SamConfig, sam)),
     )
+
+
+# What transformers moved from the top of the file into text_config with version 4.52.
+_TEXT_FIELDS = (*_SIZES, *_CONSTANTS, "hidden_act", "use_sliding_window", "layer_types", "rope_scaling")
+
+
+def _flattened(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json` where files before transformers 4.52 have them.
+
+    `text_config` wins over the top, as in transformers; `rope_parameters` holds what were `rope_theta` and
+    `rope_scaling`.
+    """
+    text = content.get("text_config") or {}
+    if not isinstance(text, Mapping):
+        raise ValueError("config.json has a text_config that is not a JSON object: download it again")
+    flat = dict(content)
+    for place in (content, text):
+        flat |= {name: place[name] for name in _TEXT_FIELDS if place.get(name) is not None}
+        rope, older = place.get("rope_parameters") or {}, place.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping) or not isinstance(older, Mapping):
+            raise ValueError(
+                "config.json has rope_parameters or rope_scaling that is no JSON object: download it again"
+            )
+        if rope:
+            flat["rope_scaling"] = {**older, **rope}
+            flat |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    flat.setdefault("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    # Files that leave the grouping out mean one key head per query head.
+    if flat.get("num_key_value_heads") is None and "num_attention_heads" in flat:
+        flat["num_key_value_heads"] = flat["num_attention_heads"]
+    return flat
 
 
 def _checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,3 +314,27 @@ def _kind(content: Mapping[str, Any], names: Iterable[str]) -> str:
             "detection_projector and seg_projector"
         )
     return kinds.pop()
+
+
+def require_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} is {number}; it must be at least {low}{'' if high is None else f', at most {high}'}")
+    return number
+
+
+def require_type(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise TypeError unless `value` is of `kind`, which messages call `what`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {shown(value)}; it must be {what}")
+
+
+def shown(value: Any) -> str:
+    """A value as messages name it: its type where it is no plain value, because a tensor's would have to be read."""
+    return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,9 +20,12 @@ SHARD_BYTES = 4_000_000_000
 # What the weights need beside them, where the source has it.
 _COMPANIONS = (
     "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "merges.txt",
     "preprocessor_config.json",
+    "processor_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -85,7 +90,7 @@ def convert(
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, partial / name)
         # Without this file nothing loads, so it is the last one.
-        content = {**checkpoint.fields, "torch_dtype": str(dtype).removeprefix("torch.")}
+        content = _declare(checkpoint.fields, str(dtype).removeprefix("torch."))
         if checkpoint.config.kind is not None:
             content["vision_encoder_ls"] = [name for name, kind in ENCODERS.items() if kind == checkpoint.config.kind]
         _write_json(partial / "config.json", content)
@@ -108,6 +113,17 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         used += size
     return shards
+
+
+def _declare(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with the dtype under each name that it has there, in sections too; `torch_dtype` if none."""
+    named = [name for name in ("torch_dtype", "dtype") if name in fields] or ["torch_dtype"]
+    content = {**fields, **dict.fromkeys(named, dtype)}
+    for section in ("text_config", "vision_config"):
+        inner = content.get(section) or {}
+        if named := [name for name in ("torch_dtype", "dtype") if name in inner]:
+            content[section] = {**inner, **dict.fromkeys(named, dtype)}
+    return content
 
 
 def _write_json(path: Path, content: dict) -> None:

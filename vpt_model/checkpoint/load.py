@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ from vpt_model.checkpoint.weights import Stored, read_json, stored_tensors
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig, VisionConfig, parse_config
 from vpt_model.text.tokens import Tokenizer
 
-_RENAMES = {"depth_projector.": "clip_projector."}
+# The released 2B's name of its projector; transformers' names since 4.52, which it writes where it is told to.
+_RENAMES = {
+    "depth_projector.": "clip_projector.",
+    "model.language_model.": "model.",
+    "model.visual.": "visual.",
+}
+_SHOWN = 10
+"""Tensors of each kind of problem that an error names."""
 _GAINS = ("lambda1",)
 _TABLES = ("cls_token", "mask_token", "pos_embed", "position_embeddings")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -180,26 +187,39 @@ def _weight_std(name: str, shape: tuple[int, ...]) -> float:
 
 
 def check_state(config: ModelConfig, state: Mapping[str, torch.Tensor | Stored]) -> None:
-    """Raise one ValueError that lists every missing, unexpected and misshapen tensor, and mixed or integer dtypes."""
+    """Raise one ValueError that counts the missing, unexpected and misshapen tensors and mixed or integer dtypes.
+
+    It names the first of each kind: a file of another model would otherwise fill screens.
+    """
     shapes = expected_shapes(config)
-    problems = [f"missing {name} {list(shape)}" for name, shape in shapes.items() if name not in state]
-    problems += [f"unexpected {name} {list(state[name].shape)}" for name in state if name not in shapes]
-    problems += [
-        f"misshapen {name} {list(state[name].shape)}, expected {list(shape)}"
-        for name, shape in shapes.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
     dtypes = Counter(tensor.dtype for tensor in state.values() if tensor.dtype.is_floating_point)
     common = dtypes.most_common(1)[0][0] if dtypes else None
-    problems += [
-        f"{name} is {tensor.dtype}; all tensors must share one floating dtype, most are {common}"
-        for name, tensor in state.items()
-        if tensor.dtype != common
+    problems = [
+        [f"missing {name} {list(shape)}" for name, shape in shapes.items() if name not in state],
+        [f"unexpected {name} {list(state[name].shape)}" for name in state if name not in shapes],
+        [
+            f"misshapen {name} {list(state[name].shape)}, expected {list(shape)}"
+            for name, shape in shapes.items()
+            if name in state and tuple(state[name].shape) != shape
+        ],
+        [
+            f"{name} is {tensor.dtype}; all tensors must share one floating dtype, most are {common}"
+            for name, tensor in state.items()
+            if tensor.dtype != common
+        ],
     ]
-    if problems:
+    if count := sum(map(len, problems)):
+        lines = [line for kind in problems for line in (*kind[:_SHOWN], *_rest(kind))]
+        remedy = "give the config.json and the weights of one checkpoint"
+        if _HEAD in shapes.keys() - state.keys():
+            remedy += f", or set tie_word_embeddings in config.json if {_HEAD} is the embedding"
         raise ValueError(
-            f"{len(problems)} problems between the tensors and the configuration:\n  " + "\n  ".join(problems)
+            f"{count} problems between the tensors and the configuration ({remedy}):\n  " + "\n  ".join(lines)
         )
+
+
+def _rest(lines: Sequence[str]) -> list[str]:
+    return [f"… and {len(lines) - _SHOWN} more of this kind"] if len(lines) > _SHOWN else []
 
 
 Progress = Callable[[int, int], None]
@@ -226,24 +246,29 @@ class Checkpoint:
         """Check the `config.json` and the weight files of a published VPT, converted or plain Qwen2-VL checkpoint.
 
         Weights: `*.safetensors` or, if there are none, `pytorch_model*.bin` (unpickled as weights only, so nothing in
-        the file is executed), whole or sharded with an index. `depth_projector.` is read as `clip_projector.`, as the
-        released 2B file calls it. With tied embeddings `lm_head.weight` may be absent; if both are there and differ,
+        the file is executed), whole or sharded with an index. Configuration and tensors may have the names and the
+        nesting of any version of transformers; `depth_projector.` is read as `clip_projector.`, as the released 2B
+        file calls it. With tied embeddings `lm_head.weight` may be absent; if both are there and differ,
         the head is used for both, as the published loader does, with a notice.
 
         Raises ValueError naming the file for unreadable or corrupt files, shards that an index names but the folder
-        lacks, unsupported configurations, and one that lists all missing, unexpected and misshapen tensors.
+        lacks, unsupported configurations, and one that counts the missing, unexpected and misshapen tensors and names
+        the first of them.
         """
         folder = Path(folder)
         fields = read_json(folder / "config.json")
         tensors = stored_tensors(folder)
         _rename(folder, tensors)
-        config, notices = parse_config(fields, tensors), []
-        _split_fused(config, tensors)
+        try:
+            config, notices = parse_config(fields, tensors), []
+            _split_fused(config, tensors)
+            head = _tie(tensors, notices) if config.tie_word_embeddings else "untied"
+            check_state(config, tensors)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         ignored = sorted(name for name in fields if name.startswith("para_mask_") and fields[name])
         if ignored:
             notices.append(f"{', '.join(ignored)} in config.json ignored: these masks belong to training")
-        head = _tie(tensors, notices) if config.tie_word_embeddings else "untied"
-        check_state(config, tensors)
         return cls(folder, config, tensors, fields, head, notices)
 
     def load(self, dtype: torch.dtype | None = None, progress: Progress = lambda done, total: None) -> dict[str, Any]:
@@ -330,8 +355,8 @@ def _split_fused(config: ModelConfig, tensors: dict[str, Stored]) -> None:
 
 def _tie(tensors: dict[str, Stored], notices: list[str]) -> str:
     embedding, head = tensors.get(_EMBEDDING), tensors.get(_HEAD)
-    if head is None and embedding is not None:
-        tensors[_HEAD] = embedding
+    if (head is None) != (embedding is None):
+        tensors[_HEAD] = tensors[_EMBEDDING] = embedding or head
         return "tied, stored once"
     if embedding is None or (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
         return "tied, but one of the two does not fit"

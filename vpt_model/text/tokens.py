@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, models
 
-from vpt_model.config import ENCODERS
+from vpt_model.config import ENCODERS, require_integer, shown
+from vpt_model.text.files import byte_pairs, read_tokenizer
 
 GRID = 8
 """Cells of the region grid along each side of the image."""
@@ -233,15 +234,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, kind: str | None) -> Tokenizer:
-        """The `tokenizer.json` of a checkpoint folder; ValueError if it is missing or unreadable."""
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: save the checkpoint's fast tokenizer into the folder")
-        try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} is not a tokenizer: {error}; download it again") from error
-        return cls(backend, kind)
+        """The tokenizer of a checkpoint folder, in `tokenizer.json` or the files of older generations.
+
+        Raises ValueError if a file is missing, unreadable or contradicts another.
+        """
+        return cls(read_tokenizer(Path(folder)), kind)
 
     @classmethod
     def byte_level(cls, vocab_size: int, kind: str | None, words: Sequence[str] = ()) -> Tokenizer:
@@ -270,12 +267,7 @@ class Tokenizer:
             least = f"bytes, special and perception tokens and {len(words)} words need at least {297 + len(words)}"
             raise ValueError(f"vocab_size is {vocab_size}; {least}")
         # Without merges, whole words of the vocabulary are found only because they are looked up first.
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary | special | plain, merges=[], ignore_merges=True))
-        backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-        )
-        backend.decoder = decoders.ByteLevel()
+        backend = byte_pairs(models.BPE(vocab=vocabulary | special | plain, merges=[], ignore_merges=True))
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
         backend.add_tokens([AddedToken(token, normalized=False) for token in plain])
         return cls(backend, kind)
@@ -330,22 +322,34 @@ class Tokenizer:
         return self.ids.kind is not None and self.ids.region_start is None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; names of special and perception tokens in it become those tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Ids of `text`; names of special and perception tokens in it become those tokens.
+
+        Raises TypeError for anything but a string, ValueError for one that is no text (lone surrogates).
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text is {shown(text)}; it must be a string")
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            at = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+            raise ValueError(
+                f"the text is not valid Unicode: character {at} is a lone surrogate; decode its bytes as UTF-8, or "
+                "remove it"
+            ) from None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of `tokens` without special tokens; perception tokens stay, an id without a token n reads ⟨n⟩."""
+        """Text of `tokens` without special tokens; perception tokens stay, an id without a token n reads ⟨n⟩.
+
+        Raises TypeError for ids that are not integers, ValueError for ids that do not fit into 32 bits.
+        """
+        if isinstance(tokens, str) or not hasattr(tokens, "__iter__"):
+            raise TypeError(f"tokens is {shown(tokens)}; it must be a list of token ids")
+        tokens = [require_integer("a token id", token, 0, (1 << 32) - 1) for token in tokens]
         pieces = groupby(tokens, key=lambda token: self._backend.id_to_token(token) is not None)
         return "".join(
             self._backend.decode(list(run)) if known else "".join(f"⟨{token}⟩" for token in run)
             for known, run in pieces
         )
-
-
-# How Qwen2 splits text into words before byte-pair encoding.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def _numbered(tokens: Iterable[str], first: int) -> dict[str, int]:
