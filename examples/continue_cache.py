@@ -124,7 +124,8 @@ class Turns:
 
     def live(self, cache: str) -> Tensor:
         """Logits [new, vocabulary] of a live conversation: every token passes the model once."""
-        with LiveConversation(self.model, self.processor, cache=cache, capacity=self.ids.shape[1] + NEW_TOKENS) as chat:
+        room = {"capacity": self.ids.shape[1] + NEW_TOKENS} if cache == "static" else {}
+        with LiveConversation(self.model, self.processor, cache=cache, **room) as chat:
             chat.append("10 11 12")
             chat.append("20 21 22 23", image=PHOTO)
             chat.generate(**self.options)

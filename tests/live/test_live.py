@@ -45,8 +45,12 @@ def user(text: str, *pictures: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
-def opened(kind: str = "qwen2_vl", template: str = TEMPLATE, **options: Any) -> LiveConversation:
-    return LiveConversation(model(kind), processor(FAMILIES[kind], template), **options)
+def opened(
+    kind: str = "qwen2_vl", template: str = TEMPLATE, cache: str = "dynamic", capacity: int = 0, **options: Any
+) -> LiveConversation:
+    """A conversation; capacity is that of a static cache."""
+    room = {"capacity": capacity} if cache == "static" and capacity else {}
+    return LiveConversation(model(kind), processor(FAMILIES[kind], template), cache=cache, **room, **options)
 
 
 def pictures(count: int = 3) -> list[Any]:
@@ -164,9 +168,9 @@ def test_a_patch_of_the_users_own_stays():
 
 @each_cache
 def test_conversations_over_one_model_do_not_meet(cache):
-    network = model("qwen2_vl")
-    chats = [LiveConversation(network, processor(), cache=cache, capacity=400) for _ in range(2)]
-    alone = [LiveConversation(network, processor(), cache=cache, capacity=400) for _ in range(2)]
+    network, room = model("qwen2_vl"), {"capacity": 400} if cache == "static" else {}
+    chats = [LiveConversation(network, processor(), cache=cache, **room) for _ in range(2)]
+    alone = [LiveConversation(network, processor(), cache=cache, **room) for _ in range(2)]
     for turn in range(2):
         for number, chat in enumerate(chats):
             chat.add(user(f"{turn}", picture(60 + 40 * number, 100, number)))
@@ -339,6 +343,8 @@ BAD_CALLS = {
     "a message alone": (lambda c: c.add({"role": "user", "content": "x"}), "give a list of dictionaries"),
     "a message without role": (lambda c: c.add([{"content": "x"}]), "a role and a content"),
     "a video": (lambda c: c.add([{"role": "user", "content": [{"type": "video"}]}]), "a part of the content"),
+    "no content": (lambda c: c.add([{"role": "user", "content": None}]), "must be a text or a list"),
+    "a flag as image": (lambda c: c.crop((0, 0, 9, 9), image=True), "the conversation has 1 images"),
     "tokenize": (lambda c: c.add(user("x"), tokenize=True), "leave them out"),
     "ids of one's own": (lambda c: c.generate(input_ids=torch.ones(1, 3)), "leave them out"),
     "beams": (lambda c: c.generate(num_beams=3), "one sequence"),
@@ -431,6 +437,10 @@ def test_what_cannot_be_continued_is_refused_with_the_reason():
         LiveConversation(torch.nn.Linear(2, 2), processor())
     with pytest.raises(TypeError, match="without tokenizer"):
         LiveConversation(model("qwen2_vl"), object())
+    with pytest.raises(ValueError, match="on the meta device"):
+        LiveConversation(model("qwen2_vl").to("meta"), processor())
+    with pytest.raises(ValueError, match="only a static cache has one"):
+        LiveConversation(model("qwen2_vl"), processor(), capacity=90)
     for options, message in (
         ({"cache": "static"}, "needs a number of tokens"),
         ({"cache": "paged"}, "give 'dynamic', 'static' or a cache"),

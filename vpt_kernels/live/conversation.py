@@ -261,7 +261,7 @@ class LiveConversation:
         self, box: Sequence[float], image: int, coordinates: str, clip: bool = False
     ) -> tuple[Tensor, tuple[int, int, int, int]]:
         count = len(self._pictures)
-        if not isinstance(image, int) or not -count <= image < count:
+        if type(image) is not int or not -count <= image < count:
             raise ValueError(
                 f"image is {image!r}; the conversation has {count} images: give 0 … {count - 1}, or add one"
             )

@@ -40,6 +40,8 @@ class Family:
         if not isinstance(model, nn.Module) or not callable(getattr(model, "generate", None)):
             raise TypeError(f"model is a {type(model).__name__}; give a generating model of transformers")
         name, config = type(model).__name__, model.config
+        if model.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device, where nothing is computed: move it to a CPU or a GPU")
         core = next((m for m in model.modules() if hasattr(m, "get_rope_index") and hasattr(m, "rope_deltas")), None)
         if core is None:
             raise ValueError(f"{name} has no get_rope_index with rope_deltas: its positions are no M-RoPE to follow")
@@ -130,6 +132,10 @@ def new_cache(model: nn.Module, cache: Any, capacity: int | None) -> Any:
     from transformers import Cache, DynamicCache, StaticCache
 
     text = model.config.get_text_config()
+    if capacity is not None and cache != "static":
+        raise ValueError(
+            f"capacity is {capacity}, and only a static cache has one: pass cache='static' or leave it out"
+        )
     if cache == "dynamic":
         return DynamicCache(config=text)
     if cache == "static":

@@ -61,6 +61,8 @@ def _separated(message: Mapping[str, Any], pictures: list[Any]) -> dict[str, Any
     content = message["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"the content of a message is {content!r}; it must be a text or a list of texts and images")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
