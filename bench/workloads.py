@@ -158,6 +158,26 @@ class DropInDecode:
 
 
 @dataclass(frozen=True)
+class LiveTurn:
+    """A further turn with transformers' model of `preset`: "question", "image" (a photo and a question) or "zoom".
+
+    behind: tokens of text that the conversation holds beside its first photo. The time up to the first answer token.
+    """
+
+    preset: str
+    turn: str
+    behind: int
+    quick: bool = True
+    sweep: str = ""
+    op: ClassVar[str] = "live turn"
+    dtype: ClassVar[str] = "float32"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.turn}, behind {self.behind} tokens, {self.preset}"
+
+
+@dataclass(frozen=True)
 class Decode:
     """`tokens` of an answer about a photo, one by one, of `preset` (random weights), in each of `batch` rows.
 
@@ -263,6 +283,11 @@ ENGINE = {
     ),
 }
 DROP_IN_IMAGES = (DropInImage(*PHOTO, 12_845_056), DropInImage(*LARGE, MEGAPIXEL, quick=False))
+LIVE_TURNS = tuple(
+    LiveTurn("2b-slice", turn, behind, quick=False, sweep="behind")
+    for turn in ("question", "image", "zoom")
+    for behind in (0, 256, 1024, 4096)
+)
 DROP_IN_DECODE = tuple(
     DropInDecode(preset, cache, context, quick=False)
     for preset, context in (("tiny", 256), ("2b-slice", 300), ("2b-slice", 4096))

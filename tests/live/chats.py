@@ -14,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tests.helpers import numbers
 from tests.patch.foreign import filled
+from vpt_kernels.live import LiveConversation
 
 SPECIAL = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = (
@@ -126,3 +127,24 @@ def anew(model: nn.Module, chat: Processor, ids: list[int], pictures: list[Image
 def steps(out: Any) -> Tensor:
     """Logits [new tokens, vocabulary] of a dictionary that `generate` returned."""
     return torch.stack(out.logits)[:, 0]
+
+
+SAY = {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": unwritable()}
+GREEDY = SAY | {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+
+
+def user(text: str, *pictures: Any) -> list[dict[str, Any]]:
+    shown = [{"type": "image", "image": one} for one in pictures]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+
+
+def opened(
+    kind: str = "qwen2_vl", template: str = TEMPLATE, cache: str = "dynamic", capacity: int = 0, **options: Any
+) -> LiveConversation:
+    """A conversation; capacity is that of a static cache."""
+    room = {"capacity": capacity} if cache == "static" and capacity else {}
+    return LiveConversation(model(kind), processor(FAMILIES[kind], template), cache=cache, **room, **options)
+
+
+def pictures(count: int = 3) -> list[Any]:
+    return [picture(80 + 30 * number, 150 - 20 * number, number) for number in range(count)]

@@ -1,0 +1,163 @@
+"""A further turn of a live conversation with a model of transformers, against what people do without one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import Alternative, Case, WrongResult, absent, require_close, smooth_pixels
+from bench.transformers_model import transformers_model
+from bench.workloads import LiveTurn
+
+TOLERANCE = 1e-4
+QUESTION, BOX = 12, (120, 80, 392, 304)
+IMAGE, START, END = 151655, 151652, 151653
+
+
+class _Words:
+    """A tokenizer of numbers: what a conversation needs of one."""
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+class Turn:
+    """Two models over the same weights behind the same first turn: a photo and `behind` tokens of text.
+
+    Every call takes one turn, up to its first answer token, and forgets it.
+    """
+
+    def __init__(self, workload: LiveTurn, device: str) -> None:
+        from PIL import Image
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        from vpt_kernels.live import LiveConversation
+
+        self.workload, self.device = workload, device
+        config, state = _weights(workload.preset)
+        self.plain, patched = (transformers_model(config, state, IMAGE, START).to(device) for _ in range(2))
+        for model in (self.plain, patched):
+            model.config.vision_end_token_id = END
+            model.generation_config.eos_token_id = None
+        self.images = Qwen2VLImageProcessorPil(max_pixels=12_845_056)
+        self.photo, self.other = (Image.fromarray(smooth_pixels(384, 512 - 28 * shift)) for shift in (0, 1))
+        self.chat = LiveConversation(patched, SimpleNamespace(tokenizer=_Words(), image_processor=self.images))
+        self.chat.append(" ".join(str(1000 + i % 97) for i in range(workload.behind + 8)), image=self.photo)
+        self.options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        self.chat.generate(**self.options)
+        self.before = len(self.chat.ids)
+        self.seen = self.images(images=[self.photo], return_tensors="pt")
+        self.question = " ".join(str(2000 + i) for i in range(QUESTION))
+        self.ids = self._whole()
+        self.cache = self._first_turn()
+
+    def ours(self) -> Tensor:
+        """Logits of the first answer token."""
+        self._extend()
+        out = self.chat.generate(**self.options)
+        self._forget()
+        return out.logits[0][0]
+
+    def anew(self) -> Tensor:
+        """`generate` from the whole conversation; only a new picture is preprocessed, all of them pass the tower."""
+        new, ids = self._pixels(), torch.tensor([self.ids], device=self.device)
+        pixels = [self.seen, *([new] if new else [])]
+        given = {name: torch.cat([one[name] for one in pixels]).to(self.device) for name in self.seen}
+        kinds = {"mm_token_type_ids": (ids == IMAGE).int(), "attention_mask": torch.ones_like(ids)}
+        return self.plain.generate(ids, **kinds, **given, **self.options).logits[0][0]
+
+    def by_hand(self) -> Tensor:
+        """One forward call over its own cache with explicit positions."""
+        known, new = self.before - 1, self._pixels()
+        ids = torch.tensor([self.ids[known:]], device=self.device)
+        given = {name: tensor.to(self.device) for name, tensor in new.items()}
+        options = {"past_key_values": self.cache, "logits_to_keep": 1}
+        logits = self.plain(ids, position_ids=self.positions[:, None, known:], **given, **options).logits[0, -1]
+        self.cache.crop(known - len(self.ids))
+        return logits
+
+    def _extend(self) -> None:
+        if self.workload.turn == "zoom":
+            self.chat.crop(BOX)
+        self.chat.append(self.question, self.other if self.workload.turn == "image" else None)
+
+    def _forget(self) -> None:
+        del self.chat.ids[self.before :], self.chat._pictures[1:]
+        self.chat._fed.truncate(self.before - 1)
+
+    def _pixels(self) -> dict[str, Tensor]:
+        picture = {"image": self.other, "zoom": self.photo.crop(BOX)}.get(self.workload.turn)
+        return {} if picture is None else dict(self.images(images=[picture], return_tensors="pt"))
+
+    def _whole(self) -> list[int]:
+        self._extend()
+        ids, grids = list(self.chat.ids), [picture.grid for picture in self.chat._pictures]
+        self.positions, _ = self.chat._family.positions(ids, grids, 0)
+        self._forget()
+        return ids
+
+    @torch.no_grad()
+    def _first_turn(self) -> Any:
+        from transformers import DynamicCache
+
+        cache, known = DynamicCache(config=self.plain.config.get_text_config()), self.before - 1
+        ids = torch.tensor([self.ids[:known]], device=self.device)
+        given = {name: tensor.to(self.device) for name, tensor in self.seen.items()}
+        options = {"past_key_values": cache, "logits_to_keep": 1}
+        self.plain(ids, position_ids=self.positions[:, None, :known], **given, **options)
+        return cache
+
+
+ALTERNATIVES = (
+    Alternative(
+        "transformers, generating anew",
+        "`generate` from the whole conversation (SDPA, same weights); earlier pictures stay preprocessed",
+        lambda turn: turn.anew,
+    ),
+    Alternative(
+        "transformers, its cache continued by hand",
+        "one forward call over a DynamicCache with explicit positions, not patched, its Pillow-based processor",
+        lambda turn: torch.no_grad()(turn.by_hand),
+    ),
+)
+
+
+@lru_cache(maxsize=1)  # rows of one preset follow one another
+def _weights(preset: str) -> tuple[Any, dict[str, Tensor]]:
+    from vpt_model.checkpoint import random_state
+    from vpt_model.config import PRESETS
+
+    return PRESETS[preset], random_state(PRESETS[preset])
+
+
+def build(workload: LiveTurn, device: str) -> Case:
+    """A turn of `LiveConversation` up to its first answer token."""
+    if missing := absent("transformers"):
+        others: dict[str, Any] = {one.name: missing for one in ALTERNATIVES}
+        return Case("live turn", workload.shape, workload.dtype, device, [lambda: None], others, lambda: None, None)
+    turn = Turn(workload, device)
+    others = {one.name: one.calls([turn]) for one in ALTERNATIVES}
+
+    def check() -> None:
+        fed = dict(turn.chat.fed)
+        ours = turn.ours()
+        tokens = turn.chat.fed["tokens"] - fed["tokens"]
+        if tokens != len(turn.ids) - turn.before + 1:
+            raise WrongResult(f"the turn fed {tokens} tokens, not the {len(turn.ids) - turn.before + 1} new ones")
+        for name, calls in others.items():
+            require_close(name, calls[0](), ours, TOLERANCE)
+
+    def timeline() -> dict[str, dict[str, float]]:
+        with torch.profiler.profile() as profile:
+            turn.ours()
+        spent = {event.key: event.cpu_time_total / 1e3 for event in profile.key_averages()}
+        attention = spent.get("aten::scaled_dot_product_attention", 0.0)
+        total = sum(event.self_cpu_time_total for event in profile.key_averages()) / 1e3
+        return {"ours": {"attention": attention, "everything else": total - attention}}
+
+    shown = (workload.shape, workload.dtype, device)
+    return Case("live turn", *shown, [turn.ours], others, check, None, capture=False, timeline=timeline)
