@@ -173,17 +173,13 @@ class Engine:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         forced = deque(parse_look(spec, self.ids) for spec in looks or ())
-        if len(forced) > self.max_looks:
-            raise ValueError(
-                f"{len(forced)} looks are forced but max_looks is {self.max_looks}: raise it or drop looks"
-            )
+        if len(forced) > (most := self.max_looks):
+            raise ValueError(f"{len(forced)} looks are forced but max_looks is {most}: raise it or drop looks")
         if forced and image is None:
             raise ValueError(f"look {looks[0]!r} needs an image and there is none: pass an image or drop the look")
         user = self.tokenizer.encode(self.prompt.user_text(question, image is not None))
-        if reserved := self.ids.stop.intersection(user):
-            raise ValueError(
-                f"the question contains special tokens (ids {sorted(reserved)}): remove them from the text"
-            )
+        if reserved := sorted(self.ids.stop.intersection(user)):
+            raise ValueError(f"the question contains special tokens (ids {reserved}): remove them from the text")
         picture = None
         if image is not None:
             picture = Picture(perception.upload(decode_image(image), self.model.device))

@@ -16,6 +16,8 @@ from tests.model.inputs import GOLDEN, golden, recording
 from vpt_kernels import control_cross_attention
 from vpt_model.app.cli import app
 from vpt_model.app.terminal import print_rows
+from vpt_model.engine.executor import Eager
+from vpt_model.engine.requests import Append
 from vpt_model.published.recordings import Replay
 from vpt_model.published.verify import TOLERANCE, VARIANTS, Row, _add, _compare, verify_recordings
 
@@ -158,6 +160,59 @@ def test_action_tokens_are_forced_where_the_authors_force_them(verified, name, c
     chosen = verified[1][f"{name}.{case}.step_logits"].argmax(-1)
     overridden = (chosen != verified[1][f"{name}.{case}.new_ids"]).nonzero().tolist()
     assert overridden == meta["stats"]["overridden_steps"][case] != []
+
+
+class TestUnannouncedAction:
+    """A model samples the action token without its start: its input, too, is the state of the token before it."""
+
+    def replay(self, name: str) -> Replay:
+        """Of a model whose second token, as a rule, is now the action token."""
+        usual = Replay(recording(name))
+        ids, _ = usual.generate(usual.requests("fwd"), 2)
+        head = recording(name).state["lm_head.weight"].clone()
+        head[usual.ids.action] = 3 * head[ids[0, 1]]
+        return Replay(recording(name), recording(name).state | {"lm_head.weight": head})
+
+    def expected(self, replay: Replay, chunks: list[Append], steps: int) -> tuple[list[int], torch.Tensor]:
+        """Greedy decoding behind `chunks` by one prefill for each token."""
+        language = replay.model.language
+        embeds = torch.cat([chunk.embeds for chunk in chunks])
+        positions = torch.cat([chunk.positions for chunk in chunks], 1)
+        ids, logits, before = [], [], chunks[-1].tokens[-1]
+        for _ in range(steps):
+            cache = language.new_cache(len(embeds))
+            hidden = language.forward(embeds, positions, [cache], [len(embeds)])[-1:]
+            logits.append(language.logits(hidden)[0])
+            sampled = int(logits[-1].argmax())
+            before = replay.ids.action if before == replay.ids.action_start else sampled
+            ids.append(before)
+            own = language.embed(torch.tensor([before]))
+            embeds = torch.cat([embeds, hidden if before == replay.ids.action else own])
+            positions = torch.cat([positions, positions.max().add(1).expand(3, 1)], 1)
+        return ids, torch.stack(logits)
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    @pytest.mark.parametrize("case", ["fwd", "gen_b2"], ids=["alone", "in a batch"])
+    def test_it_is_replayed_as_the_engine_feeds_it(self, name, case, monkeypatch):
+        replay, steps, states, fed = self.replay(name), 6, Eager.states, {}
+
+        def watched(executor, appends):
+            for append in appends:
+                fed.setdefault(append.conversation, []).append(append)
+            return states(executor, appends)
+
+        monkeypatch.setattr(Eager, "states", watched)
+        ids, logits = replay.generate(replay.requests(case), steps)
+        unannounced = 0
+        for row, appends in enumerate(fed.values()):
+            prompt = [append for append in appends if append.stage != "decode"]
+            expected, expected_logits = self.expected(replay, prompt, steps)
+            assert ids[row].tolist() == expected
+            assert (logits[row] - expected_logits).abs().max() <= TOLERANCE
+            before = [prompt[-1].tokens[-1], *expected]
+            pairs = zip(before[: steps - 1], expected)
+            unannounced += sum(b == replay.ids.action and a != replay.ids.action_start for a, b in pairs)
+        assert unannounced and len(fed) == len(ids) == (1 if case == "fwd" else 2)
 
 
 class Shifted(Replay):
