@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from vpt_kernels.checks import require_flag, require_integer
 
+ToRGB = Callable[[Image.Image], Image.Image | np.ndarray]
 MAX_PIXELS = 89_478_485
 """Pillow's own limit against decompression bombs, in pixels (a quarter GiB of RGB), where nobody has changed it."""
 ORIENTATION = 0x0112
@@ -25,8 +27,8 @@ def decode_image(image: Any, max_pixels: int | None = None, *, orient_files: boo
 
     image: a PIL image; a path, an open binary file or the bytes of an image file; or pixels as a uint8 numpy array or
     tensor [height, width, 3]. Other modes (palette, grey, alpha, 16-bit, CMYK) are converted as Pillow's
-    `convert("RGB")` does; of an animation the first frame counts. A tensor keeps its device, and the result shares
-    memory with contiguous pixels: copy them before the call if their buffer is written again.
+    `convert("RGB")` does, which drops transparency; of an animation the first frame counts. A tensor keeps its device,
+    and the result shares memory with contiguous pixels: copy them before the call if their buffer is written again.
     max_pixels: largest image that is decoded; default: `PIL.Image.MAX_IMAGE_PIXELS`, and no limit for pixels, which
     are in memory already.
     orient_files: turn the pixels of files as their EXIF orientation says, so that they are upright. PIL images and
@@ -40,8 +42,19 @@ def decode_image(image: Any, max_pixels: int | None = None, *, orient_files: boo
     return pixels_of(image, max_pixels, orient_files=orient_files)
 
 
-def pixels_of(image: Any, max_pixels: int | None = None, *, orient_files: bool = True) -> Tensor:
-    """`decode_image` without its warning."""
+def pillow_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB as Pillow converts it: transparency is dropped, and what lies beneath it is seen."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def pixels_of(
+    image: Any,
+    max_pixels: int | None = None,
+    *,
+    orient_files: bool = True,
+    to_rgb: ToRGB = pillow_rgb,
+) -> Tensor:
+    """`decode_image` without its warning; to_rgb: how an image that Pillow opened becomes RGB."""
     require_flag("orient_files", orient_files)
     if max_pixels is not None:
         require_integer("max_pixels", max_pixels, 1)
@@ -50,18 +63,17 @@ def pixels_of(image: Any, max_pixels: int | None = None, *, orient_files: bool =
     max_pixels = max_pixels or Image.MAX_IMAGE_PIXELS
     if isinstance(image, Image.Image):
         _check_size("the image", *image.size, max_pixels)
-        return _convert(image, "the image", False)
+        return _convert(image, "the image", False, to_rgb)
     if isinstance(image, (str, os.PathLike)):
-        return _open(image, f"the image file {os.fspath(image)!r}", max_pixels, orient_files)
+        return _open(image, f"the image file {os.fspath(image)!r}", max_pixels, orient_files, to_rgb)
     if isinstance(image, (bytes, bytearray, memoryview)):
         data = bytes(image)
-        return _open(io.BytesIO(data), f"the image of {len(data)} bytes", max_pixels, orient_files)
+        return _open(io.BytesIO(data), f"the image of {len(data)} bytes", max_pixels, orient_files, to_rgb)
     if isinstance(image, io.TextIOBase):
         raise TypeError(f"the image file {getattr(image, 'name', '')!r} is open as text; open it with mode 'rb'")
     if callable(getattr(image, "read", None)):
-        return _open(
-            image, f"the image file {getattr(image, 'name', type(image).__name__)!r}", max_pixels, orient_files
-        )
+        name = f"the image file {getattr(image, 'name', type(image).__name__)!r}"
+        return _open(image, name, max_pixels, orient_files, to_rgb)
     raise TypeError(
         f"image is a {type(image).__name__}; pass a PIL image, a path, an open file, bytes, or uint8 [height, width, 3]"
     )
@@ -106,7 +118,7 @@ def _pixels(image: Tensor | np.ndarray, max_pixels: int | None) -> Tensor:
     return image.contiguous()
 
 
-def _open(source: Any, name: str, max_pixels: int | None, orient: bool) -> Tensor:
+def _open(source: Any, name: str, max_pixels: int | None, orient: bool, to_rgb: ToRGB) -> Tensor:
     try:
         opened = Image.open(source)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -120,14 +132,14 @@ def _open(source: Any, name: str, max_pixels: int | None, orient: bool) -> Tenso
         ) from error
     with opened:
         _check_size(name, *opened.size, max_pixels)
-        return _convert(opened, name, orient)
+        return _convert(opened, name, orient, to_rgb)
 
 
-def _convert(image: Image.Image, name: str, orient: bool) -> Tensor:
+def _convert(image: Image.Image, name: str, orient: bool, to_rgb: ToRGB) -> Tensor:
     try:
         if orient:
             image = ImageOps.exif_transpose(image)
-        return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+        return torch.from_numpy(np.array(to_rgb(image)))
     except Exception as error:  # as in `_open`
         raise ValueError(f"{name} cannot be decoded: {_cause(error)}; pass a complete file") from error
 

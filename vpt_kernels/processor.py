@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from vpt_kernels.images import pixels_of
+from vpt_kernels.images import pillow_rgb, pixels_of
 from vpt_kernels.patch.embeds import why_flat_called
 from vpt_kernels.patch.supported import NORMALISATION
 from vpt_kernels.patch.swap import has_foreign_forward
@@ -23,11 +27,24 @@ PUBLISHED_PIXELS = {"Qwen3VLVisionPatchEmbed": (65_536, 16_777_216)}
 Qwen2-VL's, which Qwen2.5-VL shares."""
 
 
+def _installed_rgb(image: Image.Image) -> Image.Image | np.ndarray:
+    """The image as RGB as the installed transformers converts it, or Pillow where there is none."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    try:
+        theirs = importlib.import_module("transformers.image_transforms").convert_to_rgb
+    except ImportError:
+        return pillow_rgb(image)
+    # Where it can return an array, it announces that it will return nothing else.
+    return theirs(image, **{"return_numpy": True} if "return_numpy" in signature(theirs).parameters else {})
+
+
 class QwenVLImageProcessor:
     """PIL images, file bytes or uint8 pixels, whole or cropped → patch embeddings and `image_grid_thw`.
 
     Pixels are those of transformers' Pillow-based processor with the installed Pillow, bit for bit; they are never
-    normalised nor stored as floats. The embeddings go where `pixel_values` go, into a model that `patch` was called on.
+    normalised nor stored as floats. Transparency becomes what the installed transformers makes of it: dropped before
+    5.21, composited on white since. The embeddings go where `pixel_values` go, into a model that `patch` was called on.
 
     Args:
         weight: [E, 3, T, p, p] of the patch embedding's convolution; bias: [E] or None. Folded now: make a new
@@ -150,7 +167,7 @@ class QwenVLImageProcessor:
 
     def _plan(self, images: Any, boxes: Sequence[Sequence[int]] | None) -> tuple[list[Tensor], RegionPlan]:
         listed = list(images) if isinstance(images, (list, tuple)) else [images]
-        pixels = [pixels_of(image).to(self.embed.weight.device) for image in listed]
+        pixels = [pixels_of(image, to_rgb=_installed_rgb).to(self.embed.weight.device) for image in listed]
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         if boxes is None:
             boxes = [(number, 0, 0, width, height) for number, (height, width) in enumerate(sizes)]

@@ -109,6 +109,65 @@ def test_kinds_of_input(models, pictures) -> None:
     assert empty["pixel_values"].shape == (0, 32) and empty["image_grid_thw"].shape == (0, 3)
 
 
+def transparent() -> dict[str, Image.Image]:
+    """Pictures of which half is transparent, in every mode that can say so."""
+    colour = Image.fromarray(noise(90, 120, "transparent").numpy())
+    alpha = Image.fromarray(noise(90, 120, "alpha").numpy()[:, :, 0])
+    found = {"RGBA": colour.copy(), "LA": colour.convert("LA"), "P": colour.convert("P", palette=Image.ADAPTIVE)}
+    found["RGBA"].putalpha(alpha)
+    found["LA"].putalpha(alpha)
+    found["P"].info["transparency"] = 7
+    found |= {"RGB, one colour": colour.copy(), "PA": found["RGBA"].convert("PA")}
+    found["RGB, one colour"].info["transparency"] = colour.getpixel((5, 5))
+    return found
+
+
+@pytest.mark.parametrize("mode", transparent())
+def test_transparency_is_what_the_installed_transformers_makes_of_it(models, mode, tmp_path) -> None:
+    theirs, picture = published("qwen2_vl"), transparent()[mode]
+    ours = QwenVLImageProcessor.of(models["qwen2_vl"], theirs)
+    expected = levels(theirs(images=picture, return_tensors="pt")["pixel_values"], theirs)
+    assert_same_bits(ours.patches(picture), expected)
+    if mode != "PA":  # which no format of files holds
+        path = tmp_path / "transparent.png"
+        picture.save(path)
+        with Image.open(path) as stored:
+            expected = levels(theirs(images=stored, return_tensors="pt")["pixel_values"], theirs)
+        assert_same_bits(ours.patches(path), expected)
+        assert_same_bits(ours.patches(path.read_bytes()), expected)
+
+
+def test_transparency_is_asked_of_transformers(models, monkeypatch) -> None:
+    """Not of its version: whatever its function makes of the picture is seen."""
+    import transformers.image_transforms as theirs
+
+    picture = transparent()["RGBA"]
+    monkeypatch.setattr(theirs, "convert_to_rgb", lambda image: Image.new("RGB", image.size, (1, 2, 3)))
+    patches = QwenVLImageProcessor.of(models["qwen2_vl"]).patches(picture)
+    assert torch.equal(patches.view(-1, 3).unique(dim=0), torch.tensor([[1, 2, 3]], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("change", ("hooks", "forward", "adapter", "parametrised", "offloaded", "patch embedding"))
+def test_a_convolution_that_does_more_than_its_weight_says(change) -> None:
+    """The processor has no forward of its own to fall back to: it raises."""
+    model = foreign.qwen("qwen2_vl")
+    embed = model.model.visual.patch_embed
+    if change == "hooks":
+        embed.proj.register_forward_hook(lambda *_: None)
+    elif change == "forward":
+        embed.proj.forward = lambda x: x
+    elif change == "adapter":
+        embed.proj = nn.Sequential(embed.proj)
+    elif change == "parametrised":
+        nn.utils.parametrizations.weight_norm(embed.proj)
+    elif change == "offloaded":
+        embed.proj.to("meta")
+    else:
+        embed.forward = lambda x: x
+    with pytest.raises(ValueError, match="the patch embedding cannot be read from its weight: its .* merged"):
+        QwenVLImageProcessor.of(model)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_files_are_turned_as_transformers_turns_them(models, pictures, tmp_path, orientation) -> None:
     """A path and its bytes by EXIF; the opened picture and its pixels stay as they are stored."""
