@@ -108,7 +108,7 @@ def _require_all(model: nn.Module, found: int, skipped: dict[str, str], stays: l
     named = {name: skipped[name] for name in stays} or skipped
     listed = "; ".join(f"{name or 'the model'} is skipped: {why}" for name, why in named.items())
     if found:
-        raise ValueError(f"{listed}. {found} others can be replaced: pass strict=False to accept that")
+        raise ValueError(f"{listed}. What else it knows ({found}) can be replaced: pass strict=False to accept that")
     raise ValueError(
         f"nothing in {type(model).__name__} can be replaced ({listed or 'no known class'}); known classes: "
         f"{', '.join(sorted(RULES))}. Pass strict=False to accept that"
