@@ -12,7 +12,8 @@
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       operators and engine against their alternatives on this machine, quick set (4 minutes)
 # make bench-full  all workloads
-# make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python
+# make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python; within 570 seconds
+# make gpu-rehearsal  the same on a CPU: every part, tiny models, no number that means anything
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 NEW_PILLOW ?= pillow==13.0.0
@@ -28,8 +29,10 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
+GPU_ARGS ?=
 
-.PHONY: help demo test interpret test-full test-hub docs dist test-dist aarch64 sanitize types mutate bench bench-full gpu lint clean
+.PHONY: help demo test interpret test-full test-hub docs dist test-dist aarch64 sanitize types mutate bench bench-full gpu
+.PHONY: gpu-rehearsal lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -76,7 +79,12 @@ bench-full: $(VENV)/.ready
 	$(BIN)/python -m bench run --full $(BENCH_ARGS)
 
 gpu:
-	$(PYTHON) bench/gpu.py
+	timeout -k 5 570 $(PYTHON) -m bench.gpu $(GPU_ARGS)
+
+# Every part of it on the CPU, under the same limits.
+gpu-rehearsal: export VPT_GPU_REHEARSAL = 1
+gpu-rehearsal: $(VENV)/.ready
+	PATH="$(abspath $(BIN)):$$PATH" timeout -k 5 570 $(BIN)/python -m bench.gpu --out build/gpu-rehearsal $(GPU_ARGS)
 
 # torch first and pinned: a requirement of another package would fetch the newest build with its CUDA libraries.
 $(VENV)/.torch:

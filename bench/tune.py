@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import gpu
 from bench.cases import TOLERANCES, WrongResult, require_close
 from bench.cases.append import SECTIONS, Buffers
 from bench.cases.roi import Problem
@@ -190,26 +192,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", choices=sorted({question.kernel for question in QUESTIONS}))
     parser.add_argument("--rounds", type=int, default=21, help=f"in turn, per candidate; at least {FEWEST_ROUNDS}")
     parser.add_argument("--write", type=Path, default=TUNED_FILE, help="default: %(default)s")
+    parser.add_argument("--size", help="only this size class of the kernel")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="then the candidates so far are judged")
+    parser.add_argument("--record", action="store_true", help="a line of `make gpu`'s results instead of --write")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in Triton's interpreter")
     options = parser.parse_args(arguments)
     if options.rounds < FEWEST_ROUNDS:
         parser.error(f"--rounds {options.rounds} is too few to compare by; give at least {FEWEST_ROUNDS}")
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.tune: torch sees no CUDA device; launches can only be measured on a GPU", file=sys.stderr)
         return 2
-    console, architecture = Console(), f"sm_{capability(torch.empty(0, device='cuda'))}"
+    console, architecture = Console(), f"sm_{capability(torch.empty(0, device=options.device))}"
+    end = time.monotonic() + options.seconds
     for question in QUESTIONS:
-        if options.kernel not in (None, question.kernel):
+        if options.kernel not in (None, question.kernel) or options.size not in (None, question.size):
             continue
         table = Table("launch", "times as fast as the table", title=f"{question.kernel}, {question.size}")
         answers = []
-        for launch, ratio in answer(question, "cuda", options.rounds):
+        for launch, ratio in answer(question, options.device, options.rounds):
             answers.append((launch, ratio))
             cell = f"{ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" if isinstance(ratio, Ratio) else ratio
             table.add_row(str(launch), cell)
+            if time.monotonic() > end:
+                break
         chosen = best(answers)
         table.caption = f"kept: {chosen or 'the table'}"
         console.print(table)
-        keep(architecture, question.kernel, question.size, chosen, options.write)
+        if options.record:
+            shown = {str(launch): vars(ratio) if isinstance(ratio, Ratio) else ratio for launch, ratio in answers}
+            gpu.record("tuned", architecture=architecture, kernel=question.kernel, size=question.size, chosen=chosen,
+                       of=len(question.candidates), answers=shown)  # fmt: skip
+        else:
+            keep(architecture, question.kernel, question.size, chosen, options.write)
     return 0
 
 

@@ -1,11 +1,15 @@
-"""Tiny calls of every operator on every backend that runs here, and of the attention: `python -m tests.gpu.smoke`.
+"""Tiny calls of the operators on their backends, and of the attention: `python -m tests.gpu.smoke`.
 
-They are few enough for compute-sanitizer.
+They are few enough for compute-sanitizer. --backend, --operator: only these. On a machine without a GPU they run on the
+CPU: "cpp", or "triton" in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
+import sys
 
 import torch
 
@@ -23,11 +27,12 @@ from vpt_kernels import (
     rotary_table,
     sam_policy,
 )
-from vpt_kernels.backends import CAPABILITIES, BackendUnavailable
+from vpt_kernels.backends import BackendUnavailable, reasons
 from vpt_model.network.attention_triton import attend
 
-DEVICE = "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE = "cpu" if os.environ.get("VPT_GPU_REHEARSAL") == "1" else "cuda"
+# Triton's interpreter computes bfloat16 wrong.
+DTYPES = (torch.float32,) if DEVICE == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
 
 
 def roi(backend: str, dtype: torch.dtype) -> None:
@@ -102,25 +107,33 @@ def attention(dtype: torch.dtype) -> None:
         attend(q, keys, values, *lengths, 150)
 
 
+CALLS = {"roi_patch_embed": roi, "control_cross_attention": control, "append_visual_kv": append}
+
+
 def main() -> None:
-    for operator, call in (
-        ("roi_patch_embed", roi),
-        ("control_cross_attention", control),
-        ("append_visual_kv", append),
-    ):
-        for backend in CAPABILITIES[operator]:
-            if backend not in ("cuda", "triton"):
-                continue
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("all", "cuda", "triton", "cpp"), default="all")
+    parser.add_argument("--operator", choices=(*CALLS, "attention"))
+    options = parser.parse_args()
+    backends = ("cuda", "triton") if options.backend == "all" else (options.backend,)
+    for operator in CALLS if options.backend != "all" else ():
+        why = reasons(operator, torch.device(DEVICE), torch.float32)[options.backend]
+        if why and options.operator in (None, operator):
+            sys.exit(f"{operator} cannot run on {options.backend}: {why}")
+    for operator, call in CALLS.items():
+        for backend in backends if options.operator in (None, operator) else ():
             for dtype in DTYPES:
                 print(operator, backend, dtype, flush=True)
                 try:
                     call(backend, dtype)
                 except BackendUnavailable as error:
                     print(f"  {error}")
-    for dtype in DTYPES:
-        print("attention", dtype, flush=True)
-        attention(dtype)
-    torch.cuda.synchronize()
+    if options.operator in (None, "attention") and "triton" in backends:
+        for dtype in DTYPES:
+            print("attention", dtype, flush=True)
+            attention(dtype)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
