@@ -17,6 +17,7 @@ from rich.table import Table
 from bench import goals, scaling
 from bench import report as reports
 from bench.environment import ROOT, machine
+from bench.gpu import report as gpu_report
 from bench.rows import merge
 
 RESULTS = ROOT / "bench" / "results"
@@ -87,7 +88,12 @@ def report(
     folder = folder or RESULTS / machine()
     files = sorted(folder.glob("*.json"))
     files = [file for file in files if file.stem in ("quick", "full")]
-    if not files:
+    if (lines := folder / "results.jsonl").exists():
+        found = gpu_report.load(lines)
+        (folder / "gpu.md").write_text(gpu_report.page(found))
+        charts.targets(gpu_report.targets(found), gpu_report.where(found), folder / "gpu-targets.svg")
+        console.print(gpu_report.page(found))
+    elif not files:
         console.print(f"no results in {folder}; run `python -m bench run` first")
         raise typer.Exit(1)
     for file in files:

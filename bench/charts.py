@@ -226,3 +226,20 @@ def _save(figure: Any, path: Path, result: Result) -> None:
     metadata = {"Date": None, "Description": f"drawn from result {digest(result)}"}
     figure.savefig(path, bbox_inches="tight", metadata=metadata if path.suffix == ".svg" else None)
     plt.close(figure)
+
+
+def targets(rows: list[tuple[str, float, str]], where: str, path: Path) -> None:
+    """How far each target of a GPU was reached: (name, reached / wanted, what was measured); 1 is the target."""
+    figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.4))
+    for y, (name, share, measured) in enumerate(rows):
+        axes.barh(-y, share, color=OURS if share >= 1 else CEILING, height=0.7)
+        axes.text(share + 0.02, -y, measured, va="center", fontsize=8, color=INK)
+        axes.text(-0.01, -y, name, va="center", ha="right", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks([])
+    axes.set_xlim(0, max([1.0, *(share for _, share, _ in rows)]) * 1.4)
+    axes.set_title("Reached of each target (line: the target)", loc="left", fontsize=11)
+    axes.set_xlabel(where, fontsize=8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    _save(figure, path, {"rows": rows})

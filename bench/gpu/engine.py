@@ -36,8 +36,9 @@ LOOKS = {
     "dino": {"dino": "dino"},
     "sam": {"sam": "sam"},
 }
-TOKENS, TIMES = (4, 2) if REHEARSAL else (64, 7)
-PHOTO, QUESTION = (872, 1000, 3), "What is in the picture?"
+TOKENS, TIMES = (4, 1) if REHEARSAL else (64, 7)
+PHOTO = (96, 128, 3) if REHEARSAL else (872, 1000, 3)
+QUESTION = "What is in the picture?"
 
 
 def preset_of(name: str) -> ModelConfig:

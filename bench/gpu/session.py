@@ -126,7 +126,7 @@ class Session:
         with suppress(ProcessLookupError):
             os.killpg(running.process.pid, signal.SIGKILL)
         code = running.process.wait()
-        survivors = list(_processes_of(part.name))
+        survivors = list(_processes_of(part.name, self.results))
         for process in survivors:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -159,13 +159,13 @@ class Session:
         sys.exit(1)  # through `finally`, which kills what runs
 
 
-def _processes_of(part: str) -> Iterator[int]:
-    """Processes that were started by a part, whatever became of their parents and groups."""
-    mark = f"{PART}={part}".encode()
+def _processes_of(part: str, results: Path) -> Iterator[int]:
+    """Processes that were started by a part of this session, whatever became of their parents and groups."""
+    marks = {f"{PART}={part}".encode(), f"{RESULTS}={results}".encode()}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0") and "Z" not in _state(entry):
+                if marks <= set((entry / "environ").read_bytes().split(b"\0")) and "Z" not in _state(entry):
                     yield int(entry.name)
 
 
