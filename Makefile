@@ -8,7 +8,7 @@
 # make test-dist   the wheel in an empty environment, without the source tree: every operator, `vpt env`, `vpt demo`
 # make aarch64     the wheel for aarch64, cross-built into dist-aarch64/, and the native tests under emulation (needs qemu-user)
 # make sanitize    the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
-# make types       the public API under mypy and pyright
+# make types       both packages under mypy, their public API under mypy and pyright
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       operators and engine against their alternatives on this machine, quick set (4 minutes)
 # make bench-full  all workloads
@@ -138,6 +138,7 @@ sanitize: $(VENV)/.ready
 
 types: $(VENV)/types/.ready
 	PYTHONPATH=$(VENV)/types $(BIN)/python -m mypy --config-file tests/types/mypy.ini tests/types
+	PYTHONPATH=$(VENV)/types $(BIN)/python -m mypy --config-file tests/types/packages.ini vpt_kernels vpt_model
 	PYTHONPATH=$(VENV)/types $(BIN)/python -m pyright --pythonpath $(BIN)/python -p tests/types
 
 $(VENV)/types/.ready: $(VENV)/.ready

@@ -171,7 +171,7 @@ _TRITON_MODULES = {
     "control_cross_attention": "vpt_kernels.control_cross_attention.triton",
     "append_visual_kv": "vpt_kernels.append_visual_kv.triton",
 }
-_chosen: dict[tuple, str] = {}
+_chosen: dict[tuple[object, ...], str] = {}
 
 
 def _choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype, declined: Mapping[str, str]) -> str:
@@ -189,7 +189,7 @@ def _choose(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
 
 # What torch.compiler.assume_constant_result sets: a compiled graph must not trace an import. The decorator itself
 # would import the compiler, a second for every program that only calls an operator.
-_choose._dynamo_marked_constant = True
+vars(_choose)["_dynamo_marked_constant"] = True
 
 
 def bind(

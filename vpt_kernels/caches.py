@@ -55,10 +55,10 @@ def append_to_vllm_pages_(
     k_cache, v_cache = kv_cache
     require_tensor("slot_mapping", slot_mapping, None, None, 1)
     require_tensor("positions", positions, None, None, 2)
-    count, scales = slot_mapping.shape[0], {"k_scale": k_scale, "v_scale": v_scale}
+    count = slot_mapping.shape[0]
     append_visual_kv_(
         q[:count], k[:count], v[:count], cos_sin, positions[:, :count], slot_mapping, k_cache, v_cache, sections,
-        interleaved=interleaved, **scales, backend=backend,
+        interleaved=interleaved, k_scale=k_scale, v_scale=v_scale, backend=backend,
     )  # fmt: skip
 
 

@@ -6,20 +6,20 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
-Launch = TypeVar("Launch", bound=tuple)
+Launch = TypeVar("Launch", bound=tuple[Any, ...])
 
-_CURRENT = nullcontext()
+_CURRENT: AbstractContextManager[None] = nullcontext()
 TUNED_FILE = Path(__file__).with_name("tuned.json")
 TUNED: dict[str, dict[str, dict[str, list[int]]]] = json.loads(TUNED_FILE.read_text())
 """Architecture ("sm_90") → kernel → size class → launch, as `bench/tune.py` measured them. Where nothing is written,
 the table beside the kernel holds, with its reasons. Nothing is ever tuned while a program runs."""
 
 
-def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """A context in which kernels are launched on `tensor`'s device, on that device's current stream."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return _CURRENT
@@ -40,4 +40,4 @@ def _capability(index: int) -> int:
 def tuned(tensor: torch.Tensor, kernel: str, size: str, default: Launch) -> Launch:
     """The launch of `kernel` for a size class on `tensor`'s architecture, of `default`'s type."""
     values = TUNED.get(f"sm_{capability(tensor)}", {}).get(kernel, {}).get(size)
-    return default if values is None else getattr(type(default), "_make", tuple)(values)
+    return default if values is None else cast(Launch, getattr(type(default), "_make", tuple)(values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ class RoiPatchEmbed(nn.Module):
         policy: how a crop becomes patches; its patch_size must be the weight's.
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(
         self,
         weight: Tensor,
@@ -42,7 +45,7 @@ class RoiPatchEmbed(nn.Module):
         self.register_buffer("weight", folded.weight)
         self.register_buffer("bias", folded.bias)
 
-    def _apply(self, function, recurse: bool = True) -> RoiPatchEmbed:
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> RoiPatchEmbed:
         exact = self.bias
         super()._apply(function, recurse)
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
@@ -84,7 +87,7 @@ class ControlCrossAttention(nn.Module):
         projector = scored(ControlProjector(*(getattr(self, name) for name in self._NAMES)))
         self.score_weight, self.score_bias = projector.score_weight, projector.score_bias
 
-    def _apply(self, function, recurse: bool = True) -> ControlCrossAttention:
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> ControlCrossAttention:
         super()._apply(function, recurse)
         self._score()
         return self
@@ -119,7 +122,7 @@ class AppendVisualKV(nn.Module):
         # Always float32: a model converted to bfloat16 must keep its angles.
         self.cos_sin = cos_sin
 
-    def _apply(self, function, recurse: bool = True) -> AppendVisualKV:
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> AppendVisualKV:
         super()._apply(function, recurse)
         self.cos_sin = self.cos_sin.to(function(self.cos_sin).device)
         return self

@@ -7,6 +7,7 @@ schema and the same fake, so that a compiled graph names the implementation it w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def _mutates(*others: object) -> None:
     return None
 
 
-_FAKES: dict[str, Callable] = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "roi_patches": _roi_patches,
     "roi_patch_embed": _roi_patch_embed,
     "roi_patch_embed_into": _mutates,
@@ -93,6 +94,6 @@ for _name, _schema in SCHEMAS.items():
         OPS[_name][_backend] = getattr(getattr(torch.ops.vpt_kernels, _name), _backend)
 
 
-def implement(name: str, backend: str, function: Callable) -> None:
+def implement(name: str, backend: str, function: Callable[..., Any]) -> None:
     """Register a Python implementation of `name` for `backend`, on every device."""
     _LIBRARY.impl(f"{name}.{backend}", function, "CompositeExplicitAutograd")

@@ -37,7 +37,7 @@ def nvcc_version(home: Path) -> str | None:
 
 def toolkit_of(nvcc: Path) -> Path | None:
     """The folder whose headers an nvcc takes, wherever the command itself stands; None if it does not say."""
-    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
+    command = [str(nvcc), "--dryrun", "-c", "-x", "cu", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     found = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.MULTILINE)
     return Path(found[1]).resolve() if found else None
@@ -76,7 +76,7 @@ def trial_problem(home: Path) -> str | None:
         source, target = Path(folder, "trial.cu"), Path(folder, "trial.o")
         source.write_text("__global__ void trial() {}\n")
         try:
-            command = [home / "bin/nvcc", "-c", source, "-o", target]
+            command = [str(argument) for argument in (home / "bin/nvcc", "-c", source, "-o", target)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{home}/bin/nvcc cannot compile an empty kernel: {error}"

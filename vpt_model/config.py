@@ -218,21 +218,21 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
         "layer_types": any(kind != "full_attention" for kind in content.get("layer_types") or ()),
         "quantization_config": bool(content.get("quantization_config")),
     }
-    wrong = {name: content[name] for name, is_wrong in unsupported.items() if is_wrong}
-    if wrong:
+    asked = {name: content[name] for name, is_wrong in unsupported.items() if is_wrong}
+    if asked:
         raise ValueError(
-            f"config.json asks for {wrong}, which is not supported: only silu and quick_gelu, full attention, "
+            f"config.json asks for {asked}, which is not supported: only silu and quick_gelu, full attention, "
             "projector_scale 1, default M-RoPE and weights that are not quantised are; give such a checkpoint"
         )
-    sections = (rope.get("mrope_section", (16, 24, 24)), content.get("vision_encoder_ls") or ())
-    if not all(isinstance(section, (list, tuple, str)) for section in sections):
-        raise ValueError(f"config.json has mrope_section and vision_encoder_ls {sections}; they must be lists")
+    lists = (rope.get("mrope_section", (16, 24, 24)), content.get("vision_encoder_ls") or ())
+    if not all(isinstance(given, (list, tuple, str)) for given in lists):
+        raise ValueError(f"config.json has mrope_section and vision_encoder_ls {lists}; they must be lists")
     # Published vision sections name only what differs from Qwen2-VL's defaults, and the channels by an older name.
     vision = {"in_channels": vision.get("in_chans", 3)} | vision | {"hidden_size": content["hidden_size"]}
     return ModelConfig(
         **_checked(ModelConfig, {name: content[name] for name in (*_SIZES, *_CONSTANTS)}),
         tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
-        mrope_section=tuple(sections[0]),
+        mrope_section=tuple(lists[0]),
         **_checked(ModelConfig, {name: content[name] for name in ("image_resolution",) if name in content}),
         kind=None if model_type == PLAIN_MODEL_TYPE else _kind(content, names),
         vision=VisionConfig(**_checked(VisionConfig, vision)),

@@ -183,7 +183,7 @@ def verify(
         raise ValueError("--dump writes what --golden computes: give --golden too")
     if dump is not None and not dump.absolute().parent.is_dir():
         raise ValueError(f"--dump {dump}: there is no folder {dump.absolute().parent}; make it first")
-    rows = []
+    rows: list[Any] = []
     if golden is not None:
         with progress(len(FILES), quiet=False) as begin:
             rows, computed = verify_recordings(golden, begin)
@@ -264,7 +264,7 @@ def convert(
     checkpoint.tokenizer()
     print_notices(checkpoint.notices)
     with byte_progress("converting") as advance:
-        write_converted(checkpoint, target, DTYPES.get(dtype), progress=advance)
+        write_converted(checkpoint, target, DTYPES[dtype] if dtype else None, progress=advance)
     typer.echo(f"{target}: {parameter_counts(checkpoint.config)['total']:,} parameters")
 
 
@@ -340,7 +340,8 @@ def _table(look: Comparison) -> Table:
         for stage in STAGES:
             steps = [next((s for s in run.steps if (s.look, s.name) == (number, stage)), None) for run in runs]
             if any(steps):
-                ratio = f"{steps[1].milliseconds / steps[0].milliseconds:.1f}×" if all(steps) else ""
+                mine, theirs = steps
+                ratio = f"{theirs.milliseconds / mine.milliseconds:.1f}×" if mine and theirs else ""
                 table.add_row(f"  {stage}", *(cell for step in steps for cell in _cells(step)), ratio)
         table.add_section()
     ours, published = (run.total for run in runs)

@@ -22,7 +22,7 @@ from vpt_model import mini
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS, ModelConfig
 from vpt_model.engine import Engine
-from vpt_model.engine.events import Box, Done, Look, Token
+from vpt_model.engine.events import Answer, Box, Done, Look, Token
 from vpt_model.engine.executor import Executor
 from vpt_model.engine.requests import Decode, Output, ReencodeAndAppend, Request
 from vpt_model.mini.scenes import make_question, make_scene
@@ -127,7 +127,9 @@ class WrongControl:
 
     def run(self, requests: Sequence[Request]) -> list[Output | Request]:
         return [
-            replace(result, control=-result.control) if isinstance(result, ReencodeAndAppend) else result
+            replace(result, control=-result.control)
+            if isinstance(result, ReencodeAndAppend) and result.control is not None
+            else result
             for result in self.executor.run(requests)
         ]
 
@@ -162,7 +164,7 @@ class WrongSlot:
     def run(self, requests: Sequence[Request]) -> list[Output | Request]:
         for request in requests:
             cache = request.conversation.cache
-            cache.slots = partial(self._shifted, cache)
+            vars(cache)["slots"] = partial(self._shifted, cache)
         return self.executor.run(requests)
 
     def _shifted(self, cache: KVCache, count: int) -> Tensor:
@@ -225,7 +227,7 @@ def run(
         for encoder, group in groups.items()
         for look in group
     }
-    if scene is not None:
+    if scene is not None and asked is not None:
         photo, question = Image.fromarray(scene.pixels), question or asked.text
     else:
         photo = default_image() if image is None else Image.fromarray(decode_image(image).numpy())
@@ -260,7 +262,8 @@ def default_looks(preset: str, seed: int) -> list[str]:
     """A region and a re-encoding; vpt-mini's region is the one that its first question is about."""
     if preset != TRAINED:
         return list(LOOKS)
-    return [make_question(make_scene(seed, "test"), "tag", seed).look, "clip"]
+    region = make_question(make_scene(seed, "test"), "tag", seed).look
+    return [region, "clip"] if region else ["clip"]
 
 
 def _weights(
@@ -345,7 +348,8 @@ def _median(report: Report, ask: Callable[[], tuple[Any, ...]]) -> tuple[Any, ..
 
 def _ours(engine: Engine, *request: Any, **options: Any) -> tuple[Run, Tensor, list[Box]]:
     triggers = {engine.ids.region_end, engine.ids.action_start}
-    start, times, looked, answer = time.perf_counter(), {}, False, None
+    start, times, looked = time.perf_counter(), dict[str, float](), False
+    answer: Answer | None = None
     for event in engine.stream(*request, **options):
         now = (time.perf_counter() - start) * 1e3
         if isinstance(event, Token) and looked:
@@ -356,6 +360,7 @@ def _ours(engine: Engine, *request: Any, **options: Any) -> tuple[Run, Tensor, l
             looked = True
         elif isinstance(event, Done):
             answer = event.answer
+    assert answer is not None and answer.logits is not None, "a stream ends with an answer, whose logits are kept"
     run = Run(answer.ids, answer.text, list(_steps(answer.timings)), **times, total=now)
     return run, answer.logits, [box for look in answer.looks for box in look.boxes]
 
@@ -364,6 +369,7 @@ def _published(procedure: PublishedProcedure, *request: Any, **options: Any) -> 
     start = time.perf_counter()
     answer = procedure.ask(*request, **options)
     total = (time.perf_counter() - start) * 1e3
+    assert answer.second_look_ms is not None, "a forced look is always taken"
     answered = (answer.rounds[-1].chosen_at[0] - start) * 1e3
     steps = list(_steps(answer.timings))
     run = Run(answer.ids, answer.text, steps, answered - answer.second_look_ms, answered, total)

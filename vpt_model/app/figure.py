@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -26,14 +27,15 @@ INK, MUTED, MARK = "#222222", "#6B6B6B", "#F0E442"
 def draw(report: Report, path: str | Path) -> None:
     """Write the report's picture to `path` as PNG. Raises ValueError if it cannot be written."""
     shown = next((look for look in report.comparisons if look.boxes), None)
-    style = {"font.size": 10, "text.color": INK, "axes.edgecolor": MUTED, "axes.titlesize": 11}
+    style: dict[str, Any] = {"font.size": 10, "text.color": INK, "axes.edgecolor": MUTED, "axes.titlesize": 11}
     with rc_context(style):
         # Inches, because text keeps its size whatever the number of bars.
         height = 6.95 + 1.0 * len(report.comparisons)
         figure = Figure(figsize=(15, height), dpi=130, facecolor="white")
-        upper = {"left": 0.03, "right": 0.985, "top": 1 - 1.05 / height, "bottom": 1 - 5.35 / height}
+        upper: dict[str, float] = {"left": 0.03, "right": 0.985, "top": 1 - 1.05 / height, "bottom": 1 - 5.35 / height}
         lower = {"left": 0.115, "right": 0.985, "top": 1 - 6.05 / height, "bottom": 0.6 / height}
-        panels = [figure.add_subplot(cell) for cell in figure.add_gridspec(1, 3, wspace=0.05, **upper)]
+        grid = figure.add_gridspec(1, 3, wspace=0.05, **upper)
+        panels = [figure.add_subplot(grid[0, column]) for column in range(3)]
         timeline = figure.add_subplot(figure.add_gridspec(1, 1, **lower)[0])
         _headline(figure, report)
         _photo(panels[0], report)
@@ -101,12 +103,10 @@ def _photo(axes: Axes, report: Report) -> None:
         axes.axhline(index * height / GRID, color="white", alpha=0.3, linewidth=0.7)
     for look in report.comparisons:
         for region, (left, top, right, bottom) in zip(look.regions, look.boxes):
-            margin = {"fill": False, "edgecolor": MARK, "linewidth": 1.4, "linestyle": (0, (4, 3))}
+            margin: dict[str, Any] = {"fill": False, "edgecolor": MARK, "linewidth": 1.4, "linestyle": (0, (4, 3))}
             axes.add_patch(Rectangle((left, top), right - left, bottom - top, **margin))
-            left, top, right, bottom = _named_cells(region, width, height)
-            axes.add_patch(
-                Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=MARK, linewidth=2.4)
-            )
+            x0, y0, x1, y1 = _named_cells(region, width, height)
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=MARK, linewidth=2.4))
     axes.set_xticks([(index + 0.5) * width / GRID for index in range(GRID)], [f"x{index}" for index in range(GRID)])
     axes.set_yticks([(index + 0.5) * height / GRID for index in range(GRID)], [f"y{index}" for index in range(GRID)])
     axes.tick_params(length=0, labelsize=8.5, colors=MUTED, top=False, labeltop=False)
@@ -144,7 +144,7 @@ def _pixels(axes: Axes, image: Image.Image, box: Box | None, view: Box, resoluti
     for spine in inset.spines.values():
         spine.set(color="white", linewidth=1.6)
     # The connectors of a flipped axis cross; the frame alone says enough.
-    for connector in axes.indicate_inset_zoom(inset, edgecolor="white", alpha=0.9, linewidth=1.4).connectors:
+    for connector in axes.indicate_inset_zoom(inset, edgecolor="white", alpha=0.9, linewidth=1.4).connectors or ():
         connector.set_visible(False)
 
 
@@ -168,7 +168,7 @@ def _timeline(axes: Axes, comparisons: list[Comparison], overhead: bool) -> None
     axes.set_yticks([y for y, _ in labels], [name for _, name in labels])
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    handles = [axes.barh(0, 0, color=COLOURS[name], label=name) for name in STAGES]
+    handles: list[Any] = [axes.barh(0, 0, color=COLOURS[name], label=name) for name in STAGES]
     handles.append(axes.barh(0, 0, color="white", edgecolor=COLOURS["decode"], label="between the stages"))
     handles += axes.plot([], [], color=INK, linewidth=2, label="from the perception token to the first answer token")
     axes.legend(

@@ -105,7 +105,8 @@ def convert(
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    shards, used = [[]], 0
+    shards: list[list[str]] = [[]]
+    used = 0
     for name, size in sizes.items():
         if shards[-1] and used + size > limit:
             shards.append([])
@@ -126,7 +127,7 @@ def _declare(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

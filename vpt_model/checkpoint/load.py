@@ -260,7 +260,7 @@ class Checkpoint:
         tensors = stored_tensors(folder)
         _rename(folder, tensors)
         try:
-            config, notices = parse_config(fields, tensors), []
+            config, notices = parse_config(fields, tensors), list[str]()
             _split_fused(config, tensors)
             head = _tie(tensors, notices) if config.tie_word_embeddings else "untied"
             check_state(config, tensors)
@@ -306,7 +306,7 @@ def load_checkpoint(
 def empty_state(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Uninitialised tensors of `expected_shapes`; those that `fused_groups` joins follow each other in one buffer."""
     shapes = expected_shapes(config)
-    state = dict.fromkeys(shapes)
+    state = dict.fromkeys(shapes, torch.empty(0))
     for names in fused_groups(config).values():
         rows = [shapes[name][0] for name in names]
         buffer = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=dtype)
@@ -355,10 +355,11 @@ def _split_fused(config: ModelConfig, tensors: dict[str, Stored]) -> None:
 
 def _tie(tensors: dict[str, Stored], notices: list[str]) -> str:
     embedding, head = tensors.get(_EMBEDDING), tensors.get(_HEAD)
-    if (head is None) != (embedding is None):
-        tensors[_HEAD] = tensors[_EMBEDDING] = embedding or head
+    one = embedding or head
+    if one is not None and (head is None or embedding is None):
+        tensors[_HEAD] = tensors[_EMBEDDING] = one
         return "tied, stored once"
-    if embedding is None or (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
+    if head is None or embedding is None or (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
         return "tied, but one of the two does not fit"
     same = all(torch.equal(*pieces) for pieces in zip(embedding.chunks(), head.chunks(), strict=True))
     if not same:

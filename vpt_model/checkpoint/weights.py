@@ -79,7 +79,7 @@ class Stored:
             file.seek(self.offset)
             for begin in range(0, self.count, step):
                 chunk = buffer[: min(step, self.count - begin)]
-                wanted = memoryview(chunk.view(torch.uint8).numpy())
+                wanted = memoryview(_bytes(chunk))
                 if file.readinto(wanted) != len(wanted):
                     raise ValueError(f"{self.file} ended while it was read: do not change files that are being loaded")
                 yield chunk
@@ -139,7 +139,8 @@ def write_safetensors(
 
     tensors: name → its shape, and what it consists of, one after the other along the first dimension.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (shape, _) in tensors.items():
         end = offset + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
@@ -151,7 +152,7 @@ def write_safetensors(
         for name, (_, parts) in tensors.items():
             for part in parts:
                 for chunk in part.chunks():
-                    file.write(memoryview(chunk.to(dtype).view(torch.uint8).numpy()))
+                    file.write(memoryview(_bytes(chunk.to(dtype))))
             yield name
 
 
@@ -212,6 +213,11 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
     }
 
 
+def _bytes(chunk: torch.Tensor) -> Any:
+    """The memory of a contiguous tensor."""
+    return chunk.view(torch.uint8).numpy()
+
+
 def _open_pickle(path: Path) -> dict[str, Stored]:
     records = _records(path)
     # Loaded under this mode tensors have shapes, types and places in the file, and no memory.
@@ -222,13 +228,13 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
     found = {}
     for name, tensor in content.items():
         storage, itemsize = tensor.untyped_storage(), tensor.dtype.itemsize
-        place = storage._checkpoint_offset
+        place: int = getattr(storage, "_checkpoint_offset", -1)
         inside = tensor.storage_offset() * itemsize + tensor.numel() * itemsize <= storage.nbytes()
         if records.get(place) != storage.nbytes() or not inside:
             raise ValueError(f"{name} reaches beyond its record")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous: save it as tensor.contiguous()")
-        offset = place + tensor.storage_offset() * itemsize
+        offset = place + int(tensor.storage_offset()) * itemsize
         found[name] = Stored(path, tensor.dtype, tuple(tensor.shape), offset)
     return found
 

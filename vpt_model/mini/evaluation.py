@@ -89,7 +89,8 @@ class BorrowedControl:
             for result in self.executor.run(requests)
         ]
 
-    def _borrowed(self, control: Tensor) -> Tensor:
+    def _borrowed(self, control: Tensor | None) -> Tensor:
+        assert control is not None, "whoever ran the re-encoding knows its control state"
         previous, self._last = self._last, control.clone()
         return self._last if previous is None else previous
 
@@ -176,7 +177,7 @@ def plan(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[tuple[s
 
     Every path and control for the first backend and dtype; the others repeat the free choice.
     """
-    wanted = []
+    wanted: list[tuple[str, torch.dtype, str, str, str]] = []
     for backend in backends:
         for dtype in dtypes:
             paths = PATHS if not wanted else PATHS[:1]

@@ -41,7 +41,8 @@ def tell(engine: Engine, scene: Scene, seed: int) -> Iterator[Chapter]:
 
 
 def _chapter(engine: Engine, scene: Scene, question: Question) -> Chapter:
-    start, moments, said, boxes = time.perf_counter(), [], "", ()
+    start, moments, said = time.perf_counter(), list[Moment](), ""
+    boxes: tuple[Box, ...] = ()
 
     def note(what: str) -> None:
         moments.append(Moment((time.perf_counter() - start) * 1e3, what))

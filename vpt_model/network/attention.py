@@ -117,8 +117,8 @@ def attend(
     aligned as flash-attn's are. Returns [R, N, Hq · D], 0 for padding.
     """
     if use_flash(q):
-        cached = [x.unflatten(0, (-1, capacity)) for x in (keys, values)]
-        return _flash(q, *cached, past + counts, starts // capacity).flatten(2)
+        cached_keys, cached_values = (x.unflatten(0, (-1, capacity)) for x in (keys, values))
+        return _flash(q, cached_keys, cached_values, past + counts, starts // capacity).flatten(2)
     kernel = _triton_kernel() if q.is_cuda else _composed
     return kernel(q, keys, values, starts, past, counts, capacity)
 

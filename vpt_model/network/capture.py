@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def record(run: Callable[[], tuple[Tensor, ...]], pool: object) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+def record(run: Callable[[], tuple[Tensor, ...]], pool: Any) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
     """Capture `run` and its outputs. It runs twice before: kernels are compiled and libraries take their workspace."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

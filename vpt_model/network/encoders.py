@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_kernels import dinov2_policy, fold_patch_weight, plan_regions, roi_patch_embed, sam_policy
+from vpt_kernels import RegionPolicy, dinov2_policy, fold_patch_weight, plan_regions, roi_patch_embed, sam_policy
 from vpt_model.checkpoint.encoder_names import state_for
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig
 from vpt_model.network.linear import linear
@@ -52,6 +52,7 @@ class _Encoder(nn.Module):
     """
 
     tokens: int
+    policy: RegionPolicy
 
     def __init__(self, patch_size: int, patches: int) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class _Encoder(nn.Module):
         images: uint8 [height, width, 3] on the weights' device. boxes: (image, left, top, right, bottom) in pixels,
         right and bottom exclusive. Raises ValueError for a box outside its image.
         """
-        plan = plan_regions([tuple(image.shape[:2]) for image in images], boxes, self.policy)
+        plan = plan_regions([(image.shape[0], image.shape[1]) for image in images], boxes, self.policy)
         return roi_patch_embed(images, plan, self._patch_embed)
 
     def embed_pixel_values(self, pixel_values: Tensor) -> Tensor:

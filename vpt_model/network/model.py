@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def _projector(kind: str, state: Mapping[str, torch.Tensor]) -> ControlProjector
         return state[f"{kind}_projector.{name}.weight"], state[f"{kind}_projector.{name}.bias"]
 
     form, feature = _PROJECTORS[kind]
-    weights = {"condition_norm": layer("layernorm_condition"), "condition": layer("linear_condition")}
+    weights: dict[str, Any] = {"condition_norm": layer("layernorm_condition"), "condition": layer("linear_condition")}
     if feature is not None:
         weights |= {"feature_norm": layer("layernorm_feature"), "feature": layer(feature)}
     return fold_projector(form, **weights)

@@ -7,6 +7,8 @@ That is for GPUs, where it has not run yet; a CPU takes the bias. The tables are
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,13 @@ from torch import Tensor, nn
 class SamAttention(nn.Module):
     """In the place of transformers' SamVisionAttention, with its parameters under its names."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    rel_pos_h: nn.Parameter
+    rel_pos_w: nn.Parameter
+    qkv: nn.Linear
+    proj: nn.Linear
+    heads: int
+
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.heads = attention.num_attention_heads
         self.qkv, self.proj = attention.qkv, attention.proj

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ class PatchStep(_Replayed):
         return self.result()[: count // self.tower.config.spatial_merge_size**2]
 
     def run(self) -> tuple[Tensor]:
-        return (self.tower.run(self.x, *self.angles, partial(attend_padded, count=self.count)),)
+        cos, sin = self.angles
+        return (self.tower.run(self.x, cos, sin, partial(attend_padded, count=self.count)),)
 
 
 class CapturedTower(VisionTower):
@@ -113,7 +115,8 @@ class CapturedEncoder(_Replayed):
 
 def captured(model: Model) -> tuple[Model, dict[str, float]]:
     """The model with its towers captured, on its GPU, and the seconds of each capture."""
-    tower, encoder, seconds = CapturedTower(model.vision), model.encoder, {}
+    tower, seconds = CapturedTower(model.vision), dict[str, float]()
+    encoder: Any = model.encoder
     steps: dict[str, _Replayed] = {f"{patches} patches": step for patches, step in reversed(tower.steps.items())}
     pools = dict.fromkeys(steps, torch.cuda.graph_pool_handle())
     if encoder is not None:

@@ -106,7 +106,7 @@ class VisionTower:
         policy: RegionPolicy,
     ) -> RegionPlan:
         """How `look` will crop and resize; of the images, only their sizes are read."""
-        return plan_regions([tuple(image.shape[:2]) for image in images], boxes, policy)
+        return plan_regions([(image.shape[0], image.shape[1]) for image in images], boxes, policy)
 
     def embed_plan(self, images: Sequence[torch.Tensor], plan: RegionPlan) -> torch.Tensor:
         """Crop, resize and embed as planned: patch embeddings `[N, E]` of all boxes."""

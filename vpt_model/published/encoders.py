@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -18,6 +20,7 @@ from vpt_model.checkpoint.encoder_names import state_for
 from vpt_model.config import ModelConfig, VisionConfig
 
 Grid = tuple[int, int]
+Pixels = npt.NDArray[np.float32]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -63,8 +66,8 @@ def process_images(images: Sequence[Image.Image], vision: VisionConfig) -> tuple
         # Two calls pin the pass order of Pillow ≤ 12.0 (horizontal first), which newer versions choose by shape.
         image = image.resize((width, image.height), Image.Resampling.BICUBIC)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
-        pixels = (pixels - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+        scaled: Pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
+        pixels = np.divide(scaled - np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32))
         frames = np.tile(pixels.transpose(2, 0, 1)[None], (t, 1, 1, 1))
         h, w = height // p, width // p
         patches = frames.reshape(t, 3, h // m, m, p, w // m, m, p).transpose(2, 5, 3, 6, 1, 0, 4, 7)
@@ -201,12 +204,12 @@ def process_sam(image: Image.Image, edge: int) -> Tensor:
 
 
 def normalised(image: Image.Image) -> Tensor:
-    pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
-    pixels = (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+    scaled: Pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
+    pixels = np.divide(scaled - np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
     return torch.from_numpy(pixels.transpose(2, 0, 1))
 
 
-def project(kind: str, weights: Weights, features: Sequence[Tensor] | Tensor, control: Tensor | None) -> Tensor:
+def project(kind: str | None, weights: Weights, features: Any, control: Tensor | None) -> Tensor:
     """The authors' Minimal{,Sam,CLIP}Projector: f + (f·k)k with one control state per image; without control f.
 
     features: DINOv2's [n, tokens, D], SAM's [n, C, h, w], or the vision tower's, one [tokens, H] for each image, which

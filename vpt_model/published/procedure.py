@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,8 @@ class Decoder:
                 for name in "qkv"
             )
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            k, v = cache[index] = tuple(torch.cat(pair, dim=2) for pair in zip(cache[index], (k, v), strict=True))
+            k, v = (torch.cat(pair, dim=2) for pair in zip(cache[index], (k, v), strict=True))
+            cache[index] = k, v
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
             x = x + w.linear(y.transpose(1, 2).reshape(x.shape), layer + "self_attn.o_proj")
             y = w.rms_norm(x, layer + "post_attention_layernorm", eps)
@@ -162,7 +164,7 @@ class PublishedProcedure:
         longest_edge: int | None = None,
         layout: PromptFormat | None = None,
     ) -> None:
-        self.config, self.ids, self.tokenizer = config, ids, tokenizer
+        self.config, self.ids, self._tokenizer = config, ids, tokenizer
         self.longest_edge, self.layout = longest_edge or config.image_resolution, layout or PromptFormat()
         self.merge = config.vision.spatial_merge_size
         self.visual = VisionTower(config.vision, Weights(state, "visual."))
@@ -195,7 +197,7 @@ class PublishedProcedure:
         tokens = torch.tensor(ids, device=self.embedding.device)
         action = (tokens == self.ids.action).nonzero()[:, 0] if self.ids.action is not None else tokens[:0]
         embeds = F.embedding(tokens, self.embedding)
-        if grids:
+        if pixel_values is not None:
             embeds[tokens == self.ids.image_pad] = self._look(pixel_values, grids)
         if again is not None:
             features = self._encode_again(again, again_grids)
@@ -233,19 +235,24 @@ class PublishedProcedure:
         """
         out, running = Generation(), list(ids)
         positions, delta = rope_index(running, grids, self.ids.image_pad, self.merge)
-        images = (pixel_values, grids, again, again_grids)
+        images: dict[str, Any] = {
+            "pixel_values": pixel_values,
+            "grids": grids,
+            "again": again,
+            "again_grids": again_grids,
+        }
         cache, fresh = self.decoder.empty_cache(), running
         for step in range(max_new_tokens):
             if step:
                 # Behind an action start stands the action, whatever was chosen: the model never learned to predict it.
                 if running[-2] == self.ids.action_start and self.ids.action is not None:
                     running[-1] = out.ids[-1] = self.ids.action
-                fresh, images, stages = running[-1:], (), ("decode", "decode")
+                fresh, images, stages = running[-1:], {}, ("decode", "decode")
                 if running[-1] == self.ids.action:
                     cache = [(k[:, :, :-1], v[:, :, :-1]) for k, v in cache]
                     fresh = running[-2:]
                 positions = torch.arange(len(running) - len(fresh), len(running)).expand(3, -1) + delta
-            hidden, _, cache = self.forward(fresh, positions, cache, *images, stages=stages)
+            hidden, _, cache = self.forward(fresh, positions, cache, **images, stages=stages)
             with self._stage(stages[1]):
                 logits = F.linear(hidden[-1], self.lm_head).float()
                 chosen = forced[step] if step < len(forced) else int(logits.argmax())
@@ -280,13 +287,14 @@ class PublishedProcedure:
         first = self._round(prompt, [image], [], forced=forced, **free)
         text = self.tokenizer.decode(first.ids)
         acts = self.config.kind is not None and f"<|{self.config.kind}_action_start|>" in text
-        boxes = [region_box(span, image.size) for span in SPAN.findall(text)]
+        found = [region_box(span, image.size) for span in SPAN.findall(text)]
+        boxes = [box for box in found if box is not None]
 
-        if acts and not boxes:
+        if acts and not found:
             kind = self.config.kind
             images, reencoded, shown, stages = [image], [image], f"<{kind}_image>", ("perceive", "append")
             text, trigger = f"<|{kind}_action_start|><|{kind}_action|><|{kind}_action_end|>", self.ids.action_start
-        elif boxes and not acts and None not in boxes:
+        elif boxes and not acts and len(boxes) == len(found):
             images, reencoded, stages = [image, *map(image.crop, boxes)], [], ("append", "append")
             numbered = "".join(f"Region {index}: <image>\n" for index in range(len(boxes)))
             shown, trigger = numbered if len(boxes) > 1 else "<image>", self.ids.region_end
@@ -300,10 +308,12 @@ class PublishedProcedure:
         final = self.tokenizer.decode(second.ids)
         return PublishedAnswer(final, second.ids, second.logits, [first, second], self.timings, boxes, waited)
 
-    def _round(self, prompt: str, images: list, reencoded: list, **options) -> Generation:
-        inputs: list = []
+    def _round(
+        self, prompt: str, images: list[Image.Image], reencoded: list[Image.Image], **options: Any
+    ) -> Generation:
+        inputs: list[Any] = []
         for kind, pictures in (("image", images), (f"{self.config.kind}_image", reencoded)):
-            pixel_values, grids, counts = None, [], []
+            pixel_values, grids, counts = None, list[Grid](), list[int]()
             if pictures:
                 with self._stage("crop+embed") as work:
                     work["images"] += len(pictures)
@@ -333,13 +343,20 @@ class PublishedProcedure:
             work.update(vit_calls=1, vit_patches=len(patches))
             return self.visual(patches, grids)
 
-    def _encode_again(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Sequence[Tensor]:
+    def _encode_again(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Sequence[Tensor] | Tensor:
         if self.reencoder is None:
-            return self._look(pixel_values, grids).split([h * w // self.merge**2 for h, w in grids])
+            counts = [h * w // self.merge**2 for h, w in grids]
+            return list(self._look(pixel_values, grids).split(counts))
         with self._stage("ViT") as work:
             patches = pixel_values.shape[-1] * pixel_values.shape[-2] // self.reencoder.patch_size**2
             work.update(vit_calls=1, vit_patches=len(pixel_values) * patches)
             return self.reencoder(pixel_values)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError("the procedure has no tokenizer, which `ask` needs: give one")
+        return self._tokenizer
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Counter[str]]:

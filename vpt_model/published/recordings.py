@@ -6,10 +6,10 @@ each tensor is). Rows of a batch are left-padded there and ragged here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -176,7 +176,7 @@ class Replay:
         self.recording, self.tensors, self.ids = recording, recording.tensors, recording.ids
         self.model = Model.from_state(recording.config, state or recording.state)
         self.executor = _Witness(self.model)
-        self.loop = Loop(self.model, _Wordless(self.ids), PromptFormat(), qwen2_vl_policy())
+        self.loop = Loop(self.model, cast(Any, _Wordless(self.ids)), PromptFormat(), qwen2_vl_policy())
 
     def requests(self, case: str) -> list[Request]:
         """The prompts of `case`, unpadded, with the images that the recording shows them."""
@@ -191,12 +191,14 @@ class Replay:
             request = Request(ids, self._see(self.recording.pixel_values(row), grids), grids)
             if (ids == self.ids.kind_pad).any():
                 pixels, again = self.recording.reencoded_pixels(row)
-                encoder = self.model.encoder
-                request.reencoded = (
-                    self._see(pixels, again)[0] if again else encoder(encoder.embed_pixel_values(pixels))
-                )
+                request.reencoded = self._see(pixels, again)[0] if again else self._reencode(pixels)
             requests.append(request)
         return requests
+
+    def _reencode(self, pixels: Tensor) -> Tensor:
+        encoder = self.model.encoder
+        assert encoder is not None, "a recording without a second grid is of a model with an encoder of its own"
+        return encoder(encoder.embed_pixel_values(pixels))
 
     def prefill(self, requests: Sequence[Request]) -> None:
         """Up to the action-start token, then the look itself: two forward calls for the whole batch."""
@@ -207,6 +209,7 @@ class Replay:
 
         positions: [3, T] of the same tokens.
         """
+        assert request.reencoded is not None and self.model.projector is not None, "the prompt looks again"
         request.control = request.hidden[0][-1:]
         request.special = control_cross_attention(request.reencoded, request.control, self.model.projector)
         embeds[request.ids[-len(embeds) :] == self.ids.kind_pad] = request.special
@@ -218,8 +221,7 @@ class Replay:
         Nothing ends a row before `steps` tokens.
         """
         # The token that ends a round is as the model chose it: one more than is asked for takes that place.
-        options = {"max_new_tokens": steps + 1, "max_looks": 0, "keep_logits": True}
-        questions = [Question([], **options) for _ in requests]
+        questions = [Question([], max_new_tokens=steps + 1, max_looks=0, keep_logits=True) for _ in requests]
         self._run([self._answered(*row, steps) for row in zip(requests, questions, strict=True)])
         turns = [question.turns[0] for question in questions]
         ids = torch.tensor([turn.ids[:steps] for turn in turns])
@@ -238,7 +240,7 @@ class Replay:
         output = yield from self._prompted(request, conversation)
         yield from self.loop.decode(conversation, question, output)
 
-    def _prompted(self, request: Request, conversation: Conversation) -> Row:
+    def _prompted(self, request: Request, conversation: Conversation) -> Generator[Any, Any, Any]:
         """Feed the prompt, in two parts if it holds a look; the last part's output."""
         language, merge = self.model.language, self.model.config.vision.spatial_merge_size
         positions, _ = mrope_positions(request.ids, request.grids, 0, self.ids.image_pad, merge)

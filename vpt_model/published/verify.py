@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def verify_recordings(
     names = [name for name in FILES if (folder / f"{name}.safetensors").is_file()]
     if not names:
         raise ValueError(f"{folder} has none of {', '.join(f'{name}.safetensors' for name in FILES)}")
-    rows, computed, clip = [], {}, None
+    rows, computed, clip = [], dict[str, torch.Tensor](), None
     for name in names:
         progress(name)
         recording = load_recording(folder, name)
@@ -102,11 +103,18 @@ def _variant(recording: Recording) -> Iterator[tuple[str, Tensor]]:
     replay, tensors = Replay(recording), recording.tensors
     [request] = replay.requests("fwd")
     replay.prefill([request])
+    projector, reencoded, control, special = (
+        replay.model.projector,
+        request.reencoded,
+        request.control,
+        request.special,
+    )
+    assert projector is not None and reencoded is not None and control is not None and special is not None
     yield "fwd.image_embeds", torch.cat(request.images)
-    yield "fwd.encoder_output", request.reencoded
-    yield "fwd.control", request.control
-    yield "fwd.special_embeds_cond", request.special
-    yield "fwd.special_embeds_uncond", control_cross_attention(request.reencoded, None, replay.model.projector)
+    yield "fwd.encoder_output", reencoded
+    yield "fwd.control", control
+    yield "fwd.special_embeds_cond", special
+    yield "fwd.special_embeds_uncond", control_cross_attention(reencoded, None, projector)
     yield "fwd.logits_run2_mask0", replay.model.language.logits(torch.cat(request.hidden))[None]
     yield from _positions("fwd", [request], tensors)
     yield from _generation("gen", replay, replay.requests("fwd"))
@@ -161,7 +169,9 @@ def _projectors(recording: Recording) -> Iterator[tuple[str, Tensor]]:
         if form != "identity":
             names |= {"feature_norm": "layernorm_feature"}
             names |= {"feature": "linear_feature" if form == "linear" else "conv_feature"}
-        affine = {role: (weights[f"{name}.weight"], weights[f"{name}.bias"]) for role, name in names.items()}
+        affine: dict[str, Any] = {
+            role: (weights[f"{name}.weight"], weights[f"{name}.bias"]) for role, name in names.items()
+        }
         projector = fold_projector(form, **affine)
         plain = control_cross_attention(features, None, projector, ends)
         if match["mode"] == "none":
@@ -234,10 +244,10 @@ def _add(row: Row, name: str, found: Tensor, expected: Tensor) -> None:
 
 
 PARTS = {
-    "language model": "model.",
-    "embedding": "model.embed_tokens.",
-    "head": "lm_head.",
-    "vision tower": "visual.",
+    "language model": ("model.",),
+    "embedding": ("model.embed_tokens.",),
+    "head": ("lm_head.",),
+    "vision tower": ("visual.",),
     "projector": ("clip_projector.", "detection_projector.", "seg_projector."),
     "re-encoder": ("detection_model.", "seg_model."),
 }

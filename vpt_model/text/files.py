@@ -20,8 +20,14 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONFIG, _ADDED, _SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
-_SPECIAL_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
-_SPECIAL_FIELDS += ("extra_special_tokens",)
+_SPECIAL_FIELDS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
+)
 
 
 def byte_pairs(model: models.BPE) -> tokenizers.Tokenizer:
@@ -74,7 +80,7 @@ def _read_pairs(vocabulary: Path, merges: Path) -> models.BPE:
         raise ValueError(f"{merges} does not exist, but {vocabulary.name} does: download both, or tokenizer.json")
     lines = _text(merges).split("\n")
     lines = lines[1:] if lines[0].startswith("#version") else lines
-    pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip()]
+    pairs: list[Any] = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip()]
     try:
         return models.BPE(vocab=_object(vocabulary), merges=pairs)
     except Exception as error:  # as above

@@ -72,6 +72,7 @@ def action_round(ids: TokenIds, image_tokens: int) -> list[int]:
     image_tokens: tokens of the re-encoded image; the result has 14 more.
     """
     _, action, action_end = ids.action_span
+    assert ids.kind_pad is not None, "a tokenizer with action tokens has the pad of their kind"
     return [action, action_end, ids.im_end, ids.newline, *_user_turn(ids, _image(ids, ids.kind_pad, image_tokens))]
 
 

@@ -103,7 +103,8 @@ class TokenIds:
 
         def cells(axis: str) -> tuple[int, ...]:
             found = [tokenizer.token_to_id(f"<|{axis}_{i}|>") for i in range(GRID)]
-            return () if None in found else tuple(found)
+            known = tuple(id for id in found if id is not None)
+            return known if len(known) == GRID else ()
 
         pad = tokenizer.token_to_id(f"<|{kind}_image_pad|>")
         stop = {tokenizer.token_to_id(token) for token in _SPECIAL} | {pad, required("<|endoftext|>")}
@@ -118,7 +119,7 @@ class TokenIds:
             system=word("system"),
             user=word("user"),
             assistant=word("assistant"),
-            stop=frozenset(stop - {None}),
+            stop=frozenset(id for id in stop if id is not None),
             region_start=tokenizer.token_to_id("<|region_token_start|>"),
             region_end=tokenizer.token_to_id("<|region_token_end|>"),
             x=cells("x"),
@@ -133,12 +134,11 @@ class TokenIds:
     @property
     def action_span(self) -> tuple[int, int, int]:
         """The canonical answer that asks for re-encoding; ValueError if the variant has no such tokens."""
-        span = (self.action_start, self.action, self.action_end)
-        if None in span:
+        if self.action_start is None or self.action is None or self.action_end is None:
             raise ValueError(
                 f"the tokenizer has no action tokens for kind {self.kind!r}: use a VPT checkpoint of that kind"
             )
-        return span
+        return self.action_start, self.action, self.action_end
 
     def region_span(self, x_min: int, y_min: int, x_max: int, y_max: int) -> tuple[int, ...]:
         """The six ids of a region span; ValueError if the variant has no region tokens."""
