@@ -153,7 +153,7 @@ def _things(random: np.random.Generator) -> tuple[Thing, ...]:
 
 def _cells(random: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """Cells (column, row) that keep their distance; none where the random ones leave no room."""
-    free, chosen = [(x, y) for x in _INNER for y in _INNER], list[tuple[int, int]]()
+    free, chosen = [(x, y) for x in _INNER for y in _INNER], []
     while free and len(chosen) < count:
         x, y = free[random.integers(len(free))]
         chosen.append((x, y))
@@ -240,6 +240,6 @@ def _mask(shape: str, size: int) -> Image.Image:
 def _glyph(symbol: str) -> Image.Image:
     font = ImageFont.load_default(_FONT_SIZE)
     left, top, right, bottom = font.getbbox(symbol)
-    glyph = Image.new("L", (int(right - left), int(bottom - top)))
+    glyph = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(glyph).text((-left, -top), symbol, fill=255, font=font)
     return glyph
