@@ -295,6 +295,7 @@ def test_one_image_for_each_action() -> None:
 
 def test_it_shares_no_code_with_the_engine() -> None:
     allowed = {"vpt_model.config", "vpt_model.text.prompt", "vpt_model.text.tokens", "vpt_model.published.encoders"}
+    allowed.add("vpt_model.checkpoint.encoder_names")  # which name a tensor has in which version, and nothing else
     for module in (reference, reference_encoders):
         tree = ast.parse(Path(module.__file__).read_text())
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
