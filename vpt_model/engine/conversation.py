@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -16,24 +16,32 @@ from vpt_model.engine.perception import Ahead
 from vpt_model.engine.sampling import Sampler
 from vpt_model.network.cache import KVCache
 from vpt_model.text.prompt import ANSWER_PREFIX
+from vpt_model.text.tokens import TokenIds
+
+FORK_ROWS = 256
+"""Tokens for which a fork has room before it grows."""
 
 
 class Mark(NamedTuple):
-    """A place in a conversation to which it can go back."""
+    """A place in a conversation to which it can go back: its tokens, position, pictures, and what was not fed there."""
 
     length: int
     next_position: int
+    pictures: int
+    unfed: tuple[int, ...]
 
 
 @dataclass
 class Picture:
     """An image that a conversation is shown.
 
-    pixels: uint8 [height, width, 3] on the model's device. features: [N, H] of its first look, once it is taken, and
-    its grids in patches. ahead: the re-encoder's work, where it was begun before it was asked for.
+    pixels: uint8 [height, width, 3] on the model's device; None once they are dropped. size: its height and width.
+    features: [N, H] of its first look, once it is taken, and its grids in patches. ahead: the re-encoder's work, where
+    it was begun before it was asked for.
     """
 
-    pixels: Tensor
+    pixels: Tensor | None
+    size: tuple[int, int]
     features: Tensor | None = None
     grids: tuple[tuple[int, int], ...] = ()
     ahead: Ahead | None = None
@@ -41,22 +49,45 @@ class Picture:
     @property
     def whole(self) -> tuple[int, int, int, int]:
         """The box of all pixels."""
-        height, width, _ = self.pixels.shape
+        height, width = self.size
         return 0, 0, width, height
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pixels and features."""
+        return sum(x.nbytes for x in (self.pixels, self.features) if x is not None)
+
+
+class Lease:
+    """A cache on loan: it is given back when neither its conversation nor a fork that reads it needs it any more."""
+
+    def __init__(self, cache: KVCache, release: Callable[[KVCache], None], lenders: tuple[Lease, ...] = ()) -> None:
+        self.cache, self.lenders = cache, lenders
+        weakref.finalize(self, release, cache).atexit = False
 
 
 class Conversation:
-    """A cache on lease, and what it holds; `close` gives it back, and so does forgetting the conversation.
+    """A leased cache, and what it holds; `close` ends the lease, and so does forgetting the conversation.
 
-    release: takes the cache back. clock: times the stages of the question that is being answered.
+    release: takes the cache back. clock: times the stages of the question that is being answered. tokens: ids of all
+    that was fed. unfed: what the last answer said and the cache does not hold yet. pictures: those shown, in order, of
+    which the first `inherited` came from the conversation that this one was forked from.
     """
 
     def __init__(self, cache: KVCache, clock: Clock, release: Callable[[KVCache], None]) -> None:
-        self.cache = cache
+        self._lease: Lease | None = Lease(cache, release)
         self.clock = clock
+        self.tokens: list[int] = []
+        self.unfed: tuple[int, ...] = ()
         self.pictures: list[Picture] = []
-        self._give_back = weakref.finalize(self, release, cache)
-        self._give_back.atexit = False
+        self.inherited = 0
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache. Raises ValueError if the conversation is closed."""
+        if self._lease is None:
+            raise ValueError("the conversation is closed and its memory given back: begin a new one")
+        return self._lease.cache
 
     @property
     def length(self) -> int:
@@ -76,28 +107,46 @@ class Conversation:
     @property
     def closed(self) -> bool:
         """Whether the cache has been given back."""
-        return not self._give_back.alive
+        return self._lease is None
+
+    def advance(self, tokens: Sequence[int], next_position: int) -> None:
+        """Count tokens, whose keys and values have been written, as fed."""
+        self.cache.advance(len(tokens), next_position)
+        self.tokens += tokens
 
     def mark(self) -> Mark:
         """Where the conversation is now."""
-        return Mark(self.length, self.next_position)
+        return Mark(self.length, self.next_position, len(self.pictures), self.unfed)
 
     def truncate(self, mark: Mark) -> None:
-        """Forget what was fed behind `mark`. Raises ValueError if the conversation is shorter."""
-        self.cache.truncate(*mark)
+        """Forget what was fed and shown behind `mark`. Raises ValueError if the conversation is shorter."""
+        self.cache.truncate(mark.length, mark.next_position)
+        for picture in self.pictures[mark.pictures :]:
+            picture.features = picture.ahead = None  # it may be shown again
+        self.inherited = min(self.inherited, mark.pictures)
+        del self.tokens[mark.length :], self.pictures[mark.pictures :]
+        self.unfed = mark.unfed
 
-    def fork(self) -> Conversation:
+    def fork(self, rows: int = FORK_ROWS) -> Conversation:
         """A second conversation that begins behind this one's tokens, which it reads where they are.
 
-        Until it is closed, this one can be read but not continued, because both write to the same rows.
+        rows: tokens that its own buffer takes before it grows. Both go on independently.
         """
-        fork = Conversation(self.cache.fork(), self.clock, KVCache.release)
-        fork.pictures = list(self.pictures)
+        fork = Conversation(self.cache.fork(min(rows, self.capacity)), Clock(self.cache.keys.device), _forget)
+        fork._lease.lenders = (self._lease,)
+        fork.tokens, fork.unfed = list(self.tokens), self.unfed
+        fork.pictures, fork.inherited = [replace(picture) for picture in self.pictures], len(self.pictures)
         return fork
 
     def close(self) -> None:
-        """Give the cache back; a closed conversation takes no further tokens."""
-        self._give_back()
+        """Give the memory back, as soon as no fork reads it; a closed conversation takes no further tokens."""
+        self._lease = None
+        self.pictures.clear()
+        self.tokens.clear()
+
+
+def _forget(cache: KVCache) -> None:
+    """A fork's own buffers go when it goes."""
 
 
 @dataclass
@@ -139,7 +188,7 @@ class Question:
     max_new_tokens: int = 64
     max_looks: int = 1
     keep_logits: bool = False
-    round_start: Mark = Mark(0, 0)
+    round_start: Mark = Mark(0, 0, 0, ())
     turns: list[Turn] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -160,6 +209,19 @@ class Question:
         self.turns.append(turn)
         return turn
 
+    def can_look_again(self, turn: Turn, reencodes_pixels: bool, region_start: int | None) -> bool:
+        """Whether the picture still has the pixels that the look needs for which the turn asks, if any; else a notice.
+
+        reencodes_pixels: whether re-encoding needs them; "clip" reads the first look's features.
+        """
+        if self.picture is None or self.picture.pixels is not None or not self.may_look:
+            return True
+        if not (reencodes_pixels if turn.end == "action" else region_start in turn.ids):
+            return True
+        turn.end = "looks"
+        self.notices.append("no second look: the picture's pixels were not kept; show it again or use keep_pixels=True")
+        return False
+
     def fits(self, conversation: Conversation, count: int) -> bool:
         """Whether a look of `count` tokens can be appended; if not, the round ends for want of space, with a notice."""
         needed = conversation.length + count
@@ -170,6 +232,15 @@ class Question:
                 f"{conversation.capacity}; give the engine capacity >= {needed}"
             )
         return needed <= conversation.capacity
+
+    def unfed(self, conversation: Conversation, ids: TokenIds) -> tuple[int, ...]:
+        """What the last round said and the conversation was not fed: what stands before the next question.
+
+        The token that ended the answer goes, and so does the beginning of a look that was not taken.
+        """
+        last = self.turns[-1]
+        left = last.ids[conversation.length - self.round_start.length :]
+        return tuple(token for token in left if token not in (*ids.stop, ids.action_start, ids.action))
 
     def summary(self, decode: Callable[[list[int]], str], timings: list[Stage], keep_prefix: bool) -> Answer:
         """What has come of the question."""

@@ -5,26 +5,29 @@ How a question is answered stands in `vpt_model.engine.loop`.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vpt_kernels import decode_image, qwen2_vl_policy
-from vpt_model.engine import perception
-from vpt_model.engine.conversation import CachePool, Picture, Question
+from vpt_model.engine import perception, store
+from vpt_model.engine.admission import admit
+from vpt_model.engine.chat import FIRST_ROWS, Chat
+from vpt_model.engine.conversation import CachePool, Conversation, Picture, Question
 from vpt_model.engine.events import Answer, Clock, Done, Event
 from vpt_model.engine.executor import Captured, Eager, Executor
 from vpt_model.engine.graphs import Graphs
 from vpt_model.engine.loop import Loop
-from vpt_model.engine.sampling import Sampler, Sampling
+from vpt_model.engine.sampling import Sampling
 from vpt_model.engine.scheduler import Row, Scheduler
+from vpt_model.network.cache import KVCache
 from vpt_model.network.model import Model
 from vpt_model.network.tower_graphs import captured
 from vpt_model.text.prompt import PromptFormat
-from vpt_model.text.tokens import Tokenizer, parse_look
+from vpt_model.text.tokens import Tokenizer
 
 
 class Engine:
@@ -168,24 +171,14 @@ class Engine:
         sampling: Sampling | None = None,
     ) -> Question:
         """A question that has been checked and not been asked; arguments and errors as in `stream`."""
-        if not isinstance(question, str):
-            raise TypeError(f"question is a {type(question).__name__}; it must be a string")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        forced = deque(parse_look(spec, self.ids) for spec in looks or ())
-        if len(forced) > (most := self.max_looks):
-            raise ValueError(f"{len(forced)} looks are forced but max_looks is {most}: raise it or drop looks")
-        if forced and image is None:
-            raise ValueError(f"look {looks[0]!r} needs an image and there is none: pass an image or drop the look")
-        user = self.tokenizer.encode(self.prompt.user_text(question, image is not None))
-        if reserved := sorted(self.ids.stop.intersection(user)):
-            raise ValueError(f"the question contains special tokens (ids {reserved}): remove them from the text")
-        picture = None
-        if image is not None:
-            picture = Picture(perception.upload(decode_image(image), self.model.device))
-            for answer in forced:
-                self.loop.boxes(picture, answer)
-        return Question(user, picture, forced, Sampler(sampling), max_new_tokens, self.max_looks, keep_logits)
+        picture = image if image is None or isinstance(image, Picture) else self.picture(image)
+        asked = picture, question, looks, self.max_looks, max_new_tokens, keep_logits, sampling
+        return admit(self.loop, *asked)
+
+    def picture(self, image: Any) -> Picture:
+        """An image (what `decode_image` takes) on the model's device, which no conversation has been shown yet."""
+        pixels = perception.upload(decode_image(image), self.model.device)
+        return Picture(pixels, tuple(pixels.shape[:2]))
 
     def events(self, questions: Sequence[Question]) -> Iterator[tuple[int, Event]]:
         """Answer several questions side by side: every event with the number of its question, as they happen.
@@ -193,6 +186,45 @@ class Engine:
         Closing the iterator gives the caches back.
         """
         return Scheduler(self.executor, [self._row(question) for question in questions]).events()
+
+    def chat(self, image: Any = None, *, capacity: int | None = None, keep_pixels: bool = True) -> Chat:
+        """A live conversation, of which each turn feeds only what is new; use it in a `with` statement.
+
+        image: shown in the first turn. capacity: tokens that it may hold, by default the engine's; it takes memory as
+        it grows. keep_pixels: False drops the pixels of each picture after its turn: then regions of it, and dino and
+        sam looks at it, can no longer be seen. Raises ValueError or TypeError for a bad image or capacity.
+        """
+        cache = self.model.language.new_cache(capacity or self.capacity, FIRST_ROWS)
+        conversation = Conversation(cache, Clock(self.model.device), KVCache.clear)
+        return Chat(self, conversation, image, keep_pixels)
+
+    def load_chat(self, file: str | Path) -> Chat:
+        """The chat that `Chat.save` has written to a file, which goes on with the ids that it would have gone on with.
+
+        Raises ValueError if the file is none of `Chat.save`, if another model wrote it, or if it does not fit.
+        """
+        return store.load(self, Path(file))
+
+    def ask_chats(
+        self,
+        chats: Sequence[Chat],
+        questions: Sequence[str],
+        samplings: Sequence[Sampling | None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """One turn of several chats, such as forks of one, in one ragged batch; options as of `Chat.ask`, for all.
+
+        Raises ValueError or TypeError as `Chat.ask` does for any of them, and if the lists differ in length; an error
+        ends all of these turns.
+        """
+        samplings = [None] * len(chats) if samplings is None else samplings
+        if not len(chats) == len(questions) == len(samplings):
+            counts = f"{len(chats)} chats, {len(questions)} questions and {len(samplings)} samplings"
+            raise ValueError(f"{counts} were given: give one of each for every chat")
+        each = zip(chats, questions, samplings, strict=True)
+        rows = [chat.row(question, sampling=sampling, **options) for chat, question, sampling in each]
+        answers = {row: e.answer for row, e in Scheduler(self.executor, rows).events() if isinstance(e, Done)}
+        return [answers[row] for row in range(len(rows))]
 
     def _stream(self, question: Question) -> Iterator[Event]:
         with closing(self.events([question])) as events:

@@ -74,9 +74,13 @@ class Eager:
         caches = [append.conversation.cache for append in appends]
         embeds = torch.cat([self._embed(a.tokens) if a.embeds is None else a.embeds for a in appends])
         positions = torch.cat([append.positions for append in appends], dim=1)
+        for cache, count in zip(caches, lengths, strict=True):
+            cache.check(count)
+        for cache, count in zip(caches, lengths, strict=True):
+            cache.reserve(count)
         hidden = self.model.language.forward(embeds, positions, caches, lengths)
-        for append, cache in zip(appends, caches, strict=True):
-            cache.advance(len(append.tokens), append.next_position)
+        for append in appends:
+            append.conversation.advance(append.tokens, append.next_position)
         return list(hidden.split(lengths))
 
     def _prepare(self, request: Request) -> tuple[Append, tuple[Tensor, ...]]:
@@ -148,7 +152,8 @@ class Captured(Eager):
     """Replays graphs for what fits their buckets; the rest runs eagerly.
 
     Conversations that decode share a bucket, each that appends has one of its own. A conversation whose cache lies
-    outside the graphs' buffers is never replayed, which is logged once.
+    outside the graphs' buffers, or in several parts because it is a fork or has grown, is never replayed, which is
+    logged once.
     """
 
     def __init__(self, model: Model, graphs: Graphs, speculate: bool = False) -> None:
@@ -164,7 +169,7 @@ class Captured(Eager):
             hidden, *sampled = self.graphs.steps[bucket]([appends[row] for row in rows])
             for place, row in enumerate(rows):
                 append = appends[row]
-                append.conversation.cache.advance(len(append.tokens), append.next_position)
+                append.conversation.advance(append.tokens, append.next_position)
                 fed[row] = Fed(hidden[place : place + 1], *(out[place] for out in sampled))
         left = [row for row in range(len(appends)) if row not in fed]
         if left:
@@ -177,8 +182,8 @@ class Captured(Eager):
         if len(inside) < len(appends) and not self._told:
             self._told = True
             _log.warning(
-                "%d of %d conversations run without CUDA graphs: their caches are not among the %d that the graphs "
-                "know; ask fewer at a time for full speed",
+                "%d of %d conversations run without CUDA graphs: they are forks or live chats, or more than the %d "
+                "whose caches the graphs know",
                 len(appends) - len(inside), len(appends), len(self.graphs.caches),
             )  # fmt: skip
         decoding = [row for row in inside if len(appends[row].tokens) == 1 and appends[row].logits]

@@ -26,8 +26,10 @@ from vpt_model.engine.events import Answer, Box, Event, Look, Reencode, Region, 
 from vpt_model.engine.requests import Append, CropAndAppend, Decode, Output, ReencodeAndAppend, Request
 from vpt_model.network.model import Model
 from vpt_model.network.positions import mrope_positions
-from vpt_model.text.prompt import PromptFormat, action_round, first_round, region_round
+from vpt_model.text.prompt import PromptFormat, action_round, first_round, next_round, region_round
 from vpt_model.text.tokens import Tokenizer, crop_box, parse_region_ids
+
+NAN = "the logits behind {} tokens are NaN: check the weights, and use bfloat16 or float32 where float16 overflows"
 
 
 class Loop:
@@ -46,29 +48,33 @@ class Loop:
         while output is not None:
             turn = yield from self.decode(conversation, question, output)
             output = yield from self.look_again(conversation, question, turn)
-        timings = conversation.clock.stages
+        conversation.unfed, timings = question.unfed(conversation, self.ids), conversation.clock.stages
         return question.summary(self.tokenizer.decode, timings, self.keep_prefix)
 
     def prefill(self, conversation: Conversation, question: Question) -> Generator[Request, Output, Output]:
-        """Feed the prompt, up to and including the assistant header."""
-        picture, system = question.picture, self.tokenizer.encode(self.prompt.system)
-        if picture is None:
-            tokens = first_round(self.ids, system, question.user, None)
-            place = self._place(conversation, tokens)
-            output = yield Append(**place, sampler=question.next_sampler, stage="prefill")
+        """Feed the question, up to and including the assistant header; before the first one, the system's text."""
+        picture, stage = question.picture, "append" if conversation.length else "prefill"
+        if picture is None or picture.features is not None:
+            place = self._place(conversation, self._prompt(conversation, question, None))
+            output = yield Append(**place, sampler=question.next_sampler, stage=stage)
         else:
             conversation.pictures.append(picture)
             plan = perception.plan(self.vision, picture.pixels, [picture.whole], self.policy, conversation.clock)
             picture.grids = plan.grids
-            tokens = first_round(self.ids, system, question.user, *self._counts(plan.grids))
+            tokens = self._prompt(conversation, question, *self._counts(plan.grids))
             place = self._place(conversation, tokens, plan.grids) | {"picture": picture, "plan": plan}
             output = yield CropAndAppend(
-                **place, pad=self.ids.image_pad, sampler=question.next_sampler, stage="prefill",
-                again=question.may_look,
-            )  # fmt: skip
+                **place, pad=self.ids.image_pad, sampler=question.next_sampler, stage=stage, again=question.may_look
+            )
             (picture.features,) = output.features
+        conversation.unfed = ()
         question.round_start = conversation.mark()
         return output
+
+    def _prompt(self, conversation: Conversation, question: Question, image_tokens: int | None) -> list[int]:
+        if conversation.length:
+            return [*conversation.unfed, *next_round(self.ids, question.user, image_tokens)]
+        return first_round(self.ids, self.tokenizer.encode(self.prompt.system), question.user, image_tokens)
 
     def decode(
         self, conversation: Conversation, question: Question, output: Output
@@ -79,10 +85,7 @@ class Loop:
             token = turn.forced.popleft() if turn.forced else output.token
             if token is None:
                 turn.end = "nan"
-                question.notices.append(
-                    f"the logits behind {conversation.length} tokens are NaN: check the weights, and use bfloat16 or "
-                    "float32 where float16 overflows"
-                )
+                question.notices.append(NAN.format(conversation.length))
                 break
             if token in self.ids.stop:
                 turn.end = "stop"
@@ -109,6 +112,8 @@ class Loop:
         self, conversation: Conversation, question: Question, turn: Turn
     ) -> Generator[Event | Request, Output, Output | None]:
         """Take the look that the turn asks for; None if it asks for none, or none can be taken."""
+        if not question.can_look_again(turn, self.encoder is not None, self.ids.region_start):
+            return None
         if turn.end == "action":
             yield Reencode(self.reencoder)
             seen = yield from self._reencode(conversation, question)

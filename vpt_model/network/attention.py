@@ -54,7 +54,8 @@ class Ragged:
         for one, count in zip(caches, lengths, strict=True):
             end = begin + count
             if count:
-                mask = causal_mask(count, one.length, dtype, positions.device)
+                # Of a cache in several parts, each part gets a mask of its own.
+                mask = None if one.shared else causal_mask(count, one.length, dtype, positions.device)
                 self.segments.append(_Segment(one, begin, end, one.slots(count), positions[:, begin:end], mask))
             begin = end
 
@@ -68,8 +69,11 @@ class Ragged:
                 query, k[s.begin : s.end], v[s.begin : s.end], self.rotary.table, s.positions, s.slots, keys, values,
                 sections=self.rotary.sections,
             )  # fmt: skip
-            stored = s.cache.length + s.end - s.begin
-            if use_flash(q):
+            stored = s.cache.length - s.cache.floor + s.end - s.begin
+            if s.cache.shared:
+                parts = [(rows.keys[layer], rows.values[layer]) for rows in s.cache.shared]
+                attended.append(attend_parts(query, [*parts, (keys[:stored], values[:stored])]))
+            elif use_flash(q):
                 attended.append(_flash(query[None], keys[None], values[None], stored)[0].flatten(1))
             else:
                 attended.append(_sdpa(query, keys[:stored], values[:stored], s.mask))
@@ -149,6 +153,38 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, count: Tensor) -> Tensor:
     bias = bias.masked_fill_(torch.arange(len(q), device=q.device) >= count, float("-inf"))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None, None])[0].transpose(0, 1).flatten(1)
+
+
+def attend_parts(q: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention of new tokens q [T, Hq, D] over keys and values that lie in several places, as if they were one.
+
+    parts: keys and values [L_i, Hkv, D] in the order of their tokens; the last T keys are the new tokens' own. Each
+    part is read where it is, and the parts' results are merged by their log-sum-exp. Returns [T, Hq · D].
+    """
+    count, heads, dim = q.shape
+    groups = parts[0][0].shape[1]
+    # Query heads become rows of the KV head that they share, so that no part is repeated for them.
+    rows = q.view(count, groups, -1, dim).permute(1, 2, 0, 3).reshape(1, groups, -1, dim)
+    stored, mask = len(parts[-1][0]), None
+    if count > 1:
+        mask = torch.full((count, stored), float("-inf"), dtype=q.dtype, device=q.device).triu_(stored - count + 1)
+        mask = mask.repeat(rows.shape[2] // count, 1)
+    found = [_with_log_sum(rows, *part, mask if part is parts[-1] else None) for part in parts]
+    sums = torch.stack([log_sum for _, log_sum in found])
+    weights = (sums - sums.logsumexp(0)).exp()[..., None]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = sum(weight * values.to(wide) for weight, (values, _) in zip(weights.to(wide), found))
+    return out.to(q.dtype).view(groups, -1, count, dim).permute(2, 0, 1, 3).reshape(count, heads * dim)
+
+
+def _with_log_sum(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of q [1, H, N, D] over [L, H, D], and the log of each query's sum of exponentials [1, H, N]."""
+    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=mask)
+    scores = (q.float() @ keys.float().mT) * q.shape[-1] ** -0.5
+    scores = scores if mask is None else scores + mask
+    return scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
 
 
 def causal_mask(count: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:

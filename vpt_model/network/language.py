@@ -68,9 +68,9 @@ class LanguageModel:
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache of this model's shape, dtype and device for `capacity` tokens."""
-        return KVCache(self.config, capacity, self.dtype, self.device)
+    def new_cache(self, capacity: int, rows: int | None = None) -> KVCache:
+        """An empty cache of this model's shape, dtype and device for `capacity` tokens; `rows` as of `KVCache`."""
+        return KVCache(self.config, capacity, self.dtype, self.device, rows)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings `[T, H]` of token ids int64 `[T]`; a fresh tensor the caller may write into."""

@@ -48,6 +48,14 @@ def first_round(ids: TokenIds, system: Sequence[int], user: Sequence[int], image
     return head + _user_turn(ids, [*_image(ids, ids.image_pad, image_tokens), *user])
 
 
+def next_round(ids: TokenIds, user: Sequence[int], image_tokens: int | None) -> list[int]:
+    """What follows an answer when the user speaks again: the answer's end, the user's turn, the assistant header.
+
+    user, image_tokens: as in `first_round`.
+    """
+    return [ids.im_end, ids.newline, *_user_turn(ids, [*_image(ids, ids.image_pad, image_tokens), *user])]
+
+
 def region_round(ids: TokenIds, image_tokens: Sequence[int], encode: Callable[[str], list[int]]) -> list[int]:
     """What follows the first answer when its regions are shown: the answer's end, the crops, the assistant header.
 

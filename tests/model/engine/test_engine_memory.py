@@ -127,7 +127,6 @@ def on_a_fork(engine: Engine, conversation: Conversation, prompted: Question, ou
 
     def row() -> Row:
         with closing(conversation.fork()) as fork:
-            fork.clock = Clock(engine.model.device)
             turn = yield from engine.loop.decode(fork, question, output)
             while (behind := (yield from engine.loop.look_again(fork, question, turn))) is not None:
                 turn = yield from engine.loop.decode(fork, question, behind)

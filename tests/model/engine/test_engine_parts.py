@@ -83,17 +83,18 @@ def test_looks_are_limited_by_the_question_not_by_the_conversation():
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_executors_alone_advance_caches(monkeypatch, graphs):
-    engine, callers, advance = engine_of(), set(), KVCache.advance
+    engine, callers = engine_of(), set()
+    for owner in (KVCache, Conversation):
 
-    def watched(cache, *arguments):
-        callers.add(sys._getframe(1).f_globals["__name__"])
-        advance(cache, *arguments)
+        def watched(one, *arguments, advance=owner.advance):
+            callers.add(sys._getframe(1).f_globals["__name__"])
+            advance(one, *arguments)
 
-    monkeypatch.setattr(KVCache, "advance", watched)
+        monkeypatch.setattr(owner, "advance", watched)
     if graphs:
         engine.use(engine.model, Graphs(engine.model.language, engine.capacity, 4, BUCKETS))
     engine.ask_batch([IMAGE] * 3, [QUESTION] * 3, looks=[[REGION], ["clip"], None], max_new_tokens=3)
-    assert callers == {"vpt_model.engine.executor"}
+    assert callers == {"vpt_model.engine.executor", "vpt_model.engine.conversation"}
 
 
 def test_positions_are_computed_once_and_used_as_they_are(monkeypatch):

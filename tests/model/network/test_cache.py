@@ -120,81 +120,77 @@ def test_one_full_cache_leaves_the_whole_batch_untouched():
     assert same(full, before[1])
 
 
-def test_fork_shares_the_prefix_and_owns_the_tail():
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_forks_read_the_prefix_where_it_is_and_all_go_on():
     cache = tiny_model().language.new_cache(12)
     feed(cache, [1, 2, 3])
-    before = snapshot(cache)
-    fork = cache.fork()
-    assert (fork.keys.data_ptr(), fork.values.data_ptr()) == (cache.keys.data_ptr(), cache.values.data_ptr())
-    whole = tiny_model().language.new_cache(12)
-    feed(whole, [1, 2, 3])
-    assert torch.equal(feed(fork, [4, 5]), feed(whole, [4, 5]))
-    assert (fork.length, fork.next_position) == (5, 5)
-    assert (cache.length, cache.next_position) == (3, 3)
-    assert torch.equal(cache.keys[:, :3], before[0][:, :3])
-    fork.truncate(3, 3)
-    with pytest.raises(ValueError, match="first 3 belong to the cache"):
-        fork.truncate(2, 2)
+    before = [buffer[:, :3].clone() for buffer in (cache.keys, cache.values)]
+    forks = [cache.fork(4), cache.fork(4)]
+    for fork in forks:
+        (rows,) = fork.shared
+        assert (rows.keys.data_ptr(), rows.values.data_ptr()) == (cache.keys.data_ptr(), cache.values.data_ptr())
+        assert fork.nbytes == 4 * cache.bytes_per_token and (fork.length, fork.next_position) == (3, 3)
+    for tail, one in (([4, 5], cache), ([6, 7, 8], forks[0]), ([9], forks[1])):
+        whole = tiny_model().language.new_cache(12)
+        feed(whole, [1, 2, 3])
+        close(feed(one, tail), feed(whole, tail))
+        assert one.length == whole.length == 3 + len(tail)
+    assert all(torch.equal(buffer[:, :3], old) for buffer, old in zip((cache.keys, cache.values), before))
 
 
-def test_parent_waits_for_its_fork():
+@pytest.mark.parametrize("length", range(7))
+def test_truncating_never_touches_what_others_read(length):
+    """Into the own tail, to its begin, into borrowed rows: the fork goes on, its parent and sibling see nothing."""
     cache = tiny_model().language.new_cache(12)
     feed(cache, [1, 2, 3])
-    fork = cache.fork()
-    feed(fork, [4, 5])
-    before = snapshot(cache)
-    for action in (lambda: feed(cache, [6]), lambda: cache.truncate(1, 1), cache.fork):
-        with pytest.raises(ValueError, match=r"release the fork or use fork\(copy=True\)"):
-            action()
-    assert same(cache, before)
-    independent = cache.fork(copy=True)
-    fork.release()
-    assert torch.equal(feed(cache, [6, 7]), feed(independent, [6, 7]))
+    fork = cache.fork(5)
+    feed(fork, [4, 5, 6])
+    inner = fork.fork(5)
+    fork.truncate(length, length)
+    cache.truncate(2, 2)
+    for one, past in ((fork, [1, 2, 3, 4, 5, 6][:length]), (inner, [1, 2, 3, 4, 5, 6]), (cache, [1, 2])):
+        whole = tiny_model().language.new_cache(12)
+        if past:
+            feed(whole, past)
+        one.reserve(2)
+        close(feed(one, [7, 8]), feed(whole, [7, 8]))
 
 
-def test_released_fork_is_dead():
+def test_rows_are_written_again_once_nobody_reads_them():
     cache = tiny_model().language.new_cache(12)
     feed(cache, [1, 2, 3])
-    fork = cache.fork()
-    fork.release()
-    before = snapshot(cache)
-    for action in (lambda: feed(fork, [4]), lambda: fork.truncate(3, 3), fork.fork, fork.release):
-        with pytest.raises(ValueError, match="released fork"):
-            action()
-    assert same(cache, before)
-
-
-def test_only_the_innermost_fork_can_be_released():
-    cache = tiny_model().language.new_cache(12)
+    pointer, fork = cache.keys.data_ptr(), cache.fork(2)
+    inner = fork.fork(2)
+    del fork
+    cache.truncate(0, 0)
+    assert cache.keys.data_ptr() != pointer and cache.shared == (), "the fork's fork reads them"
     feed(cache, [1, 2, 3])
-    fork = cache.fork()
-    feed(fork, [4])
-    inner = fork.fork()
-    with pytest.raises(ValueError, match="cannot release a cache while its fork is live"):
-        fork.release()
-    with pytest.raises(ValueError, match="first 4 belong"):
-        inner.truncate(3, 3)
-    inner.release()
-    fork.release()
-    feed(cache, [5])
-    with pytest.raises(ValueError, match="owns its buffers"):
-        cache.release()
+    pointer, fork = cache.keys.data_ptr(), cache.fork(2)
+    del fork, inner
+    cache.truncate(0, 0)
+    assert cache.keys.data_ptr() == pointer
 
 
-def test_copied_fork_lives_on_its_own():
-    cache = tiny_model().language.new_cache(12)
-    feed(cache, [1, 2, 3])
-    cache.keys[:, 3:] = 55.0
-    fork = cache.fork(copy=True)
-    assert fork.keys.data_ptr() != cache.keys.data_ptr()
-    assert torch.equal(fork.keys[:, :3], cache.keys[:, :3])
-    assert torch.equal(fork.values[:, :3], cache.values[:, :3])
-    assert not fork.keys[:, 3:].any()
-    assert fork.nbytes == cache.nbytes
-    before = snapshot(cache)
-    fork.truncate(0, 0)
-    feed(fork, [7, 8, 9, 10])
-    assert same(cache, before)
+def test_it_grows_by_buffers_and_copies_nothing():
+    cache, whole = KVCache(tiny_config(), 64, rows=3), tiny_model().language.new_cache(64)
+    pointers = []
+    for ids in ([1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11]):
+        cache.reserve(len(ids))
+        close(feed(cache, ids), feed(whole, ids))
+        pointers.append([rows.keys.data_ptr() for rows in cache.shared])
+    assert [len(held) for held in pointers] == [0, 1, 2, 2] and pointers[2][:1] == pointers[1]
+    assert [rows.keys.shape[1] for rows in cache.shared] == [3, 1]
+    assert cache.nbytes == (3 + 6 + cache.rows) * cache.bytes_per_token
+    keys, values = cache.gather()
+    close(keys, whole.keys[:, :11])
+    close(values, whole.values[:, :11])
+    with pytest.raises(ValueError, match=r"call reserve\(20\)"):
+        cache.slots(20)
+    with pytest.raises(ValueError, match="capacity is 64"):
+        cache.reserve(54)
 
 
 def test_slots_and_advance_keep_slot_and_position_apart():

@@ -1,0 +1,45 @@
+"""What may be asked: every argument of a question is checked before anything runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from vpt_model.engine.conversation import Picture, Question
+from vpt_model.engine.loop import Loop
+from vpt_model.engine.sampling import Sampler, Sampling
+from vpt_model.text.tokens import parse_look
+
+
+def admit(
+    loop: Loop,
+    picture: Picture | None,
+    question: Any,
+    looks: Sequence[str] | None,
+    max_looks: int,
+    max_new_tokens: int,
+    keep_logits: bool,
+    sampling: Sampling | None,
+) -> Question:
+    """A checked question; arguments and errors as in `Engine.stream`. picture: new where it has no features yet."""
+    if not isinstance(question, str):
+        raise TypeError(f"question is a {type(question).__name__}; it must be a string")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    forced = deque(parse_look(spec, loop.ids) for spec in looks or ())
+    if len(forced) > max_looks:
+        raise ValueError(f"{len(forced)} looks are forced but max_looks is {max_looks}: raise it or drop looks")
+    if forced and picture is None:
+        raise ValueError(f"look {looks[0]!r} needs an image and there is none: pass an image or drop the look")
+    shown = picture is not None and picture.features is None
+    user = loop.tokenizer.encode(loop.prompt.user_text(question, shown))
+    if reserved := sorted(loop.ids.stop.intersection(user)):
+        raise ValueError(f"the question contains special tokens (ids {reserved}): remove them from the text")
+    for spec, answer in zip(looks or (), forced, strict=True):
+        boxes = loop.boxes(picture, answer)
+        if picture.pixels is None and (boxes or loop.encoder is not None):
+            raise ValueError(
+                f"look {spec!r} needs the picture's pixels, which were not kept: show it again, or use keep_pixels=True"
+            )
+    return Question(user, picture, forced, Sampler(sampling), max_new_tokens, max_looks, keep_logits)
