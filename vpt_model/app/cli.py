@@ -6,6 +6,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from vpt_kernels import BackendUnavailable, decode_image
 from vpt_kernels import env as environment
 from vpt_model import mini
 from vpt_model.app import demo as demonstration
+from vpt_model.app.chat import Session
 from vpt_model.app.demo import STAGES, Comparison, Report, Step
 from vpt_model.app.terminal import (
     MINI,
@@ -165,6 +167,24 @@ def ask(
     table.columns[1].justify = "right"
     console.print(table)
     console.print(Text(answer.text, style="bold"))
+
+
+@app.command()
+@friendly
+def chat(
+    model: Annotated[str, typer.Option(help=f"{MODEL}; by default vpt-mini, which knows its own task only")] = MINI,
+    image: Annotated[Path | None, typer.Option(help="an image file, shown with the first question")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 256,
+    capacity: Annotated[int, typer.Option(help="tokens that the conversation may hold", min=1)] = 8192,
+) -> None:
+    """Talk with a model about pictures: further questions, pictures, looks, forks, undo. /help lists the commands."""
+    if image is not None:
+        decode_image(image)  # before the weights are loaded
+    with suppress(ImportError):
+        import readline  # noqa: F401  history and editing by the arrow keys
+    loaded, tokenizer, _ = load_model(model)
+    engine = Engine(loaded, tokenizer, capacity=min(capacity, loaded.config.max_position_embeddings))
+    Session(engine, Console(), None if image is None else str(image), max_new_tokens).run(input)
 
 
 @app.command()

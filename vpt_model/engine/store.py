@@ -61,6 +61,8 @@ def save(chat: Chat, file: Path) -> None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, partial, {"vpt": json.dumps(about)})
         partial.replace(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be written ({error}): name a file in a folder that exists") from error
     finally:
         partial.unlink(missing_ok=True)
 
