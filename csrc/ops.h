@@ -1,6 +1,8 @@
 // The implementations, one source file per operator and backend.
 #pragma once
 
+#include "calls/append_visual_kv.h"
+#include "calls/control_cross_attention.h"
 #include "stable.h"
 
 namespace vpt::cpu {

@@ -13,6 +13,8 @@
 #include <cstdlib>
 #include <new>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <vector>
 
 #include "math/indices.h"
@@ -32,6 +34,16 @@ inline const T* data(const Tensor& t) {
 template <typename T>
 inline T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// What an operator finds wrong in its caller's values. The dispatcher hands std::invalid_argument to Python as a
+// ValueError of these words alone; STD_TORCH_CHECK, which names this source, is for what callers cannot bring about.
+template <typename... Words>
+void require_value(bool ok, const Words&... words) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << words);
+  throw std::invalid_argument(message.str());
 }
 
 // Calls f with a value of the element type.

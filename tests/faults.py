@@ -28,6 +28,7 @@ PATCHES, EMBED = "test_roi_patches", "test_roi_patch_embed"
 ORDER, PLANS = "test_pass_order", "test_plan_regions"
 CONTROL = "test_control_cross_attention"
 APPEND, LAYOUTS, FORMATS = "test_append_visual_kv", "test_append_layouts", "test_append_formats"
+NORM = "test_append_norm"
 VARIANTS, APPEND_ERRORS, CHECKS = "test_append_variants", "test_append_bad_input", "test_check_mode"
 SIMD, BYTES = "test_simd", "test_byte_products"
 
@@ -232,12 +233,12 @@ CONTROL_ROWS: list[Row] = [
     ),
     (
         "negative row wraps", "cpu/control_cross_attention.cpp",
-        "const int64_t r = rows == nullptr ? token : (*rows)[token];",
-        "int64_t r = rows == nullptr ? token : (*rows)[token]; r += r < 0 ? out.size(0) : 0;", CONTROL,
+        "const int64_t r = rows.base == nullptr ? token : rows[token];",
+        "int64_t r = rows.base == nullptr ? token : rows[token]; r += r < 0 ? out.size(0) : 0;", CONTROL,
     ),
     (
         "row cut to 32 bits", "cpu/control_cross_attention.cpp",
-        "const int64_t r = rows == nullptr", "const int32_t r = rows == nullptr", CONTROL,
+        "const int64_t r = rows.base == nullptr", "const int32_t r = rows.base == nullptr", CONTROL,
     ),
 ]  # fmt: skip
 
@@ -276,7 +277,7 @@ APPEND_ROWS: list[Row] = [
     ),
     (
         "stored at its position", "cpu/append_visual_kv.cpp",
-        "const int64_t slot = slots_[t];", "const int64_t slot = positions_[0][t];", APPEND,
+        "slot = slots_[t]", "slot = positions_[0][t]", APPEND,
     ),
     (
         "slot of capacity stored", "append_visual_kv/reference.py",
@@ -297,7 +298,7 @@ APPEND_ROWS: list[Row] = [
     ),
     (
         "slot cut to 32 bits", "cpu/append_visual_kv.cpp",
-        "const int64_t slot = slots_[t];", "const int64_t slot = static_cast<int32_t>(slots_[t]);", APPEND,
+        "slot = slots_[t]", "slot = static_cast<int32_t>(slots_[t])", APPEND,
     ),
     (
         "cache offset cut to 32 bits", "math/slots.h",
@@ -383,7 +384,24 @@ APPEND_ROWS: list[Row] = [
     ),
     (
         "unrotated part dropped", "cpu/append_visual_kv.cpp",
-        "if (x == out || dim == 2 * half) return;", "return;", APPEND,
+        "if (x == out || dim_ == 2 * half_) return;", "return;", APPEND,
+    ),
+    (
+        "norm's eps outside the root", "append_visual_kv/reference.py",
+        "torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)", "wide.square().mean(-1, keepdim=True).rsqrt()", NORM,
+    ),
+    (
+        "norm of the rotated channels alone", "cpu/append_visual_kv.cpp",
+        "data<T>(weight), dim_,", "data<T>(weight), 2 * half_,", NORM,
+    ),
+    (
+        "norm's quotient not rounded", "cpu/simd_loops.h",
+        "to_float(weight[i]) * to_float(from_float<T>(to_float(x[i]) * scale))",
+        "to_float(weight[i]) * (to_float(x[i]) * scale)", NORM,
+    ),
+    (
+        "k's norm left out before float8", "cpu/append_visual_kv.cpp",
+        "if (c_.k_norm.has_value()) k = normalise(k, *c_.k_norm, scratch);", "", NORM,
     ),
     (
         "position at the table's end", "append_visual_kv/reference.py",

@@ -157,7 +157,7 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "unrotated part dropped", "cuda/append_visual_kv.cuh",
-        "const int rest = (p.dim - 2 * p.half) / V,", "const int rest = 0,", APPEND,
+        "rest = (p.dim - 2 * p.half) / V", "rest = 0", APPEND,
     ),
     (
         "float8 scale of the first head", "cuda/append_visual_kv.cuh",
@@ -167,6 +167,16 @@ CUDA_ROWS: list[tuple[str, str, str, str, str]] = [
         "float8 scaled by the reciprocal", "cuda/append_visual_kv.cuh",
         "from_float<Stored>(to_float(x.at[i]) / scale)", "from_float<Stored>(to_float(x.at[i]) * (1.f / scale))",
         APPEND,
+    ),
+    (
+        "norm of half a head", "cuda/append_visual_kv.cuh",
+        "for (int i = lane; i < p.dim; i += kWarp) squares", "for (int i = lane; i < p.half; i += kWarp) squares",
+        APPEND,
+    ),
+    (
+        "k normalised by q's roots", "cuda/append_visual_kv.cuh",
+        "k_norm{static_cast<const T*>(p.k_norm), inverses + p.q_heads}",
+        "k_norm{static_cast<const T*>(p.k_norm), inverses}", APPEND,
     ),
     ("V's stride taken from K", "cuda/append_visual_kv.cu", "p.v = heads(c.v,", "p.v = heads(c.k,", APPEND),
 ]  # fmt: skip

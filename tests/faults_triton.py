@@ -10,7 +10,8 @@ PATCHES = "triton/test_roi_patches_triton kernels/test_roi_patches kernels/test_
 EMBED = "triton/test_roi_patch_embed_triton kernels/test_roi_patch_embed"
 CONTROL = "triton/test_control_cross_attention_triton kernels/test_control_cross_attention"
 APPEND = (
-    "kernels/test_append_formats kernels/test_append_layouts kernels/test_append_variants kernels/test_append_visual_kv"
+    "kernels/test_append_formats kernels/test_append_layouts kernels/test_append_variants kernels/test_append_visual_kv "
+    "kernels/test_append_norm"
 )
 LAUNCHES = "triton/test_launches_triton"
 
@@ -113,23 +114,23 @@ TRITON_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "height and width swapped", APPEND_FILE,
-        "place = positions + axis.to(tl.int64)[None, :]", "place = positions + (axis * 2 % 3).to(tl.int64)[None, :]",
+        "positions_ptr + axis.to(tl.int64)", "positions_ptr + (axis * 2 % 3).to(tl.int64)",
         APPEND,
     ),
     (
         "interleaved: width's section as long as height's", APPEND_FILE,
-        "(i % 3 == 2) & (i < 3 * SECTION_W)", "(i % 3 == 2) & (i < 3 * SECTION_H)", APPEND,
+        "(pair < 3 * SECTION_W)", "(pair < 3 * SECTION_H)", APPEND,
     ),
     ("slot of capacity stored", APPEND_FILE, "(slot < capacity)", "(slot <= capacity)", APPEND),
-    ("V's stride taken from K", APPEND_FILE, "v_slot = slot * v_row", "v_slot = slot * k_row", APPEND),
+    ("V's stride taken from K", APPEND_FILE, "slot * stride_v_cache_row", "slot * stride_k_cache_row", APPEND),
     (
         "V's page stride taken from K", APPEND_FILE,
-        "v_slot = page * v_page + within * v_row", "v_slot = page * k_page + within * v_row", APPEND,
+        "page * stride_v_cache_page", "page * stride_k_cache_page", APPEND,
     ),
     (
         "float8 not scaled", APPEND_FILE,
-        "float8_bits(tl.div_rn(x.to(tl.float32), tl.broadcast_to(factor, x.shape)))",
-        "float8_bits(x.to(tl.float32) + tl.broadcast_to(factor, x.shape) * 0.0)", APPEND,
+        "tl.div_rn(x.to(tl.float32), tl.broadcast_to(factor, x.shape))",
+        "x.to(tl.float32) + tl.broadcast_to(factor, x.shape) * 0.0", APPEND,
     ),
     (
         "float8 scale of the first head", APPEND_FILE,
@@ -142,11 +143,14 @@ TRITON_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "unrotated part dropped", APPEND_FILE,
-        "if HEAD_DIM > 2 * HALF:\n            is_rest = is_row[:, :, None] & (rest < HEAD_DIM)[None, None, :]\n"
-        "            passed",
-        "if HEAD_DIM > 4 * HALF:\n            is_rest = is_row[:, :, None] & (rest < HEAD_DIM)[None, None, :]\n"
-        "            passed", APPEND,
+        "k_rest = k_row + rest[None, None, :]",
+        "k_rest, rest_mask = k_row + rest[None, None, :], rest_mask & (HALF < 0)", APPEND,
     ),
+    (
+        "norm's quotient not rounded", APPEND_FILE,
+        "(x.to(tl.float32) * inverse).to(x.dtype).to(tl.float32)", "x.to(tl.float32) * inverse", APPEND,
+    ),
+    ("norm of the rotated channels alone", APPEND_FILE, "+ tl.sum(behind * behind, 2)", "", APPEND),
     (
         "last row of the table unreachable", APPEND_FILE,
         "tl.minimum(tl.maximum(position, 0), table_rows - 1)", "tl.minimum(tl.maximum(position, 0), table_rows - 2)",

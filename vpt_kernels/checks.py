@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import lru_cache
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 CHECK_VALUES = os.environ.get("VPT_KERNELS_CHECK") == "1"
 """Also validate the values of index tensors, which costs a synchronisation on a GPU; set VPT_KERNELS_CHECK=1."""
@@ -39,18 +43,103 @@ def require_tensor(
         raise ValueError(f"{name} has {tensor.dim()} dimensions {tuple(tensor.shape)}; it must have {dim}")
 
 
-def require_disjoint(first: str, a: Tensor, second: str, b: Tensor) -> None:
-    """Raise ValueError if two tensors share memory."""
-    begin_a, begin_b = a.data_ptr(), b.data_ptr()
-    end_a, end_b = (t.data_ptr() + t.element_size() * (1 + _last_offset(t)) for t in (a, b))
-    if a.numel() and b.numel() and a.device == b.device and begin_a < end_b and begin_b < end_a:
-        raise ValueError(
-            f"{first} and {second} share memory: rows would be overwritten before they are read; clone one"
-        )
+def require_disjoint(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor that is written shares memory with another, or one of its elements with another.
+
+    Views of one allocation that have no element in common pass: q, k and v of a packed projection, keys and values side
+    by side in the pages of one pool. Addresses are compared, never followed; while a graph is traced there are none.
+    """
+    if torch.compiler.is_compiling() or FakeTensor in map(type, written.values()):
+        return
+    targets: list[tuple[int, int, str]] = []
+    for group in (written, read):
+        for name, tensor in group.items():
+            begin = tensor.data_ptr()
+            end = begin + (tensor.nbytes if tensor.is_contiguous() else _reach(tensor))
+            for first, last, target in targets:
+                # Spans that meet are rare, and only then the elements are compared.
+                if begin < last and first < end and share_memory(written[target], tensor):
+                    raise ValueError(
+                        f"{name} and {target} share memory: rows would be overwritten before they are read; "
+                        f"clone {name}"
+                    )
+            if group is written:
+                targets.append((begin, end, name))
+                if not tensor.is_contiguous() and _overlaps_itself(tensor):
+                    raise ValueError(
+                        f"{name} has strides {tensor.stride()} at shape {tuple(tensor.shape)}: some of its elements "
+                        "are one and the same memory and would be written several times; pass a clone"
+                    )
 
 
-def _last_offset(tensor: Tensor) -> int:
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size()
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have a byte in common; exact for strides of any kind."""
+    if a.device != b.device or a.device.type == "meta" or not a.numel() or not b.numel():
+        return False
+    distance = b.data_ptr() - a.data_ptr()
+    return _share(distance, a.shape, a.stride(), a.element_size(), b.shape, b.stride(), b.element_size())
+
+
+@lru_cache(maxsize=1024)
+def _share(
+    distance: int,
+    shape_a: tuple[int, ...],
+    strides_a: tuple[int, ...],
+    size_a: int,
+    shape_b: tuple[int, ...],
+    strides_b: tuple[int, ...],
+    size_b: int,
+) -> bool:
+    """`share_memory` from sizes and strides in elements, element sizes and the distance of the first bytes."""
+    a = _Addresses(_SOMEWHERE, shape_a, strides_a, size_a)
+    b = _Addresses(_SOMEWHERE + distance, shape_b, strides_b, size_b)
+    try:
+        return np.shares_memory(np.asarray(a), np.asarray(b), max_work=_MOST_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+_SOMEWHERE = 1 << 60
+_MOST_WORK = 100_000
+"""Of numpy's search, a few milliseconds; views of one allocation as people make them take less than a hundred steps."""
+
+
+class _Addresses:
+    """What numpy takes for an array at these addresses; they are compared and never followed."""
+
+    def __init__(self, begin: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "data": (begin, True),
+            "shape": tuple(shape),
+            "strides": tuple(stride * size for stride in strides),
+        }
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices name the same memory."""
+    if not tensor.numel():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride <= reach:
+            break
+        reach += (size - 1) * stride
+    else:
+        return False
+    # Two such indices differ first in some axis; all steps along an axis are alike, so the lower one may be 0 there.
+    while tensor.dim():
+        if tensor.shape[0] > 1 and share_memory(tensor[0], tensor[1:]):
+            return True
+        tensor = tensor[0]
+    return False
 
 
 def require_slots(name: str, slots: Tensor, capacity: int) -> None:

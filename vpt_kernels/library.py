@@ -22,7 +22,8 @@ _CONTROL = (
 )
 _APPEND = (
     "Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "int section_t, int section_h, int section_w, bool interleaved, bool heads_first, Tensor? k_scale, Tensor? v_scale"
+    "int section_t, int section_h, int section_w, bool interleaved, bool heads_first, Tensor? k_scale, "
+    "Tensor? v_scale, Tensor? q_norm, Tensor? k_norm, float norm_eps"
 )
 SCHEMAS = {
     "roi_patches": "(Tensor[] images, Tensor plan, SymInt rows, SymInt row_bytes) -> Tensor",

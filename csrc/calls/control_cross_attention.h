@@ -1,7 +1,9 @@
-// The operands of `control_cross_attention` and what every backend demands of them.
+// The operands of `control_cross_attention`, what every backend demands of them, and the operator's two forms over a
+// backend's one `project(call, out, rows)`.
 #pragma once
 
 #include <initializer_list>
+#include <utility>
 
 #include "../stable.h"
 
@@ -9,18 +11,12 @@ namespace vpt {
 
 constexpr int64_t kKernel = 4;  // the conv form's patch side and stride
 
+// In the schema's order; the feature tensors are absent in the identity form, the score maps are Triton's.
 struct ControlCall {
-  const Tensor& features;
-  const OptionalTensor& control;
-  const OptionalTensor& cu_seqlens;
-  const OptionalTensor& norm_weight;
-  const OptionalTensor& norm_bias;
-  const OptionalTensor& weight;
-  const OptionalTensor& bias;
-  const Tensor& condition_norm_weight;
-  const Tensor& condition_norm_bias;
-  const Tensor& condition_weight;
-  const Tensor& condition_bias;
+  Tensor features;
+  OptionalTensor control, cu_seqlens, norm_weight, norm_bias, weight, bias;
+  Tensor condition_norm_weight, condition_norm_bias, condition_weight, condition_bias;
+  OptionalTensor score_weight, score_bias;
 
   bool conv() const { return weight.has_value() && features.dim() == 4; }
   int64_t hidden() const { return condition_weight.size(0); }
@@ -90,5 +86,30 @@ inline void check_scatter(const ControlCall& c, const Tensor& out, const Tensor&
       rows.device() == c.features.device() && rows.dim() == 1 && rows.size(0) == c.tokens(),
       "rows must be one index per token");
 }
+
+using ControlSignature = void(
+    Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor,
+    Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor);
+
+// rows: where token t goes in `out`; base null: to row t.
+template <void (*project)(const ControlCall&, const Tensor& out, const Indices& rows), typename Signature = ControlSignature>
+struct ControlForms;
+
+template <void (*project)(const ControlCall&, const Tensor& out, const Indices& rows), typename... Arguments>
+struct ControlForms<project, void(Arguments...)> {
+  static Tensor fresh(Arguments... arguments) {
+    const ControlCall call{std::move(arguments)...};
+    check(call);
+    Tensor out = torch::stable::new_empty(call.features, {call.tokens(), call.hidden()});
+    project(call, out, {});
+    return out;
+  }
+  static void into(Arguments... arguments, Tensor out, Tensor rows) {
+    const ControlCall call{std::move(arguments)...};
+    check(call);
+    check_scatter(call, out, rows);
+    project(call, out, indices(rows, rows.stride(0)));
+  }
+};
 
 }  // namespace vpt

@@ -1,4 +1,4 @@
-// One pass over the tokens: gather cos and sin by three position rows, rotate q and k, store k and v.
+// One pass over the tokens: gather cos and sin by three position rows, normalise and rotate q and k, store k and v.
 #include <algorithm>
 
 #include "../calls/append_visual_kv.h"
@@ -20,7 +20,7 @@ void check_positions(const AppendCall& c) {
       high = std::max(high, row[t]);
     }
   }
-  STD_TORCH_CHECK(
+  require_value(
       low >= 0 && high < c.cos_sin.size(0), "positions span ", low, "..", high, "; the cos_sin table has rows 0..",
       c.cos_sin.size(0) - 1, ": build a longer table");
 }
@@ -69,99 +69,105 @@ class Append {
   Append(const AppendCall& c, const Tensor& q_out)
       : c_(c),
         q_out_(q_out),
+        sections_(c.sections()),
+        half_(sections_.half()),
+        dim_(c.k.size(2)),
         keys_(c, c.k_cache, c.k_scale),
         values_(c, c.v_cache, c.v_scale),
         slots_(indices(c.slots, c.slots.stride(0))),
         positions_{position_row(c.positions, 0), position_row(c.positions, 1), position_row(c.positions, 2)} {}
 
   void run() const {
-    const int64_t elements = (c_.q.size(1) + 2 * c_.k.size(1)) * c_.k.size(2);
+    const int64_t elements = (c_.q.size(1) + 2 * c_.k.size(1)) * dim_;
     // About 16k elements a thread: less is not worth waking one.
     const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements));
     torch::stable::parallel_for(0, c_.k.size(0), grain, [this](int64_t begin, int64_t end) {
       static thread_local Workspace space;
-      float* cos_sin = space.reserve<float>(2 * c_.sections.half() + c_.k.size(2));
-      for (int64_t t = begin; t < end; ++t) token(t, cos_sin, cos_sin + 2 * c_.sections.half());
+      float* cos_sin = space.reserve<float>(2 * half_ + 2 * dim_);
+      float* wide = cos_sin + 2 * half_;
+      for (int64_t t = begin; t < end; ++t) token(t, {cos_sin, wide, reinterpret_cast<T*>(wide + dim_)});
     });
   }
 
  private:
-  void token(int64_t t, float* cos_sin, float* wide) const {
+  // One token's cos and sin [2, half], and a head's room in float32 and in T.
+  struct Scratch {
+    float* cos_sin;
+    float* wide;
+    T* normed;
+  };
+
+  void token(int64_t t, const Scratch& scratch) const {
     const float* table = data<float>(c_.cos_sin);
     const int64_t stride = c_.cos_sin.stride(0);
     const float* const rows[3] = {
         table + positions_[0][t] * stride, table + positions_[1][t] * stride, table + positions_[2][t] * stride};
-    gather_cos_sin(c_.sections, rows, cos_sin);
-    const int64_t dim = c_.k.size(2), heads = c_.k.size(1);
+    gather_cos_sin(sections_, rows, scratch.cos_sin);
     rotate(
-        data<T>(c_.q) + t * c_.q.stride(0), c_.q.stride(1), cos_sin, c_.q.size(1),
+        data<T>(c_.q) + t * c_.q.stride(0), c_.q.stride(1), c_.q_norm, scratch, c_.q.size(1),
         mutable_data<T>(q_out_) + t * q_out_.stride(0), q_out_.stride(1));
-    const int64_t slot = slots_[t];
+    const int64_t slot = slots_[t], heads = c_.k.size(1);
     if (!keys_.layout.holds(slot)) return;
     const T* k = data<T>(c_.k) + t * c_.k.stride(0);
     const T* v = data<T>(c_.v) + t * c_.v.stride(0);
     if (keys_.scales != nullptr) {
-      for (int64_t h = 0; h < heads; ++h) quantise(k + h * c_.k.stride(1), v + h * c_.v.stride(1), cos_sin, slot, h, wide);
+      for (int64_t h = 0; h < heads; ++h) quantise(k + h * c_.k.stride(1), v + h * c_.v.stride(1), scratch, slot, h);
       return;
     }
-    rotate(k, c_.k.stride(1), cos_sin, heads, keys_.row(slot, 0), keys_.layout.head_stride);
-    for (int64_t h = 0; h < heads; ++h, v += c_.v.stride(1)) std::copy(v, v + dim, values_.row(slot, h));
+    rotate(k, c_.k.stride(1), c_.k_norm, scratch, heads, keys_.row(slot, 0), keys_.layout.head_stride);
+    for (int64_t h = 0; h < heads; ++h, v += c_.v.stride(1)) std::copy(v, v + dim_, values_.row(slot, h));
   }
 
-  void quantise(const T* k, const T* v, const float* cos_sin, int64_t slot, int64_t head, float* wide) const {
-    const int64_t dim = c_.k.size(2), half = c_.sections.half();
+  void quantise(const T* k, const T* v, const Scratch& scratch, int64_t slot, int64_t head) const {
     const Loops<T>& loop = loops<T>(simd());
-    loop.rotate_wide(k, 0, cos_sin, cos_sin + half, half, 1, wide, 0);
-    loop.widen(k + 2 * half, dim - 2 * half, wide + 2 * half);
-    keys_.quantise(wide, dim, slot, head);
-    loop.widen(v, dim, wide);
-    values_.quantise(wide, dim, slot, head);
+    if (c_.k_norm.has_value()) k = normalise(k, *c_.k_norm, scratch);
+    loop.rotate_wide(k, 0, scratch.cos_sin, scratch.cos_sin + half_, half_, 1, scratch.wide, 0);
+    loop.widen(k + 2 * half_, dim_ - 2 * half_, scratch.wide + 2 * half_);
+    keys_.quantise(scratch.wide, dim_, slot, head);
+    loop.widen(v, dim_, scratch.wide);
+    values_.quantise(scratch.wide, dim_, slot, head);
   }
 
-  void rotate(const T* x, int64_t stride, const float* cos_sin, int64_t heads, T* out, int64_t out_stride) const {
-    const int64_t half = c_.sections.half(), dim = c_.k.size(2);
-    loops<T>(simd()).rotate(x, stride, cos_sin, cos_sin + half, half, heads, out, out_stride);
-    if (x == out || dim == 2 * half) return;
+  // The heads of one token, `stride` apart, to `out`, which may be x.
+  void rotate(
+      const T* x, int64_t stride, const OptionalTensor& norm, const Scratch& scratch, int64_t heads, T* out,
+      int64_t out_stride) const {
+    const Loops<T>& loop = loops<T>(simd());
+    const float *cos = scratch.cos_sin, *sin = cos + half_;
+    if (norm.has_value()) {
+      for (int64_t h = 0; h < heads; ++h, x += stride, out += out_stride) {
+        const T* normed = normalise(x, *norm, scratch);
+        loop.rotate(normed, 0, cos, sin, half_, 1, out, 0);
+        std::copy(normed + 2 * half_, normed + dim_, out + 2 * half_);
+      }
+      return;
+    }
+    loop.rotate(x, stride, cos, sin, half_, heads, out, out_stride);
+    if (x == out || dim_ == 2 * half_) return;
     for (int64_t h = 0; h < heads; ++h, x += stride, out += out_stride)
-      std::copy(x + 2 * half, x + dim, out + 2 * half);
+      std::copy(x + 2 * half_, x + dim_, out + 2 * half_);
+  }
+
+  const T* normalise(const T* x, const Tensor& weight, const Scratch& scratch) const {
+    loops<T>(simd()).rms_norm(x, data<T>(weight), dim_, c_.norm_eps, scratch.normed);
+    return scratch.normed;
   }
 
   const AppendCall& c_;
   const Tensor& q_out_;
+  const Sections sections_;
+  const int64_t half_, dim_;
   Store<T> keys_, values_;
   Indices slots_;
   Indices positions_[3];
 };
 
-void run(const AppendCall& c, const Tensor& q_out) {
-  if (c.k.size(0) == 0) return;
-  dispatch(c.q.scalar_type(), "append_visual_kv", [&](auto zero) { Append<decltype(zero)>(c, q_out).run(); });
-}
-
 }  // namespace
 
-Tensor append_visual_kv(
-    Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,
-    int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
-    OptionalTensor k_scale, OptionalTensor v_scale) {
-  const Sections sections{section_t, section_h, section_w, interleaved};
-  const AppendCall call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
-  check(call);
-  check_positions(call);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  run(call, out);
-  return out;
-}
-
-void append_visual_kv_(
-    Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,
-    int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
-    OptionalTensor k_scale, OptionalTensor v_scale) {
-  const Sections sections{section_t, section_h, section_w, interleaved};
-  const AppendCall call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
-  check(call);
-  check_positions(call);
-  run(call, q);
+void append(const AppendCall& c, const Tensor& q_out) {
+  check_positions(c);
+  if (c.k.size(0) == 0) return;
+  dispatch(c.q.scalar_type(), "append_visual_kv", [&](auto zero) { Append<decltype(zero)>(c, q_out).run(); });
 }
 
 }  // namespace vpt::cpu

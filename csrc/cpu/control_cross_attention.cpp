@@ -12,12 +12,13 @@ namespace vpt::cpu {
 namespace {
 
 constexpr int64_t kTileTokens = 256;
+
 void check_segments(const ControlCall& c) {
   if (!c.cu_seqlens.has_value()) return;
   const Indices ends = indices(*c.cu_seqlens, c.cu_seqlens->stride(0));
   bool rises = ends[0] == 0 && ends[c.images()] == c.tokens();
   for (int64_t i = 0; i < c.images(); ++i) rises = rises && ends[i] <= ends[i + 1];
-  STD_TORCH_CHECK(rises, "cu_seqlens must rise from 0 to the number of tokens, ", c.tokens());
+  require_value(rises, "cu_seqlens must rise from 0 to the number of tokens, ", c.tokens());
 }
 
 // k = Linear(LayerNorm(control)), float32 [images, H]; the weight is read once for all images.
@@ -124,11 +125,11 @@ void normalise_blocks(const ControlCall& c, int64_t first, int64_t tokens, const
 // Where token t goes: row rows[t] of out, or row t.
 struct Target {
   const Tensor& out;
-  const Indices* rows;
+  const Indices& rows;
 
   template <typename T>
   T* row(int64_t token) const {
-    const int64_t r = rows == nullptr ? token : (*rows)[token];
+    const int64_t r = rows.base == nullptr ? token : rows[token];
     return r < 0 || r >= out.size(0) ? nullptr : mutable_data<T>(out) + r * out.stride(0);
   }
 };
@@ -197,7 +198,7 @@ class BFloat16Gemm {
 // f of a tile through the library's GEMM, then each row's rank-one update in float32, rounded once. A bfloat16 product
 // has its bias inside, to a float32 one it is added after.
 template <typename T, typename Gemm>
-void project(const ControlCall& c, const Conditions& k, const Target& target, Gemm gemm) {
+void project_tiles(const ControlCall& c, const Conditions& k, const Target& target, Gemm gemm) {
   using Compute = typename Gemm::Element;
   static thread_local Workspace bias_space;
   const int64_t hidden = c.hidden(), total = c.tokens();
@@ -241,14 +242,14 @@ void project(const ControlCall& c, const Conditions& k, const Target& target, Ge
 template <typename T>
 void project_widened(const ControlCall& c, const Conditions& k, const Target& target) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    project<T>(c, k, target, FloatGemm(*c.weight));
+    project_tiles<T>(c, k, target, FloatGemm(*c.weight));
   } else {
     static thread_local Workspace space;
     const int64_t n = c.weight->numel();
     float* wide = space.reserve<float>(n);
     loops<T>(simd()).widen(data<T>(*c.weight), n, wide);
     const Tensor weight = wrap(wide, c.weight->size(0), c.weight->size(1), ScalarType::Float, c.features);
-    project<T>(c, k, target, FloatGemm(weight));
+    project_tiles<T>(c, k, target, FloatGemm(weight));
   }
 }
 
@@ -260,12 +261,16 @@ void project_native(const ControlCall& c, const Conditions& k, const Target& tar
   BFloat16* matrix = space.reserve<BFloat16>(hidden * total);
   append_bias_columns(data<BFloat16>(*c.weight), hidden, columns, {bias}, matrix);
   const Tensor with_bias = wrap(matrix, hidden, total, ScalarType::BFloat16, c.features);
-  project<BFloat16>(c, k, target, BFloat16Gemm(with_bias, columns));
+  project_tiles<BFloat16>(c, k, target, BFloat16Gemm(with_bias, columns));
 }
 
-void run(const ControlCall& c, const Target& target) {
+}  // namespace
+
+void project(const ControlCall& c, const Tensor& out, const Indices& rows) {
+  check_segments(c);
   const int64_t tokens = c.tokens(), hidden = c.hidden();
   if (tokens == 0 || hidden == 0) return;
+  const Target target{out, rows};
   dispatch(c.features.scalar_type(), "control_cross_attention", [&](auto zero) {
     using T = decltype(zero);
     static thread_local Workspace condition_space, image_space;
@@ -282,38 +287,6 @@ void run(const ControlCall& c, const Target& target) {
     else
       project_widened<T>(c, k, target);
   });
-}
-
-}  // namespace
-
-Tensor control_cross_attention(
-    Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
-    OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
-    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
-    OptionalTensor, OptionalTensor) {
-  const ControlCall call{features,         control,           cu_seqlens,           feature_norm_weight,
-                  feature_norm_bias, feature_weight,   feature_bias,         condition_norm_weight,
-                  condition_norm_bias, condition_weight, condition_bias};
-  check(call);
-  check_segments(call);
-  Tensor out = torch::stable::new_empty(features, {call.tokens(), call.hidden()});
-  run(call, {out, nullptr});
-  return out;
-}
-
-void control_cross_attention_into(
-    Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
-    OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
-    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
-    OptionalTensor, OptionalTensor, Tensor out, Tensor rows) {
-  const ControlCall call{features,         control,           cu_seqlens,           feature_norm_weight,
-                  feature_norm_bias, feature_weight,   feature_bias,         condition_norm_weight,
-                  condition_norm_bias, condition_weight, condition_bias};
-  check(call);
-  check_segments(call);
-  check_scatter(call, out, rows);
-  const Indices targets = indices(rows, rows.stride(0));
-  run(call, {out, &targets});
 }
 
 }  // namespace vpt::cpu

@@ -27,6 +27,8 @@ struct Loops {
   // out = round((x − mean)/√(var + eps)·weight + bias), x with stride; out float32 or T
   void (*layer_norm)(const T* x, int64_t stride, const T* weight, const T* bias, int64_t n, T* out);
   void (*layer_norm_wide)(const T* x, int64_t stride, const T* weight, const T* bias, int64_t n, float* out);
+  // out = round(weight·round(x/√(mean x² + eps))), as transformers' RMSNorm rounds
+  void (*rms_norm)(const T* x, const T* weight, int64_t n, double eps, T* out);
   // out = round(f + (f·k)k); f may be out
   void (*rank_one)(const T* f, const float* k, int64_t n, T* out);
   void (*rank_one_wide)(const float* f, const float* k, int64_t n, T* out);

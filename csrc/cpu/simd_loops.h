@@ -73,6 +73,15 @@ void layer_norm(const T* x, int64_t stride, const T* weight, const T* bias, int6
   }
 }
 
+template <typename T>
+void rms_norm(const T* x, const T* weight, int64_t n, double eps, T* out) {
+  const double squares = sum(n, [=](int64_t i, float part) { return VPT_FMA(to_float(x[i]), to_float(x[i]), part); });
+  const float scale = static_cast<float>(1.0 / __builtin_sqrt(squares / n + eps));
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = from_float<T>(to_float(weight[i]) * to_float(from_float<T>(to_float(x[i]) * scale)));
+}
+
 template <typename S, typename T>
 void rank_one(const S* f, const float* k, int64_t n, T* out) {
   const float score = dot(f, k, n);
@@ -149,8 +158,8 @@ template <typename T>
 constexpr Loops<T> make_loops() {
   return {
       centre<T>,        add_bias<T, T>,       add_bias<float, T>, widen<T>,           dot<T>,
-      layer_norm<T, T>, layer_norm<T, float>, rank_one<T, T>,     rank_one<float, T>, rotate<T, T>,
-      rotate<T, float>,
+      layer_norm<T, T>, layer_norm<T, float>, rms_norm<T>,        rank_one<T, T>,     rank_one<float, T>,
+      rotate<T, T>,     rotate<T, float>,
   };
 }
 

@@ -27,23 +27,30 @@ template <typename T, typename Stored>
 void launch(const Device& device, const AppendParams& p, int64_t tokens) {
   constexpr int kWide = 16 / sizeof(T);
   bool wide = p.half % kWide == 0 && p.dim % kWide == 0;
-  for (const Heads& x : {p.q, p.k, p.v, p.q_out}) wide = wide && aligned(x, sizeof(T), 16);
+  for (const Heads& x : {p.q, p.k, p.v, p.q_out, Heads{p.q_norm, 0, 0}, Heads{p.k_norm, 0, 0}})
+    wide = wide && aligned(x, sizeof(T), 16);
   wide = wide && aligned(p.k_cache, p.k_layout, sizeof(Stored), kWide * sizeof(Stored)) &&
       aligned(p.v_cache, p.v_layout, sizeof(Stored), kWide * sizeof(Stored));
   const int64_t items = (p.q_heads + p.kv_heads) * static_cast<int64_t>(p.half) / (wide ? kWide : 1);
   const int threads = static_cast<int>(std::clamp<int64_t>((items + kWarp - 1) / kWarp * kWarp, 64, kAppendThreads));
-  const size_t shared = 2 * p.half * sizeof(float);
+  const bool normed = p.q_norm != nullptr || p.k_norm != nullptr;
+  const size_t shared = (2 * p.half + (normed ? p.q_heads + p.kv_heads : 0)) * sizeof(float);
   if (wide)
     device.launch(append_visual_kv_kernel<T, Stored, kWide>, tokens, threads, shared, p);
   else
     device.launch(append_visual_kv_kernel<T, Stored, 1>, tokens, threads, shared, p);
 }
 
-void run(const AppendCall& c, const Tensor& q_out) {
-  const int64_t tokens = c.k.size(0), half = c.sections.half();
+}  // namespace
+
+void append(const AppendCall& c, const Tensor& q_out) {
+  const Sections sections = c.sections();
+  const int64_t tokens = c.k.size(0), half = sections.half();
   if (tokens == 0) return;
-  STD_TORCH_CHECK(half <= 4096, "append_visual_kv: rotary_dim is ", 2 * half, "; the cuda backend takes at most 8192");
-  STD_TORCH_CHECK(half == 0 || c.cos_sin.size(0) > 0, "append_visual_kv: the cos_sin table is empty");
+  // 48 KB of shared memory: cos and sin, and a factor per normalised head.
+  require_value(
+      half <= 4096 && c.q.size(1) + c.k.size(1) <= 4096, "rotary_dim is ", 2 * half, " and there are ", c.q.size(1),
+      " + ", c.k.size(1), " heads; the cuda backend takes at most 8192 and 4096: use backend 'triton'");
   AppendParams p{};
   p.q = heads(c.q, c.q.const_data_ptr());
   p.k = heads(c.k, c.k.const_data_ptr());
@@ -68,8 +75,11 @@ void run(const AppendCall& c, const Tensor& q_out) {
   p.kv_heads = static_cast<int32_t>(c.k.size(1));
   p.dim = static_cast<int32_t>(c.k.size(2));
   p.half = static_cast<int32_t>(half);
-  p.sections = c.sections;
+  p.sections = sections;
   p.in_place = p.q_out.base == p.q.base;
+  if (c.q_norm.has_value()) p.q_norm = c.q_norm->const_data_ptr();
+  if (c.k_norm.has_value()) p.k_norm = c.k_norm->const_data_ptr();
+  p.norm_eps = static_cast<float>(c.norm_eps);
   const Device device(c.q);
   dispatch(c.q.scalar_type(), "append_visual_kv", [&](auto zero) {
     using T = decltype(zero);
@@ -78,30 +88,6 @@ void run(const AppendCall& c, const Tensor& q_out) {
     else
       launch<T, T>(device, p, tokens);
   });
-}
-
-}  // namespace
-
-Tensor append_visual_kv(
-    Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,
-    int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
-    OptionalTensor k_scale, OptionalTensor v_scale) {
-  const Sections sections{section_t, section_h, section_w, interleaved};
-  const AppendCall call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
-  check(call);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  run(call, out);
-  return out;
-}
-
-void append_visual_kv_(
-    Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, Tensor k_cache, Tensor v_cache,
-    int64_t section_t, int64_t section_h, int64_t section_w, bool interleaved, bool heads_first,
-    OptionalTensor k_scale, OptionalTensor v_scale) {
-  const Sections sections{section_t, section_h, section_w, interleaved};
-  const AppendCall call{q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, heads_first, k_scale, v_scale};
-  check(call);
-  run(call, q);
 }
 
 }  // namespace vpt::cuda

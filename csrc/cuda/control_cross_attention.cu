@@ -66,43 +66,14 @@ void run(const ControlCall& c, const Tensor& out, const Indices& rows) {
       p, c.control.has_value());
 }
 
-void run(const ControlCall& c, const Tensor& out, const Indices& rows) {
+}  // namespace
+
+void project(const ControlCall& c, const Tensor& out, const Indices& rows) {
   STD_TORCH_CHECK(
       !c.weight.has_value(), "control_cross_attention: the cuda backend has the identity form only; the linear and conv "
       "forms need a GEMM with an epilogue: use backend 'triton'");
   if (c.tokens() == 0 || c.hidden() == 0) return;
   dispatch(c.features.scalar_type(), "control_cross_attention", [&](auto zero) { run<decltype(zero)>(c, out, rows); });
-}
-
-}  // namespace
-
-Tensor control_cross_attention(
-    Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
-    OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
-    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
-    OptionalTensor, OptionalTensor) {
-  const ControlCall call{
-      features,       control,      cu_seqlens,            feature_norm_weight, feature_norm_bias,
-      feature_weight, feature_bias, condition_norm_weight, condition_norm_bias, condition_weight,
-      condition_bias};
-  check(call);
-  Tensor out = torch::stable::new_empty(features, {call.tokens(), call.hidden()});
-  run(call, out, {});
-  return out;
-}
-
-void control_cross_attention_into(
-    Tensor features, OptionalTensor control, OptionalTensor cu_seqlens, OptionalTensor feature_norm_weight,
-    OptionalTensor feature_norm_bias, OptionalTensor feature_weight, OptionalTensor feature_bias,
-    Tensor condition_norm_weight, Tensor condition_norm_bias, Tensor condition_weight, Tensor condition_bias,
-    OptionalTensor, OptionalTensor, Tensor out, Tensor rows) {
-  const ControlCall call{
-      features,       control,      cu_seqlens,            feature_norm_weight, feature_norm_bias,
-      feature_weight, feature_bias, condition_norm_weight, condition_norm_bias, condition_weight,
-      condition_bias};
-  check(call);
-  check_scatter(call, out, rows);
-  run(call, out, indices(rows, rows.stride(0)));
 }
 
 }  // namespace vpt::cuda

@@ -1,4 +1,4 @@
-// Which position row turns which channel of M-RoPE.
+// Which position row rotates which channel of M-RoPE.
 #pragma once
 
 #include "host_device.h"

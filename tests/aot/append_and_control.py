@@ -9,7 +9,7 @@ from vpt_kernels.control_cross_attention import triton as control
 
 def _append(name: str, launch: tuple, kind: str, registers: int, **changes: object) -> Variant:
     block_tokens, warps = launch
-    float8 = changes.pop("FLOAT8", False)
+    float8, normed = changes.pop("FLOAT8", False), changes.pop("normed", False)
     cache = "*u8" if float8 else f"*{kind}"
     constants = {
         "Q_HEADS": 12, "KV_HEADS": 2, "HEAD_DIM": 128, "HALF": 64, "SECTION_T": 16, "SECTION_H": 24, "SECTION_W": 24,
@@ -17,10 +17,13 @@ def _append(name: str, launch: tuple, kind: str, registers: int, **changes: obje
         "BLOCK_TOKENS": block_tokens, "BLOCK_HEADS": append.BLOCK_HEADS, "BLOCK_HALF": 64, "BLOCK_REST": 1,
         "BLOCK_DIM": 128,
     } | changes  # fmt: skip
-    types = dict.fromkeys(("q", "q_out", "k", "v"), f"*{kind}") | dict.fromkeys(("k_cache", "v_cache"), cache)
-    types |= {"table": "*fp32", "positions": "*i64", "slots": "*i64"}
-    types |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if float8 else "constexpr")
-    unaligned = ("tokens", "table_rows", "capacity", "page_size", "positions_axis", "positions_token", "slots_token")
+    types = dict.fromkeys(("q_ptr", "q_out_ptr", "k_ptr", "v_ptr"), f"*{kind}")
+    types |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), cache)
+    types |= {"table_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64", "norm_eps": "fp32"}
+    types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32" if float8 else "constexpr")
+    types |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), f"*{kind}" if normed else "constexpr")
+    unaligned = ("norm_eps", "tokens", "table_rows", "capacity", "page_size", "stride_positions_axis",
+                 "stride_positions_token", "stride_slots_token")  # fmt: skip
     return Variant(
         f"append {name}", append.append_kernel, constants, types, registers, 4096, warps, unaligned=unaligned,
         options={"enable_fp_fusion": False},
@@ -78,6 +81,8 @@ VARIANTS = (
             K_HEAD_SCALES=True),
     _append("partial interleaved", append.LAUNCHES["many tokens"], "bf16", 64, HALF=16, SECTION_T=4, SECTION_H=6,
             SECTION_W=6, INTERLEAVED=True, HEAD_DIM=80, BLOCK_HALF=16, BLOCK_REST=64),
+    _append("few bf16 normed", append.LAUNCHES["few tokens"], "bf16", 64, normed=True),
+    _append("many bf16 normed", append.LAUNCHES["many tokens"], "bf16", 80, normed=True),
     # Accumulator and the tile being normalised live in registers. One image: two blocks of 4 warps a multiprocessor
     # (192), so that one computes while the other waits. Many images gather u per row, conv gathers channels: 64-bit
     # addresses of a whole tile, all the registers there are, without a spill. Shared memory: W and x, num_stages deep.

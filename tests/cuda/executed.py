@@ -248,7 +248,7 @@ def test_an_empty_table_is_refused():
     call = make(2)
     call = replace(call, cos_sin=call.cos_sin[:0], positions=call.positions * 0)
     for run in (append_visual_kv, append_visual_kv_):
-        with pytest.raises(RuntimeError, match="table is empty"):
+        with pytest.raises(ValueError, match="table is empty"):
             run(*call.tensors(), **call.options(), backend="cuda")
 
 

@@ -26,9 +26,12 @@ class Call:
     layout: str = "NHD"
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    norm_eps: float = 1e-6
 
     def options(self) -> dict:
-        names = ("sections", "interleaved", "layout", "k_scale", "v_scale")
+        names = ("sections", "interleaved", "layout", "k_scale", "v_scale", "q_norm", "k_norm", "norm_eps")
         return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -108,8 +111,8 @@ def rotate(x: Tensor, call: Call, dtype: torch.dtype = torch.float64) -> Tensor:
     half = call.cos_sin.shape[1] // 2
     cos, sin = (t.to(dtype).repeat(1, 1, 2) for t in angles(call))
     x = x.to(dtype)
-    turned = torch.cat([-x[..., half : 2 * half], x[..., :half]], -1)
-    return torch.cat([x[..., : 2 * half] * cos + turned * sin, x[..., 2 * half :]], -1)
+    swapped = torch.cat([-x[..., half : 2 * half], x[..., :half]], -1)
+    return torch.cat([x[..., : 2 * half] * cos + swapped * sin, x[..., 2 * half :]], -1)
 
 
 def stored(slots: Tensor, capacity: int) -> list[tuple[int, int]]:

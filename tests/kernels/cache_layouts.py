@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -104,3 +105,16 @@ def a_layer_of_many(dtype):
 def every_third_row(dtype):
     k, v = filled(dtype, 3 * CAPACITY, 2, DIM), filled(dtype, 2 * CAPACITY, 2, DIM)
     return [k, v], k[2::3], v[::2]
+
+
+def packed(call: Call, gap: int = 0) -> tuple[Tensor, Call]:
+    """q, k and v as views of one [tokens, (q heads + 2·kv heads)·dim] GEMM output, `gap` columns before each."""
+    sizes = [HEADS[0] * DIM, HEADS[1] * DIM, HEADS[1] * DIM]
+    buffer = torch.full((TOKENS, sum(sizes) + 4 * gap), 3.0, dtype=call.q.dtype)
+    views, column = [], gap
+    for size, source in zip(sizes, (call.q, call.k, call.v), strict=True):
+        view = buffer[:, column : column + size].view(TOKENS, -1, DIM)
+        view.copy_(source)
+        views.append(view)
+        column += size + gap
+    return buffer, replace(call, q=views[0], k=views[1], v=views[2])

@@ -13,6 +13,7 @@ from tests.helpers import INTERPRETED
 ALL_BUT: dict[str, tuple[str, ...]] = {
     "test_append_formats": (),
     "test_append_layouts": (),
+    "test_append_norm": (),
     "test_append_variants": (),
     "test_append_visual_kv": (
         # These are about no backend.

@@ -91,7 +91,9 @@ def append_cases(form: str, dtype: torch.dtype) -> list[tuple]:
             (plain.view(3, 3, 2, 16), True, False),
             (plain.view(3, 2, 3, 16), False, True),
         ):
-            options = interleaved, heads_first, None, None
+            norm = normal(16, key="norm", dtype=dtype)
+            norms = (norm, None) if interleaved else (None, None) if heads_first else (norm, norm + 1)
+            options = interleaved, heads_first, None, None, *norms, 1e-6
             cases.append((call.q.clone(), *inputs, cache.clone(), cache.clone(), *call.sections, *options))
     return cases
 
@@ -100,7 +102,7 @@ def float8_case() -> tuple:
     call = make(6, capacity=9, table_rows=64)
     caches = [torch.zeros(9, 2, 16).to(torch.float8_e4m3fn) for _ in range(2)]
     scales = torch.tensor(0.5), torch.tensor([0.5, 2.0])
-    return (*call.tensors()[:-2], *caches, *call.sections, False, False, *scales)
+    return (*call.tensors()[:-2], *caches, *call.sections, False, False, *scales, None, torch.ones(16), 1e-6)
 
 
 def cases(form: str, dtype: torch.dtype) -> list[tuple]:
@@ -160,6 +162,12 @@ FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
         ],
     ),
     "append_visual_kv_": (lambda *t, backend: append_visual_kv_(*t, (2, 3, 3), backend=backend), append_call),
+    "normalised heads": (
+        lambda *t, backend: append_visual_kv_(
+            *t[:-2], (2, 3, 3), q_norm=t[-2], k_norm=t[-1], norm_eps=1e-5, backend=backend
+        ),
+        lambda: [*append_call(), normal(16, key="qn"), normal(16, key="kn")],
+    ),
 }
 
 

@@ -41,7 +41,7 @@ def in_rows(cache: Tensor, layout: str) -> Tensor:
 
 
 def exact(dtype: torch.dtype) -> Call:
-    """Small integers turned by 64ths: products and sums that float32 holds, so every order of operations agrees."""
+    """Small integers rotated by 64ths: products and sums that float32 holds, so every order of operations agrees."""
     rng = numbers("exact", str(dtype))
     call = make(TOKENS, HEADS, DIM, dtype=dtype, rotary_dim=16, sections=(2, 3, 3), capacity=CAPACITY, table_rows=40)
     for x in (call.q, call.k):
@@ -226,7 +226,7 @@ def check_equal(call: Call, plain: Call, backend: str, in_place: bool) -> None:
 @each_form
 @pytest.mark.parametrize("sections", ((24, 20, 20), (4, 3, 1), (3, 1, 4), (1, 5, 2), (2, 0, 6), (8, 0, 0)))
 def test_interleaved_axes_are_transformers(backend, dtype, in_place, sections):
-    """Which position turns which half-dimension, asked of Qwen3-VL's own rotary embedding."""
+    """Which position rotates which half-dimension, asked of Qwen3-VL's own rotary embedding."""
     half = sum(sections)
     rows = torch.arange(3.0)[:, None, None, None].expand(3, 1, 1, half).clone()
     rotary = SimpleNamespace(mrope_section=sections)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.helpers import assert_same_bits, each_backend, each_dtype, virtual_bytes
 from tests.kernels.append_checks import each_form, execute
-from tests.kernels.append_inputs import Call, make, stored
-from tests.kernels.cache_layouts import CACHES, CAPACITY, DIM, HEADS, NAN, TOKENS, base
+from tests.kernels.append_inputs import make, stored
+from tests.kernels.cache_layouts import CACHES, CAPACITY, DIM, HEADS, NAN, base, packed
 
 
 @each_backend
@@ -36,19 +36,6 @@ def test_cache_layouts(backend, dtype, in_place, layout):
     assert_same_bits(actual, rotated, "rotated q")
     for storage, want in zip(storages, expected, strict=True):
         assert_same_bits(storage, want, "cache storage")
-
-
-def packed(call: Call, gap: int = 0) -> tuple[Tensor, Call]:
-    """q, k and v as views of one [tokens, (q heads + 2·kv heads)·dim] GEMM output, `gap` columns before each."""
-    sizes = [HEADS[0] * DIM, HEADS[1] * DIM, HEADS[1] * DIM]
-    buffer = torch.full((TOKENS, sum(sizes) + 4 * gap), 3.0, dtype=call.q.dtype)
-    views, column = [], gap
-    for size, source in zip(sizes, (call.q, call.k, call.v), strict=True):
-        view = buffer[:, column : column + size].view(TOKENS, -1, DIM)
-        view.copy_(source)
-        views.append(view)
-        column += size + gap
-    return buffer, replace(call, q=views[0], k=views[1], v=views[2])
 
 
 @each_backend

@@ -246,7 +246,7 @@ def test_default_sections_are_qwen2_vl(backend):
 
 @each_backend
 def test_sections_choose_the_axis(backend):
-    """Half-dimension i turns by its section's position: temporal, then height, then width."""
+    """Half-dimension i is rotated by its section's position: temporal, then height, then width."""
     call = make(1, (1, 1), 16, sections=(2, 3, 3), positions=torch.tensor([[10], [20], [30]]), capacity=1)
     call.q[:] = 0
     call.q[..., :8] = 1

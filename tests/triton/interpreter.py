@@ -31,6 +31,7 @@ WARNINGS = (
     "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton",
     "ignore:invalid value encountered:RuntimeWarning:triton",
     "ignore:overflow encountered:RuntimeWarning:triton",
+    "ignore:divide by zero encountered:RuntimeWarning:triton",
     "ignore:All-NaN slice encountered:RuntimeWarning:triton",
 )
 

@@ -64,16 +64,17 @@ def test_condition_tables(dtype, images, rounds):
 
 
 def test_append_is_one_launch_and_allocates_q():
-    for float8 in (False, True):
+    for float8, norm in ((False, None), (True, None), (False, torch.ones(16)), (True, torch.ones(16))):
         call = make(7)
         if float8:
             caches = {n: torch.zeros(40, 2, 16).to(torch.float8_e4m3fn) for n in ("k_cache", "v_cache")}
             call = replace(call, **caches, k_scale=torch.ones(2), v_scale=torch.tensor(0.5))
+        options = (*call.sections, False, False, call.k_scale, call.v_scale, norm, norm, 1e-6)
         with Launches() as launches:
             with Allocations() as fresh:
-                append.append_visual_kv(*call.tensors(), *call.sections, False, False, call.k_scale, call.v_scale)
+                append.append_visual_kv(*call.tensors(), *options)
             with Allocations() as in_place:
-                append.append_visual_kv_(*call.tensors(), *call.sections, False, False, call.k_scale, call.v_scale)
+                append.append_visual_kv_(*call.tensors(), *options)
         assert [name for name, _ in launches.grids] == ["append_kernel"] * 2
         assert outputs(fresh) == [call.q.numel() * 4] and outputs(in_place) == []
 

@@ -1,6 +1,10 @@
-"""M-RoPE rotation and append of new tokens to a KV cache, in place."""
+"""RMSNorm and M-RoPE rotation of new tokens, and their append to a KV cache, in place."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,7 +13,10 @@ from vpt_kernels.backends import bind
 from vpt_kernels.checks import CHECK_VALUES, require_inference, require_slots, require_tensor
 
 LAYOUTS = ("NHD", "HND")
+FLOAT8 = torch.float8_e4m3fn
 _INTEGERS = (torch.int32, torch.int64)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def rotary_table(
@@ -29,104 +36,8 @@ def rotary_table(
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    sections: tuple[int, int, int],
-    layout: str,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
-    require_tensor("q", q, None, None, 3)
-    dtype, device = q.dtype, q.device
-    for name, tensor, kind, dim in (
-        ("k", k, dtype, 3),
-        ("v", v, dtype, 3),
-        ("cos_sin", cos_sin, torch.float32, 2),
-        ("positions", positions, None, 2),
-        ("slots", slots, None, 1),
-    ):
-        require_tensor(name, tensor, kind, device, dim)
-    tokens, kv_heads, head_dim = k.shape
-    if v.shape != k.shape or q.shape[0] != tokens or q.shape[2] != head_dim:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be [tokens, heads, head_dim] with equal "
-            "tokens and head_dim, and k like v"
-        )
-    if not kv_heads or not head_dim or q.shape[1] % kv_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {kv_heads} key/value heads")
-    if positions.dtype not in _INTEGERS or slots.dtype not in _INTEGERS:
-        raise TypeError(f"positions are {positions.dtype}, slots {slots.dtype}; both must be int32 or int64")
-    if tuple(positions.shape) != (3, tokens) or slots.shape[0] != tokens:
-        raise ValueError(
-            f"positions {tuple(positions.shape)} and slots {tuple(slots.shape)} must be (3, {tokens}) and ({tokens},), "
-            "one column per token (rows of positions: temporal, height, width)"
-        )
-    rotary_dim = cos_sin.shape[1]
-    if len(sections) != 3 or min(sections) < 0 or 2 * sum(sections) != rotary_dim or rotary_dim > head_dim:
-        raise ValueError(
-            f"sections {tuple(sections)} must be three counts that sum to half of the table's rotary_dim {rotary_dim}, "
-            f"and rotary_dim must be at most head_dim {head_dim}"
-        )
-    _check_caches(k, k_cache, v_cache, layout, k_scale, v_scale)
-    strided = {"q": q, "k": k, "v": v, "cos_sin": cos_sin, "k_cache": k_cache, "v_cache": v_cache}
-    for name, tensor in strided.items():
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name} has strides {tensor.stride()}; the last dimension must be contiguous")
-    require_inference(**strided)
-    if CHECK_VALUES and not torch.compiler.is_compiling():
-        capacity = k_cache.numel() // (kv_heads * head_dim)
-        require_slots("slots", slots, capacity)
-        if tokens and not 0 <= int(positions.min()) <= int(positions.max()) < cos_sin.shape[0]:
-            raise ValueError(
-                f"positions span {int(positions.min())}..{int(positions.max())}; the cos_sin table has rows "
-                f"0..{cos_sin.shape[0] - 1}: build a longer table"
-            )
-
-
-def _check_caches(
-    k: Tensor, k_cache: Tensor, v_cache: Tensor, layout: str, k_scale: Tensor | None, v_scale: Tensor | None
-) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; choose one of {LAYOUTS}")
-    _, kv_heads, head_dim = k.shape
-    require_tensor("k_cache", k_cache, None, None, None)
-    quantised = k_cache.dtype == torch.float8_e4m3fn
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        require_tensor(name, cache, torch.float8_e4m3fn if quantised else k.dtype, k.device, None)
-    heads_at = -2 if layout == "NHD" else -3
-    if k_cache.dim() not in (3, 4) or k_cache.shape != v_cache.shape:
-        fits = False
-    else:
-        fits = k_cache.shape[heads_at] == kv_heads and k_cache.shape[-1] == head_dim
-    if not fits:
-        row = f"{kv_heads}, {head_dim}"
-        shapes = f"[capacity, {row}] or [pages, page_size, {row}]"
-        if layout == "HND":
-            shapes = f"[{kv_heads}, capacity, {head_dim}] or [pages, {kv_heads}, page_size, {head_dim}]"
-        raise ValueError(
-            f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must both be {shapes} ({layout})"
-        )
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if quantised != (scale is not None):
-            state = "missing" if scale is None else "given"
-            raise ValueError(f"{name} is {state}; scales go with float8_e4m3fn caches, and only with them")
-        if scale is None:
-            continue
-        require_tensor(name, scale, torch.float32, k.device, None)
-        if scale.numel() not in (1, kv_heads) or scale.dim() > 1 or not scale.is_contiguous():
-            raise ValueError(
-                f"{name} has shape {tuple(scale.shape)}; it must be one number or [{kv_heads}], contiguous"
-            )
-
-
-def append_visual_kv(
+def prepare(
+    form: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -141,8 +52,164 @@ def append_visual_kv(
     layout: str = "NHD",
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
     backend: str = "auto",
-) -> Tensor:
+) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+    """Check a call of `form`, one of the two public functions.
+
+    Returns:
+        The implementation that `backend` chooses, and its arguments in the order of the schema.
+    """
+    _check_tokens(q, k, v)
+    _check_rotation(k, cos_sin, positions, slots, sections)
+    if k_scale is not None and v_scale is not None:
+        k_cache, v_cache = _as_float8(k_cache), _as_float8(v_cache)
+    _check_caches(k, k_cache, v_cache, layout, k_scale, v_scale)
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            _check_norm(name, norm, k, norm_eps)
+    rows = (("q", q), ("k", k), ("v", v), ("cos_sin", cos_sin), ("k_cache", k_cache), ("v_cache", v_cache))
+    for name, tensor in rows:
+        if not tensor.is_contiguous() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}; the last dimension must be contiguous")
+        if tensor.requires_grad:
+            require_inference(**{name: tensor})
+    if CHECK_VALUES and not torch.compiler.is_compiling():
+        _check_values(k, cos_sin, positions, slots, k_cache)
+    arguments = (q, k, v, cos_sin, positions, slots, k_cache, v_cache, *sections, interleaved, layout == "HND")
+    op = bind("append_visual_kv", form, backend, q.device, q.dtype)
+    return op, (*arguments, k_scale, v_scale, q_norm, k_norm, norm_eps)
+
+
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    require_tensor("q", q, None, None, 3)
+    require_tensor("k", k, q.dtype, q.device, 3)
+    require_tensor("v", v, q.dtype, q.device, 3)
+    (tokens, q_heads, width), (rows, kv_heads, head_dim) = q.shape, k.shape
+    if tokens != rows or width != head_dim or v.shape != k.shape:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be [tokens, heads, head_dim] with equal "
+            "tokens and head_dim, and k like v"
+        )
+    if not kv_heads or not head_dim or q_heads % kv_heads:
+        raise ValueError(f"q has {q_heads} heads, not a multiple of the {kv_heads} key/value heads")
+
+
+def _check_rotation(
+    k: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, sections: tuple[int, int, int]
+) -> None:
+    device = k.device
+    require_tensor("cos_sin", cos_sin, torch.float32, device, 2)
+    require_tensor("positions", positions, None, device, 2)
+    require_tensor("slots", slots, None, device, 1)
+    if positions.dtype not in _INTEGERS or slots.dtype not in _INTEGERS:
+        raise TypeError(f"positions are {positions.dtype}, slots {slots.dtype}; both must be int32 or int64")
+    (tokens, _, head_dim), (axes, columns) = k.shape, positions.shape
+    if axes != 3 or columns != tokens or slots.shape[0] != tokens:
+        raise ValueError(
+            f"positions {tuple(positions.shape)} and slots {tuple(slots.shape)} must be (3, {tokens}) and ({tokens},), "
+            "one column per token (rows of positions: temporal, height, width)"
+        )
+    rows, rotary_dim = cos_sin.shape
+    if len(sections) != 3 or min(sections) < 0 or 2 * sum(sections) != rotary_dim or rotary_dim > head_dim:
+        raise ValueError(
+            f"sections {tuple(sections)} must be three counts that sum to half of the table's rotary_dim {rotary_dim}, "
+            f"and rotary_dim must be at most head_dim {head_dim}"
+        )
+    if tokens and rotary_dim and not rows:
+        raise ValueError(f"the cos_sin table is empty, and {tokens} tokens read it: build a longer table")
+
+
+def _as_float8(cache: Tensor) -> Tensor:
+    """Pages of bytes, as vLLM and FlashInfer keep float8, as what they are."""
+    return cache.view(FLOAT8) if isinstance(cache, Tensor) and cache.dtype == torch.uint8 else cache
+
+
+def _check_caches(
+    k: Tensor, k_cache: Tensor, v_cache: Tensor, layout: str, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; choose one of {LAYOUTS}")
+    kind = _cache_dtype(k, k_cache)
+    require_tensor("k_cache", k_cache, kind, k.device, None)
+    require_tensor("v_cache", v_cache, kind, k.device, None)
+    _, kv_heads, head_dim = k.shape
+    shape, heads_at = k_cache.shape, -2 if layout == "NHD" else -3
+    if len(shape) not in (3, 4) or shape[heads_at] != kv_heads or shape[-1] != head_dim or shape != v_cache.shape:
+        row = f"{kv_heads}, {head_dim}"
+        shapes = f"[capacity, {row}] or [pages, page_size, {row}]"
+        if layout == "HND":
+            shapes = f"[{kv_heads}, capacity, {head_dim}] or [pages, {kv_heads}, page_size, {head_dim}]"
+        raise ValueError(
+            f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must both be {shapes} ({layout})"
+        )
+    if kind != FLOAT8 and k_scale is None and v_scale is None:
+        return
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (kind == FLOAT8) != (scale is not None):
+            state = "missing" if scale is None else "given"
+            raise ValueError(f"{name} is {state}; scales go with float8_e4m3fn caches, and only with them")
+        if scale is None:
+            continue
+        require_tensor(name, scale, torch.float32, k.device, None)
+        if scale.numel() not in (1, kv_heads) or scale.dim() > 1 or not scale.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(scale.shape)}; it must be one number or [{kv_heads}], contiguous"
+            )
+
+
+def _cache_dtype(k: Tensor, k_cache: Tensor) -> torch.dtype:
+    """The dtype that both caches must have: float8 if the keys' is that, else k's."""
+    found = getattr(k_cache, "dtype", None)
+    if found == torch.uint8:
+        raise TypeError(
+            "k_cache is torch.uint8; bytes are taken as float8_e4m3fn, which has scales: pass k_scale and v_scale"
+        )
+    return FLOAT8 if found == FLOAT8 else k.dtype
+
+
+def _check_norm(name: str, norm: Tensor, k: Tensor, eps: float) -> None:
+    require_tensor(name, norm, k.dtype, k.device, 1)
+    require_inference(**{name: norm})
+    if norm.shape[0] != k.shape[2] or not norm.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(norm.shape)} and strides {norm.stride()}; it must be [{k.shape[2]}], one weight "
+            "per channel of a head, contiguous"
+        )
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"norm_eps is {type(eps).__name__}; it must be a number")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"norm_eps is {eps}; it must be finite and not negative")
+
+
+def _check_values(k: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor) -> None:
+    tokens, kv_heads, head_dim = k.shape
+    require_slots("slots", slots, k_cache.numel() // (kv_heads * head_dim))
+    if tokens and not 0 <= int(positions.min()) <= int(positions.max()) < cos_sin.shape[0]:
+        raise ValueError(
+            f"positions span {int(positions.min())}..{int(positions.max())}; the cos_sin table has rows "
+            f"0..{cos_sin.shape[0] - 1}: build a longer table"
+        )
+
+
+def _takes_the_arguments_of(
+    source: Callable[Concatenate[str, _Arguments], Any],
+) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:
+    """Give a function of any arguments the signature of `source` behind its first parameter, and keep its result."""
+
+    def signed(function: Callable[..., _Result]) -> Callable[_Arguments, _Result]:
+        _, *parameters = inspect.signature(source).parameters.values()
+        result = inspect.signature(function).return_annotation
+        function.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+        return function
+
+    return signed
+
+
+@_takes_the_arguments_of(prepare)
+def append_visual_kv(*arguments: Any, **options: Any) -> Tensor:
     """Rotate q and k by M-RoPE and write k and v into the caches at `slots`, in place; return the rotated q.
 
     Where a token is stored (its slot) and where it is (its position) are separate inputs.
@@ -157,12 +224,17 @@ def append_visual_kv(
         k_cache, v_cache: "NHD": [capacity, kv heads, head_dim] or [pages, page_size, kv heads, head_dim]; "HND":
             [kv heads, capacity, head_dim] or [pages, kv heads, page_size, head_dim]. Slot s of a paged cache is row
             s mod page_size of page s div page_size. Any strides, k's and v's independent, last dimension contiguous;
-            dtype of k, or both float8_e4m3fn.
+            dtype of k, or both float8_e4m3fn. uint8 with scales is taken as float8_e4m3fn. The caches share memory
+            neither with each other nor with an input; views of one allocation that do not overlap are fine.
         sections: half-dimensions rotated by the temporal, height and width position; they sum to rotary_dim / 2.
         interleaved: False: sections are chunks in this order (Qwen2-VL); True: t h w t h w … (Qwen3-VL).
         layout: "NHD" or "HND", the order of rows (N), heads (H) and head_dim (D) in the caches.
         k_scale, v_scale: float32, one number or one per kv head, with float8 caches only: what is stored is x / scale,
             rounded once and saturated to ±448.
+        q_norm, k_norm: weights [head_dim] of an RMSNorm of every head of q, of k, before the rotation, in their dtype:
+            weight · x / √(mean(x²) + norm_eps), rounded where transformers' RMSNorm rounds. None: not normalised. A
+            zero-centred norm passes 1 + weight.
+        norm_eps: added to the mean of squares.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
@@ -170,51 +242,22 @@ def append_visual_kv(
 
     Raises:
         TypeError: wrong dtype.
-        ValueError: wrong shapes, strides or device; on the CPU also a position outside the table (on a GPU it is
-            clamped: reading it would need a synchronisation). The caches are untouched after an error.
+        ValueError: wrong shapes, strides or device, memory that overlaps; on the CPU also a position outside the table
+            (on a GPU it is clamped: reading it would need a synchronisation). The caches are untouched after an error.
         BackendUnavailable: an explicit backend cannot run here.
 
-    Source: `apply_multimodal_rotary_pos_emb` of transformers' Qwen2-VL, `apply_interleaved_mrope` of its Qwen3-VL,
-    and their cache update.
+    Source: `apply_multimodal_rotary_pos_emb` of transformers' Qwen2-VL, `apply_interleaved_mrope` and
+    `Qwen3VLTextRMSNorm` of its Qwen3-VL, and their cache update.
     """
-    _check(q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, layout, k_scale, v_scale)
-    op = bind("append_visual_kv", "append_visual_kv", backend, q.device, q.dtype)
-    options = (*sections, interleaved, layout == "HND", k_scale, v_scale)
-    try:
-        return op(q, k, v, cos_sin, positions, slots, k_cache, v_cache, *options)
-    except RuntimeError as error:
-        raise _as_value_error(error) from None
+    op, checked = prepare("append_visual_kv", *arguments, **options)
+    return op(*checked)
 
 
-def append_visual_kv_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    sections: tuple[int, int, int] = (16, 24, 24),
-    *,
-    interleaved: bool = False,
-    layout: str = "NHD",
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
-    """`append_visual_kv` that rotates q in place (q may be a view of the packed GEMM output) and returns nothing."""
-    _check(q, k, v, cos_sin, positions, slots, k_cache, v_cache, sections, layout, k_scale, v_scale)
-    op = bind("append_visual_kv", "append_visual_kv_", backend, q.device, q.dtype)
-    options = (*sections, interleaved, layout == "HND", k_scale, v_scale)
-    try:
-        op(q, k, v, cos_sin, positions, slots, k_cache, v_cache, *options)
-    except RuntimeError as error:
-        raise _as_value_error(error) from None
+@_takes_the_arguments_of(prepare)
+def append_visual_kv_(*arguments: Any, **options: Any) -> None:
+    """`append_visual_kv` that rotates q in place (q may be a view of the packed GEMM output) and returns nothing.
 
-
-def _as_value_error(error: RuntimeError) -> Exception:
-    """The backends find positions outside the table while they read them; a caller expects ValueError."""
-    text = str(error)
-    start = text.find("positions span")
-    return ValueError(text[start:].splitlines()[0]) if start >= 0 else error
+    q must not share memory with another input.
+    """
+    op, checked = prepare("append_visual_kv_", *arguments, **options)
+    op(*checked)

@@ -1,4 +1,4 @@
-"""Plain PyTorch: gather cos/sin by three position rows, rotate halves, write rows of the caches."""
+"""Plain PyTorch: normalise heads, gather cos/sin by three position rows, rotate halves, write rows of the caches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FLOAT8_MAX = 448.0
 
 
 def _axes(sections: tuple[int, int, int], interleaved: bool) -> list[int]:
-    """Which position row turns each half-dimension."""
+    """Which position row rotates each half-dimension."""
     if not interleaved:
         return [axis for axis, count in enumerate(sections) for _ in range(count)]
     axes = [0] * sum(sections)
@@ -25,7 +25,7 @@ def _cos_sin(table: Tensor, positions: Tensor, axes: list[int]) -> tuple[Tensor,
     if table.device.type == "cpu" and positions.numel():
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= table.shape[0]:
-            raise RuntimeError(
+            raise ValueError(
                 f"positions span {low}..{high}; the cos_sin table has rows 0..{table.shape[0] - 1}: "
                 "build a longer table"
             )
@@ -33,6 +33,14 @@ def _cos_sin(table: Tensor, positions: Tensor, axes: list[int]) -> tuple[Tensor,
     axis = torch.tensor(axes, device=table.device)
     cos, sin = (half.gather(0, axis.expand(1, rows.shape[1], -1))[0][:, None] for half in rows.chunk(2, dim=-1))
     return cos, sin
+
+
+def _normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """transformers' RMSNorm of every head: the quotient in float32 (float64 for float64), rounded, times the weight."""
+    if weight is None:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,12 +85,15 @@ def append_visual_kv(
     heads_first: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
 ) -> Tensor:
     cos, sin = _cos_sin(cos_sin, positions, _axes((section_t, section_h, section_w), interleaved))
     rounded = k.dtype if k_scale is None else torch.float32
-    _store(k_cache, slots, _rotate(k, cos, sin, rounded), heads_first, k_scale)
+    _store(k_cache, slots, _rotate(_normalise(k, k_norm, norm_eps), cos, sin, rounded), heads_first, k_scale)
     _store(v_cache, slots, v, heads_first, v_scale)
-    return _rotate(q, cos, sin, q.dtype)
+    return _rotate(_normalise(q, q_norm, norm_eps), cos, sin, q.dtype)
 
 
 def append_visual_kv_(q: Tensor, *others: object) -> None:

@@ -1,4 +1,4 @@
-"""One launch: a program rotates a few heads of a few tokens, and stores k and v where their slots say."""
+"""One launch: a program normalises and rotates a few heads of a few tokens; k and v go where the slots say."""
 
 from __future__ import annotations
 
@@ -41,53 +41,91 @@ def float8_bits(x):
 
 
 @triton.jit
-def _store_rows(cache, offset, mask, x, scale, heads, FLOAT8: tl.constexpr, HEAD_SCALES: tl.constexpr):
+def store_rows(cache_ptr, offset, mask, x, scale_ptr, heads, FLOAT8: tl.constexpr, HEAD_SCALES: tl.constexpr):
     """x [tokens, heads, channels] in any dtype to its rows, in the cache's dtype."""
     if FLOAT8:
-        factor = tl.load(scale + (heads if HEAD_SCALES else heads * 0))[None, :, None]
+        factor = tl.load(scale_ptr + (heads if HEAD_SCALES else heads * 0))[None, :, None]
         # A division rounded as IEEE says; the fast one, or a reciprocal, is off by one code once in thousands.
-        tl.store(cache + offset, float8_bits(tl.div_rn(x.to(tl.float32), tl.broadcast_to(factor, x.shape))), mask=mask)
+        quotient = tl.div_rn(x.to(tl.float32), tl.broadcast_to(factor, x.shape))
+        tl.store(cache_ptr + offset, float8_bits(quotient), mask=mask)
     else:
-        tl.store(cache + offset, x.to(cache.dtype.element_ty), mask=mask)
+        tl.store(cache_ptr + offset, x.to(cache_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def apply_norm(x, inverse, norm_ptr, channel, mask):
+    """weight · (x / √(mean square)) in x's dtype, rounded after each of the two, as transformers' RMSNorm does."""
+    weight = tl.load(norm_ptr + channel, mask=mask, other=0.0).to(tl.float32)[None, None, :]
+    normed = (x.to(tl.float32) * inverse).to(x.dtype).to(tl.float32)
+    return (weight * normed).to(x.dtype)
+
+
+@triton.jit
+def load_rotated(
+    x_ptr, offset, row_mask, cos, sin, norm_ptr, norm_eps,
+    NORM: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Heads at x_ptr + offset [tokens, heads]: both rotated halves, float32, and the channels behind, in x's dtype."""
+    pair = tl.arange(0, BLOCK_HALF)
+    rest = 2 * HALF + tl.arange(0, BLOCK_REST)
+    pair_mask = row_mask[:, :, None] & (pair < HALF)[None, None, :]
+    rest_mask = row_mask[:, :, None] & (rest < HEAD_DIM)[None, None, :]
+    row_ptr = x_ptr + offset[:, :, None]
+    first = tl.load(row_ptr + pair[None, None, :], mask=pair_mask, other=0.0)
+    second = tl.load(row_ptr + HALF + pair[None, None, :], mask=pair_mask, other=0.0)
+    passed = tl.load(row_ptr + rest[None, None, :], mask=rest_mask, other=0.0)
+    if NORM:
+        low, high, behind = first.to(tl.float32), second.to(tl.float32), passed.to(tl.float32)
+        squares = tl.sum(low * low + high * high, 2) + tl.sum(behind * behind, 2)
+        root = tl.sqrt_rn(squares / HEAD_DIM + norm_eps)
+        inverse = tl.div_rn(tl.full(root.shape, 1.0, tl.float32), root)[:, :, None]
+        first = apply_norm(first, inverse, norm_ptr, pair, pair < HALF)
+        second = apply_norm(second, inverse, norm_ptr, HALF + pair, pair < HALF)
+        passed = apply_norm(passed, inverse, norm_ptr, rest, rest < HEAD_DIM)
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin, passed
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "positions_axis", "positions_token", "slots_token"],
+    do_not_specialize=["tokens", "norm_eps", "stride_positions_axis", "stride_positions_token", "stride_slots_token"],
 )
 def append_kernel(
-    q,
-    q_out,
-    k,
-    v,
-    table,
-    positions,
-    slots,
-    k_cache,
-    v_cache,
-    k_scale,
-    v_scale,
+    q_ptr,
+    q_out_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    positions_ptr,
+    slots_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    norm_eps,
     tokens,
     table_rows,
     capacity,
     page_size,
-    q_token,
-    q_head,
-    out_token,
-    out_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    table_row,
-    positions_axis,
-    positions_token,
-    slots_token,
-    k_page,
-    k_row,
-    k_cache_head,
-    v_page,
-    v_row,
-    v_cache_head,
+    stride_q_token,
+    stride_q_head,
+    stride_out_token,
+    stride_out_head,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    stride_table_row,
+    stride_positions_axis,
+    stride_positions_token,
+    stride_slots_token,
+    stride_k_cache_page,
+    stride_k_cache_row,
+    stride_k_cache_head,
+    stride_v_cache_page,
+    stride_v_cache_row,
+    stride_v_cache_head,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -106,83 +144,78 @@ def append_kernel(
     BLOCK_REST: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Strides are named after the axis they step along, in elements."""
+    """Program (i, j): the i-th tokens; of them the j-th heads of q or, behind those, of k and v."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    is_token = token < tokens
-    i = tl.arange(0, BLOCK_HALF)
+    token_mask = token < tokens
+    pair = tl.arange(0, BLOCK_HALF)
     if INTERLEAVED:
-        axis = tl.where((i % 3 == 1) & (i < 3 * SECTION_H), 1, tl.where((i % 3 == 2) & (i < 3 * SECTION_W), 2, 0))
+        of_height = (pair % 3 == 1) & (pair < 3 * SECTION_H)
+        axis = tl.where(of_height, 1, tl.where((pair % 3 == 2) & (pair < 3 * SECTION_W), 2, 0))
     else:
-        axis = (i >= SECTION_T).to(tl.int32) + (i >= SECTION_T + SECTION_H).to(tl.int32)
-    # [tokens, half]: the position that turns each half-dimension
-    place = positions + axis.to(tl.int64)[None, :] * positions_axis + token[:, None] * positions_token
-    is_pair = is_token[:, None] & (i < HALF)[None, :]
-    position = tl.load(place, mask=is_pair, other=0).to(tl.int64)
+        axis = (pair >= SECTION_T).to(tl.int32) + (pair >= SECTION_T + SECTION_H).to(tl.int32)
+    # [tokens, half]: the position that rotates each pair of channels
+    position_ptr = positions_ptr + axis.to(tl.int64)[None, :] * stride_positions_axis
+    angle_mask = token_mask[:, None] & (pair < HALF)[None, :]
+    position = tl.load(position_ptr + token[:, None] * stride_positions_token, mask=angle_mask, other=0).to(tl.int64)
     position = tl.minimum(tl.maximum(position, 0), table_rows - 1)
-    angle = table + position * table_row + i[None, :]
-    cos = tl.load(angle, mask=is_pair, other=0.0)[:, None, :]
-    sin = tl.load(angle + HALF, mask=is_pair, other=0.0)[:, None, :]
+    angle_ptr = table_ptr + position * stride_table_row + pair[None, :]
+    cos = tl.load(angle_ptr, mask=angle_mask, other=0.0)[:, None, :]
+    sin = tl.load(angle_ptr + HALF, mask=angle_mask, other=0.0)[:, None, :]
 
     rest = 2 * HALF + tl.arange(0, BLOCK_REST)
-    # The first blocks of heads are q's, the others k's and v's.
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (Q_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     if block < q_blocks:
-        head = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-        is_row = is_token[:, None] & (head < Q_HEADS)[None, :]
-        is_half = is_row[:, :, None] & (i < HALF)[None, None, :]
-        row = (token[:, None] * q_token + head.to(tl.int64)[None, :] * q_head)[:, :, None]
-        out = (token[:, None] * out_token + head.to(tl.int64)[None, :] * out_head)[:, :, None]
-        first = tl.load(q + row + i[None, None, :], mask=is_half).to(tl.float32)
-        second = tl.load(q + row + HALF + i[None, None, :], mask=is_half).to(tl.float32)
-        tl.store(q_out + out + i[None, None, :], (first * cos - second * sin).to(q.dtype.element_ty), mask=is_half)
-        tl.store(
-            q_out + out + HALF + i[None, None, :], (second * cos + first * sin).to(q.dtype.element_ty), mask=is_half
-        )
+        head = (block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[None, :]
+        row_mask = token_mask[:, None] & (head < Q_HEADS)
+        first, second, passed = load_rotated(
+            q_ptr, token[:, None] * stride_q_token + head * stride_q_head, row_mask, cos, sin, q_norm_ptr, norm_eps,
+            q_norm_ptr is not None, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+        pair_mask = row_mask[:, :, None] & (pair < HALF)[None, None, :]
+        out_ptr = q_out_ptr + (token[:, None] * stride_out_token + head * stride_out_head)[:, :, None]
+        dtype = q_out_ptr.dtype.element_ty
+        tl.store(out_ptr + pair[None, None, :], first.to(dtype), mask=pair_mask)
+        tl.store(out_ptr + HALF + pair[None, None, :], second.to(dtype), mask=pair_mask)
         if HEAD_DIM > 2 * HALF:
-            is_rest = is_row[:, :, None] & (rest < HEAD_DIM)[None, None, :]
-            tl.store(q_out + out + rest[None, None, :], tl.load(q + row + rest[None, None, :], mask=is_rest), is_rest)
+            rest_mask = row_mask[:, :, None] & (rest < HEAD_DIM)[None, None, :]
+            tl.store(out_ptr + rest[None, None, :], passed, mask=rest_mask)
     else:
-        head = (block - q_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-        slot = tl.load(slots + token * slots_token, mask=is_token, other=-1).to(tl.int64)
+        number = (block - q_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        head = number.to(tl.int64)[None, :]
+        slot = tl.load(slots_ptr + token * stride_slots_token, mask=token_mask, other=-1).to(tl.int64)
         is_stored = (slot >= 0) & (slot < capacity)
         slot = tl.where(is_stored, slot, 0)
-        is_row = is_stored[:, None] & (head < KV_HEADS)[None, :]
-        is_half = is_row[:, :, None] & (i < HALF)[None, None, :]
-        wide_head = head.to(tl.int64)[None, :]
+        row_mask = is_stored[:, None] & (head < KV_HEADS)
+        first, second, passed = load_rotated(
+            k_ptr, token[:, None] * stride_k_token + head * stride_k_head, row_mask, cos, sin, k_norm_ptr, norm_eps,
+            k_norm_ptr is not None, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
         if PAGED:
             page = slot // page_size
             within = slot - page * page_size
-            k_slot = page * k_page + within * k_row
-            v_slot = page * v_page + within * v_row
+            k_slot = page * stride_k_cache_page + within * stride_k_cache_row
+            v_slot = page * stride_v_cache_page + within * stride_v_cache_row
         else:
-            k_slot = slot * k_row
-            v_slot = slot * v_row
-        to_k = (k_slot[:, None] + wide_head * k_cache_head)[:, :, None]
-        to_v = (v_slot[:, None] + wide_head * v_cache_head)[:, :, None]
-        from_k = (token[:, None] * k_token + wide_head * k_head)[:, :, None]
-        from_v = (token[:, None] * v_token + wide_head * v_head)[:, :, None]
-        scale_head = tl.minimum(head, KV_HEADS - 1)
-        first = tl.load(k + from_k + i[None, None, :], mask=is_half).to(tl.float32)
-        second = tl.load(k + from_k + HALF + i[None, None, :], mask=is_half).to(tl.float32)
-        channel = tl.arange(0, BLOCK_DIM)
-        is_channel = is_row[:, :, None] & (channel < HEAD_DIM)[None, None, :]
-        values = tl.load(v + from_v + channel[None, None, :], mask=is_channel)
-        turned = first * cos - second * sin
-        _store_rows(k_cache, to_k + i[None, None, :], is_half, turned, k_scale, scale_head, FLOAT8, K_HEAD_SCALES)
-        turned = second * cos + first * sin
-        _store_rows(
-            k_cache, to_k + HALF + i[None, None, :], is_half, turned, k_scale, scale_head, FLOAT8, K_HEAD_SCALES
-        )
+            k_slot = slot * stride_k_cache_row
+            v_slot = slot * stride_v_cache_row
+        k_row = (k_slot[:, None] + head * stride_k_cache_head)[:, :, None]
+        v_row = (v_slot[:, None] + head * stride_v_cache_head)[:, :, None]
+        scale_head = tl.minimum(number, KV_HEADS - 1)
+        pair_mask = row_mask[:, :, None] & (pair < HALF)[None, None, :]
+        k_pair = k_row + pair[None, None, :]
+        store_rows(k_cache_ptr, k_pair, pair_mask, first, k_scale_ptr, scale_head, FLOAT8, K_HEAD_SCALES)
+        store_rows(k_cache_ptr, k_pair + HALF, pair_mask, second, k_scale_ptr, scale_head, FLOAT8, K_HEAD_SCALES)
         if HEAD_DIM > 2 * HALF:
-            is_rest = is_row[:, :, None] & (rest < HEAD_DIM)[None, None, :]
-            passed = tl.load(k + from_k + rest[None, None, :], mask=is_rest)
-            _store_rows(
-                k_cache, to_k + rest[None, None, :], is_rest, passed, k_scale, scale_head, FLOAT8, K_HEAD_SCALES
-            )
-        _store_rows(
-            v_cache, to_v + channel[None, None, :], is_channel, values, v_scale, scale_head, FLOAT8, V_HEAD_SCALES
-        )
+            rest_mask = row_mask[:, :, None] & (rest < HEAD_DIM)[None, None, :]
+            k_rest = k_row + rest[None, None, :]
+            store_rows(k_cache_ptr, k_rest, rest_mask, passed, k_scale_ptr, scale_head, FLOAT8, K_HEAD_SCALES)
+        channel = tl.arange(0, BLOCK_DIM)
+        channel_mask = row_mask[:, :, None] & (channel < HEAD_DIM)[None, None, :]
+        v_from = token[:, None] * stride_v_token + head * stride_v_head
+        values = tl.load(v_ptr + v_from[:, :, None] + channel[None, None, :], mask=channel_mask)
+        v_channel = v_row + channel[None, None, :]
+        store_rows(v_cache_ptr, v_channel, channel_mask, values, v_scale_ptr, scale_head, FLOAT8, V_HEAD_SCALES)
 
 
 def _launch(
@@ -202,6 +235,9 @@ def _launch(
     heads_first: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
 ) -> None:
     tokens, q_heads, head_dim = q.shape
     kv_heads, half = k.shape[1], cos_sin.shape[1] // 2
@@ -231,6 +267,9 @@ def _launch(
             v_cache.view(torch.uint8) if float8 else v_cache,
             k_scale,
             v_scale,
+            q_norm,
+            k_norm,
+            norm_eps,
             tokens,
             cos_sin.shape[0],
             k_cache.shape[row] * (k_cache.shape[0] if paged else 1),
