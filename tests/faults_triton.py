@@ -10,8 +10,8 @@ PATCHES = "triton/test_roi_patches_triton kernels/test_roi_patches kernels/test_
 EMBED = "triton/test_roi_patch_embed_triton kernels/test_roi_patch_embed"
 CONTROL = "triton/test_control_cross_attention_triton kernels/test_control_cross_attention"
 APPEND = (
-    "kernels/test_append_formats kernels/test_append_layouts kernels/test_append_variants kernels/test_append_visual_kv "
-    "kernels/test_append_norm"
+    "kernels/test_append_formats kernels/test_append_layouts kernels/test_append_variants "
+    "kernels/test_append_visual_kv kernels/test_append_norm"
 )
 LAUNCHES = "triton/test_launches_triton"
 

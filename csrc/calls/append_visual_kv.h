@@ -6,11 +6,12 @@
 #include "../math/mrope.h"
 #include "../math/slots.h"
 #include "../stable.h"
+#include "overlap.h"
 
 namespace vpt {
 
-// In the schema's order. Shapes, dtypes, strides and overlaps are checked in vpt_kernels/append_visual_kv/api.py, once
-// for every backend; what only the values say is left.
+// In the schema's order. Shapes, dtypes and strides are checked in vpt_kernels/append_visual_kv/api.py, once for every
+// backend; what addresses and values say is left.
 struct AppendCall {
   Tensor q, k, v, cos_sin, positions, slots, k_cache, v_cache;
   int64_t section_t, section_h, section_w;
@@ -33,13 +34,25 @@ template <void (*append)(const AppendCall&, const Tensor& q_out), typename... Ar
 struct AppendForms<append, void(Arguments...)> {
   static Tensor fresh(Arguments... arguments) {
     const AppendCall call{std::move(arguments)...};
+    check(call, nullptr);
     Tensor q_out = torch::stable::new_empty(call.q, {call.q.size(0), call.q.size(1), call.q.size(2)});
     append(call, q_out);
     return q_out;
   }
   static void in_place(Arguments... arguments) {
     const AppendCall call{std::move(arguments)...};
+    check(call, &call.q);
     append(call, call.q);
+  }
+
+ private:
+  static void check(const AppendCall& c, const Tensor* q_out) {
+    const auto given = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
+    require_disjoint(
+        {{"k_cache", &c.k_cache}, {"v_cache", &c.v_cache}, {"q", q_out}},
+        {{"q", q_out == nullptr ? &c.q : nullptr}, {"k", &c.k}, {"v", &c.v}, {"cos_sin", &c.cos_sin},
+         {"positions", &c.positions}, {"slots", &c.slots}, {"k_scale", given(c.k_scale)},
+         {"v_scale", given(c.v_scale)}, {"q_norm", given(c.q_norm)}, {"k_norm", given(c.k_norm)}});
   }
 };
 

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.backends import bind
-from vpt_kernels.checks import CHECK_VALUES, require_inference, require_slots, require_tensor
+from vpt_kernels.checks import (
+    CHECK_VALUES,
+    require_disjoint,
+    require_inference,
+    require_slots,
+    require_tensor,
+)
 
 LAYOUTS = ("NHD", "HND")
 FLOAT8 = torch.float8_e4m3fn
 _INTEGERS = (torch.int32, torch.int64)
+_IN_PYTHON = ("triton", "reference")
+"""Implementations that leave it to us to compare addresses; the others do it where that costs nanoseconds."""
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -78,8 +86,14 @@ def prepare(
             require_inference(**{name: tensor})
     if CHECK_VALUES and not torch.compiler.is_compiling():
         _check_values(k, cos_sin, positions, slots, k_cache)
-    arguments = (q, k, v, cos_sin, positions, slots, k_cache, v_cache, *sections, interleaved, layout == "HND")
     op = bind("append_visual_kv", form, backend, q.device, q.dtype)
+    if op._overloadname in _IN_PYTHON:
+        written = {"k_cache": k_cache, "v_cache": v_cache}
+        read = {"k": k, "v": v, "cos_sin": cos_sin, "positions": positions, "slots": slots}
+        read |= {"k_scale": k_scale, "v_scale": v_scale, "q_norm": q_norm, "k_norm": k_norm}
+        (written if form == "append_visual_kv_" else read)["q"] = q
+        require_disjoint(written, read)
+    arguments = (q, k, v, cos_sin, positions, slots, k_cache, v_cache, *sections, interleaved, layout == "HND")
     return op, (*arguments, k_scale, v_scale, q_norm, k_norm, norm_eps)
 
 

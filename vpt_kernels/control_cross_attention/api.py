@@ -175,6 +175,8 @@ def _check(features: Tensor, control: Tensor | None, projector: ControlProjector
             raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}; it must be int32 or int64")
         if cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens is empty; it must hold 0 and the end of each image's tokens")
+        if cu_seqlens.shape[0] == 1 and tokens:
+            raise ValueError(f"cu_seqlens names no image, but there are {tokens} tokens; add the end of each image's")
         if (cu_seqlens.device.type == "cpu" or CHECK_VALUES) and not torch.compiler.is_compiling():
             require_segments(cu_seqlens, tokens)
     images = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else features.shape[0] if batched else 1
@@ -284,10 +286,10 @@ def control_cross_attention_into(
         raise TypeError(f"rows is {rows.dtype}; it must be int32 or int64")
     if rows.shape[0] != tokens:
         raise ValueError(f"rows has {rows.shape[0]} entries; the features give {tokens} tokens")
-    if not torch.compiler.is_compiling():
-        require_disjoint("features", features, "out", out)
-        if CHECK_VALUES:
-            require_slots("rows", rows, out.shape[0])
+    given = {"features": features, "control": control, "cu_seqlens": cu_seqlens, "rows": rows}
+    require_disjoint({"out": out}, {name: tensor for name, tensor in given.items() if tensor is not None})
+    if CHECK_VALUES and not torch.compiler.is_compiling():
+        require_slots("rows", rows, out.shape[0])
     op = bind(
         "control_cross_attention",
         "control_cross_attention_into",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.backends import bind
-from vpt_kernels.checks import require_inference, require_tensor
+from vpt_kernels.checks import require_disjoint, require_inference, require_tensor
 from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, PIXEL_ZERO, RegionPlan
 
 
@@ -200,5 +200,7 @@ def roi_patch_embed_into(
         )
     if not 0 <= row <= out.shape[0] - plan.rows:
         raise ValueError(f"rows {row}..{row + plan.rows} do not fit out's {out.shape[0]} rows; enlarge out")
+    read = {"weight": embed.weight, "bias": embed.bias} | {f"image {i}": image for i, image in enumerate(images)}
+    require_disjoint({"out": out[row : row + plan.rows]}, read)
     op = bind("roi_patch_embed", "roi_patch_embed_into", backend, device, embed.weight.dtype)
     op(images, plan.table, embed.weight, embed.bias, out, row)
