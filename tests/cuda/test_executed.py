@@ -16,7 +16,7 @@ SUITES = {
     "append": (
         "tests/kernels/test_append_visual_kv.py tests/kernels/test_append_layouts.py "
         "tests/kernels/test_append_formats.py tests/kernels/test_append_variants.py "
-        "tests/kernels/test_append_norm.py",
+        "tests/kernels/test_append_norm.py tests/kernels/test_overlap.py",
         "not float16", "",
     ),
     "append errors": ("tests/kernels/test_append_bad_input.py", "", "position or negative"),

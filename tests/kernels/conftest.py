@@ -14,6 +14,7 @@ ALL_BUT: dict[str, tuple[str, ...]] = {
     "test_append_formats": (),
     "test_append_layouts": (),
     "test_append_norm": (),
+    "test_overlap": (),
     "test_append_variants": (),
     "test_append_visual_kv": (
         # These are about no backend.
@@ -87,5 +88,5 @@ def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return
     from tests.triton import launches
 
-    operator = {"append": launches.append, "control": launches.control, "roi": launches.roi}
+    operator = {"append": launches.append, "overlap": launches.append, "control": launches.control, "roi": launches.roi}
     operator[request.node.path.stem.split("_")[1]](monkeypatch)
