@@ -3,7 +3,14 @@
 from vpt_kernels.append_visual_kv import reference as _append_reference  # noqa: F401  (registers the backend)
 from vpt_kernels.append_visual_kv.api import append_visual_kv, append_visual_kv_, rotary_table
 from vpt_kernels.backends import BackendUnavailable, explain
-from vpt_kernels.caches import append_to_flashinfer_pages_, append_to_layer_, append_to_vllm_pages_, flashinfer_slots
+from vpt_kernels.caches import (
+    append_to_flashinfer_pages_,
+    append_to_layer_,
+    append_to_vllm_pages_,
+    cache_spare_bytes,
+    compact_cache_,
+    flashinfer_slots,
+)
 from vpt_kernels.control_cross_attention import reference as _control_reference  # noqa: F401
 from vpt_kernels.control_cross_attention.api import (
     ControlProjector,
@@ -49,6 +56,8 @@ __all__ = [
     "append_to_vllm_pages_",
     "append_visual_kv",
     "append_visual_kv_",
+    "cache_spare_bytes",
+    "compact_cache_",
     "clip_boxes",
     "control_cross_attention",
     "control_cross_attention_into",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -264,7 +264,7 @@ def append_rows_(
     if not layer.is_initialized:
         layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
     layer.keys, layer.values = keys[:, :, : start + count], values[:, :, : start + count]
-    _spare[layer] = (layer.keys, layer.values, keys, values)
+    _keep_spare(layer, keys, values)
     return layer.keys, layer.values
 
 
@@ -300,8 +300,64 @@ def _require_fitting(layer: Any, k: Tensor, length: int | Tensor) -> None:
         raise ValueError(f"k is on {k.device}, the layer on {held.device}; move them to one device")
 
 
-_spare: WeakKeyDictionary[Any, tuple[Tensor, Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+_spare: WeakKeyDictionary[Any, tuple[ref[Tensor], ref[Tensor], Tensor, Tensor]] = WeakKeyDictionary()
 """What a dynamic layer was given last, and the longer buffers behind it."""
+
+
+def _keep_spare(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Remember the buffers as long as the layer holds what it was given of them: afterwards they are nobody's."""
+    owner = ref(layer)
+
+    def forget(dead: ref[Tensor]) -> None:
+        known = _spare.get(owner()) if owner() is not None else None
+        if known is not None and known[0] is dead:
+            del _spare[owner()]
+
+    _spare[layer] = (ref(layer.keys, forget), ref(layer.values), keys, values)
+
+
+def cache_spare_bytes(cache: Any) -> int:
+    """Bytes that the tensors of a transformers cache keep in memory beyond the keys and values that they show.
+
+    `append_to_layer_`, and with it `patch`, leaves a dynamic layer room for max(16, an eighth of its tokens) more
+    tokens, so that not every token copies the cache; static layers have none. `compact_cache_` gives it back.
+
+    Args:
+        cache: a cache of transformers, old ones with lists of keys and values included.
+    """
+    return sum(t.untyped_storage().nbytes() - t.numel() * t.element_size() for _, _, t in _held(cache))
+
+
+def compact_cache_(cache: Any) -> int:
+    """Make the keys and values of a dynamic cache contiguous tensors without spare room, as `update` leaves them.
+
+    For what asks more of a tensor than its values: `view`, `safetensors`, files that hold what is shown and no more.
+    The next append makes room again.
+
+    Args:
+        cache: a cache of transformers; layers of static caches are left alone.
+
+    Returns:
+        The bytes that were given back.
+    """
+    before = cache_spare_bytes(cache)
+    for place, key, tensor in _held(cache):
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+            copy = tensor.clone(memory_format=torch.contiguous_format)
+            if isinstance(key, int):
+                place[key] = copy
+            else:
+                setattr(place, key, copy)
+    return before - cache_spare_bytes(cache)
+
+
+def _held(cache: Any) -> list[tuple[Any, Any, Tensor]]:
+    """Where a cache holds its growing tensors (layer and attribute, or list and index), and the tensors."""
+    if hasattr(cache, "layers"):
+        grown = [layer for layer in cache.layers if type(layer).__name__ == "DynamicLayer" and layer.is_initialized]
+        return [(layer, name, getattr(layer, name)) for layer in grown for name in ("keys", "values")]
+    lists = [getattr(cache, name, ()) for name in ("key_cache", "value_cache")]
+    return [(part, index, tensor) for part in lists for index, tensor in enumerate(part)]
 
 
 def _grown(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -312,7 +368,7 @@ def _grown(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tenso
     """
     batch, count, heads, head_dim = k.shape
     known = _spare.get(layer) if length else None
-    if known is not None and known[0] is layer.keys and known[1] is layer.values:
+    if known is not None and known[0]() is layer.keys and known[1]() is layer.values:
         # A tensor made in inference mode must not be changed outside of it.
         usable = torch.is_inference_mode_enabled() or not known[2].is_inference()
         if usable and known[2].shape[2] >= length + count:
@@ -320,6 +376,9 @@ def _grown(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tenso
     spare = max(MIN_SPARE, length // 8) if type(layer).__name__ == "DynamicLayer" else 0
     room = length + count + spare
     whole = (k.new_empty((batch, heads, room, head_dim)), v.new_empty((batch, heads, room, head_dim)))
-    if length:
-        whole[0][:, :, :length], whole[1][:, :, :length] = layer.keys, layer.values
+    for part, held in zip(whole, (layer.keys, layer.values)):
+        if length:
+            part[:, :, :length] = held
+        # A file made of it must not hold what was in the memory before.
+        part[:, :, length + count :] = 0
     return whole
