@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vpt_kernels.checks import require_choice, require_type
 from vpt_kernels.library import BACKENDS, OPS
 
 logger = logging.getLogger("vpt_kernels")
@@ -178,7 +179,10 @@ def _choose(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
     """`select`, remembered; the first time, what registers a Triton implementation is imported."""
     # Words and imports cost microseconds; nothing but these decides, and none of it changes in a process.
     key = (operator, backend, device.type, dtype, *declined)
-    name = _chosen.get(key)
+    try:
+        name = _chosen.get(key)
+    except TypeError:
+        raise TypeError(f"backend is a {type(backend).__name__}; choose 'auto' or one of {BACKENDS}") from None
     if name is None:
         name = select(operator, backend, device, dtype, declined)
         if name == "triton":
@@ -217,8 +221,10 @@ def explain(operator: str, *tensors: torch.Tensor, backend: str = "auto") -> str
     Raises:
         ValueError: `operator` is not a known name.
     """
-    if operator not in CAPABILITIES:
-        raise ValueError(f"operator is {operator!r}; choose one of {tuple(CAPABILITIES)}")
+    require_choice("operator", operator, tuple(CAPABILITIES))
+    require_choice("backend", backend, ("auto", *BACKENDS))
+    for tensor in tensors:
+        require_type("one of tensors", tensor, torch.Tensor, "a torch.Tensor")
     default = torch.uint8 if operator == "roi_patches" else torch.float32
     device = tensors[0].device if tensors else torch.device("cpu")
     dtypes = [t.dtype for t in tensors if t.is_floating_point()]

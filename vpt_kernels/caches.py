@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.append_visual_kv.api import LAYOUTS, append_visual_kv_
-from vpt_kernels.checks import CHECK_VALUES, require_tensor
+from vpt_kernels.checks import CHECK_VALUES, require_integer, require_tensor
 
 LAYERS = ("StaticLayer", "DynamicLayer")
 """Classes of transformers' cache layers that `append_to_layer_` knows; sliding and quantised ones keep other rows."""
@@ -92,6 +92,7 @@ def flashinfer_slots(
     """
     named = {"append_indptr": append_indptr, "kv_indices": kv_indices}
     named |= {"kv_indptr": kv_indptr, "kv_last_page_len": kv_last_page_len}
+    require_tensor("append_indptr", append_indptr, None, None, 1)
     for name, tensor in named.items():
         require_tensor(name, tensor, None, append_indptr.device, 1)
         if tensor.dtype not in (torch.int32, torch.int64):
@@ -102,8 +103,8 @@ def flashinfer_slots(
             f"append_indptr {tuple(append_indptr.shape)} and kv_indptr {tuple(kv_indptr.shape)} must be "
             f"({requests + 1},): one more than the {requests} entries of kv_last_page_len"
         )
-    if page_size < 1 or tokens < 0:
-        raise ValueError(f"page_size is {page_size} and tokens {tokens}; they must be at least 1 and 0")
+    page_size = require_integer("page_size", page_size, 1, (1 << 31) - 1)
+    tokens = require_integer("tokens", tokens, 0, (1 << 31) - 1)
     if not requests or not kv_indices.shape[0]:
         return torch.full((tokens,), -1, dtype=torch.int64, device=append_indptr.device)
     token = torch.arange(tokens, device=append_indptr.device)

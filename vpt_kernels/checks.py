@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import index
 from typing import Any
@@ -37,6 +37,8 @@ def require_tensor(
         raise TypeError(f"{name} is {type(tensor).__name__}; it must be a torch.Tensor")
     if dtype is not None and tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}; it must be {dtype}, as the other tensors")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; it must be strided: call {name}.to_dense()")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, other tensors on {device}; move them to one device")
     if dim is not None and tensor.dim() != dim:
@@ -173,6 +175,28 @@ def require_integer(name: str, value: Any, low: int, high: int | None = None) ->
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name} is {number}; it must be at least {low}{'' if high is None else f', at most {high}'}")
     return number
+
+
+def require_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raise TypeError for anything but an int or a float, ValueError for NaN, infinities and, if asked, below zero."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} is {shown(value)}; it must be a number")
+    if not abs(value) <= 1e18 or (positive and value <= 0):
+        raise ValueError(f"{name} is {value}; it must be {'positive and ' * positive}finite, at most 1e18")
+
+
+def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise TypeError for anything but a string, ValueError for one that is not among `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {shown(value)}; choose one of {tuple(choices)}")
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {tuple(choices)}")
+
+
+def require_type(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise TypeError unless `value` is of `kind`, which messages call `what`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {shown(value)}; it must be {what}")
 
 
 def require_flag(name: str, value: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vpt_kernels.checks import require_flag, require_integer
+from vpt_kernels.checks import require_flag, require_integer, require_type
 
 ToRGB = Callable[[Image.Image], Image.Image | np.ndarray]
 MAX_PIXELS = 89_478_485
@@ -22,7 +22,9 @@ ORIENTATION = 0x0112
 """EXIF's tag of how the stored pixels are to be turned; 1 is upright."""
 
 
-def decode_image(image: Any, max_pixels: int | None = None, *, orient_files: bool = True) -> Tensor:
+def decode_image(
+    image: Any, max_pixels: int | None = None, *, orient_files: bool = True, notices: list[str] | None = None
+) -> Tensor:
     """The pixels of `image` as RGB, uint8 [height, width, 3], contiguous.
 
     image: a PIL image; a path, an open binary file or the bytes of an image file; or pixels as a uint8 numpy array or
@@ -32,13 +34,15 @@ def decode_image(image: Any, max_pixels: int | None = None, *, orient_files: boo
     max_pixels: largest image that is decoded; default: `PIL.Image.MAX_IMAGE_PIXELS`, and no limit for pixels, which
     are in memory already.
     orient_files: turn the pixels of files as their EXIF orientation says, so that they are upright. PIL images and
-    pixels are never turned: they are what their owner made them, and a PIL image whose EXIF says otherwise gives a
-    UserWarning (`orientation_notice`).
+    pixels are never turned: they are what their owner made them.
+    notices: a list that takes what the owner should know, which is a UserWarning without it: that the EXIF of a PIL
+    image says that its pixels are not upright.
     Raises ValueError, which names the file and the cause, if the file cannot be read or the image exceeds `max_pixels`;
     TypeError for anything else.
     """
+    require_type("notices", notices, (list, type(None)), "a list or None")
     if notice := orientation_notice(image):
-        warnings.warn(notice, stacklevel=2)
+        warnings.warn(notice, stacklevel=2) if notices is None else notices.append(notice)
     return pixels_of(image, max_pixels, orient_files=orient_files)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vpt_kernels.checks import require_type, shown
 from vpt_kernels.images import pillow_rgb, pixels_of
 from vpt_kernels.patch.embeds import why_flat_called
 from vpt_kernels.patch.supported import NORMALISATION
@@ -98,6 +99,7 @@ class QwenVLImageProcessor:
             ValueError: the model has no such patch embedding or several; its convolution does more than its weight
                 says (hooks, an adapter, offloading); or the processor does something else.
         """
+        require_type("model", model, nn.Module, "a torch.nn.Module")
         found = [module for module in model.modules() if type(module).__name__ in NORMALISATION]
         if len(found) != 1:
             raise ValueError(
@@ -118,6 +120,12 @@ class QwenVLImageProcessor:
             return cls(projection.weight, projection.bias, **options)
         expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
         expected |= {"patch_size": projection.kernel_size[-1], "temporal_patch_size": projection.kernel_size[0]}
+        read = (*expected, "rescale_factor", "size", "image_mean", "image_std", "merge_size")
+        if missing := [name for name in read if not hasattr(image_processor, name)]:
+            raise TypeError(
+                f"image_processor is {shown(image_processor)} without {', '.join(missing)}; it must be transformers' "
+                "image processor of the model, or None"
+            )
         for name, value in expected.items():
             if getattr(image_processor, name) != value:
                 raise ValueError(f"the image processor has {name} {getattr(image_processor, name)}; needed: {value}")

@@ -29,6 +29,37 @@ _CONSTANTS = ("rope_theta", "rms_norm_eps")
 _LARGEST_SIZE, _MOST_LAYERS = 100_000_000, 1000
 
 
+def require_kind(kind: Any) -> None:
+    """Raise TypeError or ValueError for anything but the kind of a re-encoder or None."""
+    require_type("kind", kind, (str, type(None)), f"one of {KINDS} or None")
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {KINDS} or None")
+
+
+def require_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} is {number}; it must be at least {low}{'' if high is None else f', at most {high}'}")
+    return number
+
+
+def require_type(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise TypeError unless `value` is of `kind`, which messages call `what`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {shown(value)}; it must be {what}")
+
+
+def shown(value: Any) -> str:
+    """A value as messages name it: its type where it is no plain value, because a tensor's would have to be read."""
+    return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """The Qwen2-VL vision tower. `hidden_size` is the language model's width (the merger's output)."""
@@ -103,8 +134,20 @@ class ModelConfig:
     sam: SamConfig = field(default_factory=SamConfig)
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in KINDS:
-            raise ValueError(f"kind is {self.kind!r}; it must be one of {KINDS} or None")
+        require_kind(self.kind)
+        for name in (*_SIZES, "image_resolution"):
+            limit = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_SIZE
+            require_integer(name, getattr(self, name), 1, limit)
+        for name in _CONSTANTS:
+            require_type(name, getattr(self, name), (int, float), "a number")
+            if not 0 < getattr(self, name) <= _LARGEST_SIZE:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive, at most {_LARGEST_SIZE}")
+        require_type("tie_word_embeddings", self.tie_word_embeddings, bool, "True or False")
+        for name, kind in (("vision", VisionConfig), ("dino", DinoConfig), ("sam", SamConfig)):
+            require_type(name, getattr(self, name), kind, f"a {kind.__name__}")
+        require_type("mrope_section", self.mrope_section, (tuple, list), "three integers")
+        if [type(part) for part in self.mrope_section] != [int] * 3:
+            raise TypeError(f"mrope_section is {shown(self.mrope_section)}; it must be three integers")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
@@ -314,27 +357,3 @@ def _kind(content: Mapping[str, Any], names: Iterable[str]) -> str:
             "detection_projector and seg_projector"
         )
     return kinds.pop()
-
-
-def require_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """The integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {shown(value)}; it must be an integer") from None
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} is {number}; it must be at least {low}{'' if high is None else f', at most {high}'}")
-    return number
-
-
-def require_type(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
-    """Raise TypeError unless `value` is of `kind`, which messages call `what`."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} is {shown(value)}; it must be {what}")
-
-
-def shown(value: Any) -> str:
-    """A value as messages name it: its type where it is no plain value, because a tensor's would have to be read."""
-    return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"

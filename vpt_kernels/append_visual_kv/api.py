@@ -14,8 +14,11 @@ from vpt_kernels.checks import (
     CHECK_VALUES,
     require_disjoint,
     require_inference,
+    require_integer,
+    require_number,
     require_slots,
     require_tensor,
+    require_type,
 )
 
 LAYOUTS = ("NHD", "HND")
@@ -37,11 +40,19 @@ def rotary_table(
     Raises:
         ValueError: rotary_dim is odd, or a size is not positive.
     """
+    for name, size in (("max_positions", max_positions), ("rotary_dim", rotary_dim)):
+        require_integer(name, size, -(1 << 31), 1 << 31)
+    require_number("theta", theta, positive=True)
+    require_type("device", device, (torch.device, str, type(None)), "a torch.device, its name, or None for the CPU")
     if max_positions < 1 or rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"max_positions {max_positions} must be positive, rotary_dim {rotary_dim} positive and even")
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-    angles = torch.arange(max_positions).float()[:, None] * (1.0 / theta**exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
+    angles = torch.arange(max_positions, device="cpu").float()[:, None] * (1.0 / theta**exponents)
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    try:
+        return table.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def prepare(

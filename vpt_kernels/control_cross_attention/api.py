@@ -10,11 +10,14 @@ from torch import Tensor
 from vpt_kernels.backends import CAPABILITIES, bind
 from vpt_kernels.checks import (
     CHECK_VALUES,
+    require_choice,
     require_disjoint,
     require_inference,
     require_segments,
     require_slots,
     require_tensor,
+    require_type,
+    shown,
 )
 
 FORMS = ("linear", "conv", "identity")
@@ -84,10 +87,15 @@ def fold_projector(
     Raises:
         ValueError: unknown form, missing or superfluous parameters, shapes or dtypes that do not fit.
     """
-    if form not in FORMS:
-        raise ValueError(f"form is {form!r}; choose one of {FORMS}")
+    require_choice("form", form, FORMS)
+    require_type("score", score, (bool, type(None)), "True, False or None")
     if (form == "identity") != (feature_norm is None) or (form == "identity") != (feature is None):
         raise ValueError(f"form {form!r} {'takes no' if form == 'identity' else 'needs'} feature_norm and feature")
+    pairs = {"condition_norm": (condition_norm, 1), "condition": (condition, 2)}
+    pairs |= {"feature_norm": (feature_norm, 1), "feature": (feature, None)}
+    for name, (pair, rank) in pairs.items():
+        if pair is not None or name.startswith("condition"):
+            _require_pair(name, pair, rank)
     hidden = condition[0].shape[0]
     _require_shape("condition weight", condition[0], (hidden, hidden))
     expected = [("condition bias", condition[1], (hidden,))]
@@ -133,6 +141,15 @@ def scored(projector: ControlProjector, score: bool | None = None) -> ControlPro
     weight, bias, condition, condition_bias = (getattr(projector, name).detach().double() for name in names)
     rows = torch.cat([weight.T, bias[None]])
     return replace(projector, score_weight=(rows @ condition).float(), score_bias=(rows @ condition_bias).float())
+
+
+def _require_pair(name: str, pair: tuple[Tensor, Tensor], rank: int | None) -> None:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name} is {shown(pair)}; it must be two tensors (weight, bias)")
+    for part, tensor, dim in zip(("weight", "bias"), pair, (rank, 1)):
+        require_tensor(f"{name} {part}", tensor, None, None, dim)
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} {part} is {tensor.dtype}; it must be floating point")
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from vpt_kernels.checks import require_flag, require_type
 from vpt_kernels.patch import embeds, projectors, rotary, swap
 from vpt_kernels.patch.report import PatchReport, Replacement
 from vpt_kernels.patch.rules import Rule, forget
@@ -50,6 +51,8 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    require_type("ops", ops, (list, tuple, set, frozenset, str, type(None)), f"a list with names out of {OPS}")
+    require_flag("strict", strict)
     wanted = OPS if ops is None else tuple(ops)
     unknown = [name for name in wanted if name not in OPS]
     if unknown or isinstance(ops, str):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vpt_kernels.backends import bind
-from vpt_kernels.checks import require_disjoint, require_inference, require_tensor
+from vpt_kernels.checks import (
+    require_disjoint,
+    require_inference,
+    require_integer,
+    require_tensor,
+    require_type,
+    shown,
+)
 from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, PIXEL_ZERO, RegionPlan
 
 
@@ -53,6 +62,11 @@ def fold_patch_weight(
         ValueError: shapes do not fit.
     """
     require_tensor("weight", weight, None, None, None)
+    require_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype or None")
+    if bias is not None:
+        require_tensor("bias", bias, None, weight.device, 1)
+        if not bias.is_floating_point():
+            raise TypeError(f"bias is {bias.dtype}; it must be floating point")
     if not weight.is_floating_point() or not (dtype or weight.dtype).is_floating_point:
         raise TypeError(
             f"weight is {weight.dtype}, to be folded to {dtype or weight.dtype}; both must be floating point"
@@ -60,8 +74,9 @@ def fold_patch_weight(
     require_inference(weight=weight, bias=bias)
     if weight.dim() not in (4, 5) or weight.shape[1] != 3 or weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [E, 3, p, p] or [E, 3, T, p, p]")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have three numbers each, std positive")
+    mean, std = _three("mean", mean), _three("std", std)
+    if min(std) <= 0:
+        raise ValueError(f"std is {std}; its three numbers must be positive")
     embed, patch = weight.shape[0], weight.shape[-1]
     if bias is not None and bias.shape != (embed,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight's {embed} outputs need ({embed},)")
@@ -85,16 +100,31 @@ def fold_patch_weight(
     )
 
 
+def _three(name: str, values: Any) -> tuple[float, float, float]:
+    """Three finite numbers, one per channel."""
+    try:
+        numbers = tuple([math.nan if isinstance(value, (str, bytes)) else float(value) for value in values])
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name} is {shown(values)}; it must be three numbers, one per channel") from None
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} is {numbers}; it must be three finite numbers, one per channel")
+    return numbers
+
+
 def _check_images(images: Sequence[Tensor], plan: RegionPlan) -> torch.device:
     if isinstance(images, Tensor):
         raise TypeError("images is one tensor; give a list of uint8 [height, width, 3] tensors")
+    require_type("images", images, (list, tuple), "a list of uint8 [height, width, 3] tensors")
+    require_type("plan", plan, RegionPlan, "what plan_regions returns")
     if plan.rows and not images:
         raise ValueError("images is empty, but the plan has regions")
     device = getattr(images[0], "device", None) if images else torch.device("cpu")
     for number, image in enumerate(images):
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8:
-            kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(f"image {number} is {kind}; it must be a torch.uint8 tensor (0…255, not normalised)")
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.layout is not torch.strided:
+            kind = f"{image.dtype}, {image.layout}" if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(
+                f"image {number} is {kind}; it must be a strided torch.uint8 tensor (0…255, not normalised)"
+            )
         if image.dim() != 3 or image.shape[2] != 3:
             raise ValueError(f"image {number} has shape {tuple(image.shape)}; it must be [height, width, 3] (HWC, RGB)")
         if image.device != device:
@@ -107,6 +137,7 @@ def _check_images(images: Sequence[Tensor], plan: RegionPlan) -> torch.device:
 
 
 def _check_embed(embed: FoldedPatchEmbed, plan: RegionPlan, device: torch.device) -> None:
+    require_type("embed", embed, FoldedPatchEmbed, "what fold_patch_weight returns")
     require_inference(weight=embed.weight, bias=embed.bias)
     outputs, patch = embed.weight.shape[0], embed.patch_size
     wide = torch.float64 if embed.weight.dtype == torch.float64 else torch.float32
@@ -198,7 +229,8 @@ def roi_patch_embed_into(
             f"out has shape {tuple(out.shape)} and strides {out.stride()}; it needs {embed.weight.shape[0]} contiguous "
             "columns"
         )
-    if not 0 <= row <= out.shape[0] - plan.rows:
+    row = require_integer("row", row, 0)
+    if row > out.shape[0] - plan.rows:
         raise ValueError(f"rows {row}..{row + plan.rows} do not fit out's {out.shape[0]} rows; enlarge out")
     read = {"weight": embed.weight, "bias": embed.bias} | {f"image {i}": image for i, image in enumerate(images)}
     require_disjoint({"out": out[row : row + plan.rows]}, read)

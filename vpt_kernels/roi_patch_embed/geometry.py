@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt_kernels.checks import require_integer, shown
+from vpt_kernels.checks import require_choice, require_integer, shown
 
 MAX_SIZE = 1 << 20
 """Largest width or height, in pixels, of an image or of a resampled region."""
@@ -93,12 +93,9 @@ class RegionPolicy:
             raise TypeError(f"fit is {shown(self.fit)}; it must be a function (height, width) -> (height, width)")
         require_integer("patch_size", self.patch_size, 1, MAX_SIZE)
         require_integer("merge_size", self.merge_size, 1, MAX_SIZE)
-        if self.resample not in FILTERS:
-            raise ValueError(f"resample is {self.resample!r}; choose one of {FILTERS}")
-        if self.pass_order not in PASS_ORDERS:
-            raise ValueError(f"pass_order is {self.pass_order!r}; choose one of {PASS_ORDERS}")
-        if self.anchor not in ("center", "top_left"):
-            raise ValueError(f"anchor is {self.anchor!r}; choose 'center' or 'top_left'")
+        require_choice("resample", self.resample, FILTERS)
+        require_choice("pass_order", self.pass_order, PASS_ORDERS)
+        require_choice("anchor", self.anchor, ("center", "top_left"))
         if self.regularize_edge is not None:
             require_integer("the longest edge (regularize_edge)", self.regularize_edge, 1, MAX_SIZE)
         if self.window is not None:
@@ -184,6 +181,8 @@ def qwen2_vl_policy(
     `longest_edge` adds the NEAREST regularisation that VPT's training and evaluation applied first (they use 512).
     Source: `smart_resize` of transformers' Qwen2-VL image processor; LLaMA-Factory 0.9.1 `_preprocess_image`.
     """
+    require_integer("patch_size", patch_size, 1, MAX_SIZE)
+    require_integer("merge_size", merge_size, 1, MAX_SIZE)
     fit = SmartResize(patch_size * merge_size, min_pixels, max_pixels)
     return RegionPolicy(fit, patch_size, merge_size, "bicubic", pass_order, longest_edge)
 
@@ -352,11 +351,10 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 def image_sizes(sizes: Any) -> tuple[tuple[int, int], ...]:
     """(height, width) of each image. Raises TypeError for anything but pairs of integers."""
     try:
-        return tuple([_pair(f"the size of image {number}", size) for number, size in enumerate(sizes)])
-    except TypeError as error:
-        if hasattr(sizes, "__iter__"):
-            raise
-        raise TypeError(f"sizes is {shown(sizes)}; give a list of (height, width), one per image") from error
+        listed = list(sizes)
+    except TypeError:
+        raise TypeError(f"sizes is {shown(sizes)}; give a list of (height, width), one per image") from None
+    return tuple([_pair(f"the size of image {number}", size) for number, size in enumerate(listed)])
 
 
 def listed_boxes(boxes: Any) -> Iterable[Any]:

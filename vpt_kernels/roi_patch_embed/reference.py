@@ -42,14 +42,14 @@ def resampling_coefficients(in_size: int, out_size: int, name: str) -> tuple[Ten
     filter_scale = max(scale, 1.0)
     support = radius * filter_scale
     taps = math.ceil(support) * 2 + 1
-    center = (torch.arange(out_size, dtype=torch.float64) + 0.5) * scale
+    center = (torch.arange(out_size, dtype=torch.float64, device="cpu") + 0.5) * scale
     # .to(int64) truncates toward zero, as the C cast does.
     first = (center - support + 0.5).to(torch.int64).clamp(min=0)
     count = (center + support + 0.5).to(torch.int64).clamp(max=in_size) - first
-    tap = torch.arange(taps, dtype=torch.float64)
+    tap = torch.arange(taps, dtype=torch.float64, device="cpu")
     weights = kernel((tap + first[:, None] - center[:, None] + 0.5) * (1.0 / filter_scale))
     weights = torch.where(tap < count[:, None], weights, 0.0)
-    total = torch.zeros(out_size, dtype=torch.float64)
+    total = torch.zeros(out_size, dtype=torch.float64, device="cpu")
     for t in range(taps):  # the C loop's order of additions
         total = total + weights[:, t]
     weights = torch.where(total[:, None] != 0, weights / total[:, None], weights)
@@ -65,7 +65,7 @@ def nearest_indices(in_size: int, out_size: int) -> Tensor:
     for _ in range(out_size):
         indices.append(min(int(position), in_size - 1))
         position += step
-    return torch.tensor(indices, dtype=torch.int64)
+    return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
 def _resample_rows(image: Tensor, out_size: int, name: str) -> Tensor:
@@ -128,8 +128,8 @@ def _bias_rows(plan: Tensor, bias: Tensor) -> Tensor:
         grid_h, grid_w, m = row[c.GRID_HEIGHT], row[c.GRID_WIDTH], row[c.MERGE_SIZE]
         valid_h = row[c.RESIZED_HEIGHT] - row[c.WINDOW_TOP]
         valid_w = row[c.RESIZED_WIDTH] - row[c.WINDOW_LEFT]
-        by_row = (valid_h - torch.arange(grid_h) * patch).clamp(0, patch)[:, None].expand(grid_h, grid_w)
-        by_column = (valid_w - torch.arange(grid_w) * patch).clamp(0, patch)[None].expand(grid_h, grid_w)
+        by_row = (valid_h - torch.arange(grid_h, device="cpu") * patch).clamp(0, patch)[:, None].expand(grid_h, grid_w)
+        by_column = (valid_w - torch.arange(grid_w, device="cpu") * patch).clamp(0, patch)[None].expand(grid_h, grid_w)
         index = torch.where(by_row < patch, by_row, (patch + 1) + by_column)
         index = index.reshape(grid_h // m, m, grid_w // m, m).transpose(1, 2).reshape(-1)
         parts.append(bias.flatten(0, 1)[index.to(bias.device)])

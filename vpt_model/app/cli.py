@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -70,6 +72,10 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 
 
 def main() -> None:
+    """The command `vpt`: what a terminal of another encoding cannot show is replaced, so that no work is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()
 
 
@@ -145,6 +151,9 @@ def ask(
     seed: Annotated[int, typer.Option(help="without --image: which picture of vpt-mini's test split", min=0)] = SEED,
 ) -> None:
     """Answer a question about an image, with the second looks that the model asks for."""
+    # In a locale that is not UTF-8, Python hands on the bytes that it could not decode.
+    with suppress(UnicodeEncodeError):
+        question = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if image is None and model != MINI:
         raise ValueError("there is no image: give --image FILE")
     picture = make_scene(seed, "test").pixels if image is None else decode_image(image)

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from vpt_model.checkpoint.encoder_names import packed_name, state_name
 from vpt_model.checkpoint.weights import Stored, read_json, stored_tensors
-from vpt_model.config import DinoConfig, ModelConfig, SamConfig, VisionConfig, parse_config
+from vpt_model.config import DinoConfig, ModelConfig, SamConfig, VisionConfig, parse_config, require_type
 from vpt_model.text.tokens import Tokenizer
 
 # The released 2B's name of its projector; transformers' names since 4.52, which it writes where it is told to.
@@ -157,13 +158,13 @@ def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
     Scales keep activations and logits of order one (float32 noise in logits stays well below 1e-4), attention peaked
     enough that single tokens matter, and the projector's rank-one term half the features' size.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
     for name, shape in expected_shapes(config).items():
         if name == _HEAD and config.tie_word_embeddings:
             state[name] = state[_EMBEDDING]
             continue
-        tensor = torch.empty(shape).normal_(generator=generator)
+        tensor = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
         if name.endswith(_GAINS) or (name.endswith("weight") and ("norm" in name or "ln_q" in name)):
             tensor.mul_(0.1).add_(1.0)
         elif name.endswith("bias"):
@@ -191,6 +192,10 @@ def check_state(config: ModelConfig, state: Mapping[str, torch.Tensor | Stored])
 
     It names the first of each kind: a file of another model would otherwise fill screens.
     """
+    require_type("config", config, ModelConfig, "a ModelConfig")
+    require_type("state", state, Mapping, "a state dict: names to tensors")
+    for name, tensor in state.items():
+        require_type(f"{name!r:.80} of the state dict", tensor, (torch.Tensor, Stored), "a torch.Tensor")
     shapes = expected_shapes(config)
     dtypes = Counter(tensor.dtype for tensor in state.values() if tensor.dtype.is_floating_point)
     common = dtypes.most_common(1)[0][0] if dtypes else None
@@ -255,6 +260,7 @@ class Checkpoint:
         lacks, unsupported configurations, and one that counts the missing, unexpected and misshapen tensors and names
         the first of them.
         """
+        require_type("folder", folder, (str, PathLike), "a path")
         folder = Path(folder)
         fields = read_json(folder / "config.json")
         tensors = stored_tensors(folder)
@@ -277,6 +283,9 @@ class Checkpoint:
         Takes no more memory than the weights: they are read in pieces to where they stay, and what the language
         model fuses is adjacent.
         """
+        require_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype or None")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}; it must be floating point, or None for the stored one")
         state = empty_state(self.config, dtype or next(iter(self.tensors.values())).dtype)
         names = [name for name in state if not (self.config.tie_word_embeddings and name == _HEAD)]
         total, done = sum(self.tensors[name].nbytes for name in names), 0
@@ -309,7 +318,7 @@ def empty_state(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tens
     state = dict.fromkeys(shapes, torch.empty(0))
     for names in fused_groups(config).values():
         rows = [shapes[name][0] for name in names]
-        buffer = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=dtype)
+        buffer = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=dtype, device="cpu")
         state |= zip(names, buffer.split(rows), strict=True)
     if config.tie_word_embeddings:
         state[_HEAD] = state[_EMBEDDING]

@@ -74,7 +74,7 @@ class Stored:
         if self.held is not None:
             yield from self.held.flatten().split(step)
             return
-        buffer = torch.empty(min(step, self.count), dtype=self.dtype)
+        buffer = torch.empty(min(step, self.count), dtype=self.dtype, device="cpu")
         with self.file.open("rb") as file:
             file.seek(self.offset)
             for begin in range(0, self.count, step):
@@ -123,8 +123,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file of a checkpoint holds. Raises ValueError naming the file if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: give a checkpoint folder with config.json and weights") from None
+    except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):
+        raise ValueError(
+            f"{str(path)!a:.200} does not exist: give a checkpoint folder with config.json and weights"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
     if type(content) is not dict:

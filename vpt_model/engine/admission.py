@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from vpt_model.config import require_integer, require_type
 from vpt_model.engine.conversation import Picture, Question
 from vpt_model.engine.loop import Loop
 from vpt_model.engine.sampling import Sampler, Sampling
@@ -25,8 +26,11 @@ def admit(
     """A checked question; arguments and errors as in `Engine.stream`. picture: new where it has no features yet."""
     if not isinstance(question, str):
         raise TypeError(f"question is a {type(question).__name__}; it must be a string")
-    if max_new_tokens < 1:
+    if require_integer("max_new_tokens", max_new_tokens, -(1 << 63)) < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    require_type("keep_logits", keep_logits, bool, "True or False")
+    require_type("sampling", sampling, (Sampling, type(None)), "a Sampling, or None for greedy decoding")
+    require_type("looks", looks, (list, tuple, type(None)), "a list of looks, or None")
     forced = deque(parse_look(spec, loop.ids) for spec in looks or ())
     if len(forced) > max_looks:
         raise ValueError(f"{len(forced)} looks are forced but max_looks is {max_looks}: raise it or drop looks")
@@ -42,4 +46,6 @@ def admit(
             raise ValueError(
                 f"look {spec!r} needs the picture's pixels, which were not kept: show it again, or use keep_pixels=True"
             )
-    return Question(user, picture, forced, Sampler(sampling), max_new_tokens, max_looks, keep_logits)
+    asked = Question(user, picture, forced, Sampler(sampling), max_new_tokens, max_looks, keep_logits)
+    asked.notices += picture.notices if shown else ()
+    return asked

@@ -37,7 +37,7 @@ class Picture:
 
     pixels: uint8 [height, width, 3] on the model's device; None once they are dropped. size: its height and width.
     features: [N, H] of its first look, once it is taken, and its grids in patches. ahead: the re-encoder's work, where
-    it was begun before it was asked for.
+    it was begun before it was asked for. notices: what its owner should know, told in the answer of its first question.
     """
 
     pixels: Tensor | None
@@ -45,6 +45,7 @@ class Picture:
     features: Tensor | None = None
     grids: tuple[tuple[int, int], ...] = ()
     ahead: Ahead | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def whole(self) -> tuple[int, int, int, int]:

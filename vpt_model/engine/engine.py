@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vpt_kernels import decode_image, qwen2_vl_policy
+from vpt_model.config import require_integer, require_type, shown
 from vpt_model.engine import perception, store
 from vpt_model.engine.admission import admit
 from vpt_model.engine.chat import FIRST_ROWS, Chat
@@ -58,22 +59,36 @@ class Engine:
         keep_prefix: bool = False,
         speculate: bool = False,
     ) -> None:
+        require_type("model", model, Model, "a vpt_model.Model")
+        require_type("tokenizer", tokenizer, Tokenizer, "a vpt_model.Tokenizer")
+        require_type("prompt", prompt, (PromptFormat, type(None)), "a PromptFormat or None")
+        require_type("keep_prefix", keep_prefix, bool, "True or False")
+        require_type("speculate", speculate, bool, "True or False")
         if tokenizer.ids.kind != model.config.kind:
             raise ValueError(
                 f"the tokenizer is of kind {tokenizer.ids.kind!r}, the model of {model.config.kind!r}: they must agree"
             )
-        if max_looks < 0:
+        if require_integer("max_looks", max_looks, -(1 << 63)) < 0:
             raise ValueError(f"max_looks is {max_looks}; it must be 0 or more")
+        require_integer("capacity", capacity, 1, 1 << 31)
+        if longest_edge is None:
+            longest_edge = model.config.image_resolution
         self.model = model
         self.tokenizer, self.ids = tokenizer, tokenizer.ids
         self.max_looks = max_looks
         self.capacity = capacity
         self.prompt = prompt or PromptFormat()
-        self.policy = qwen2_vl_policy(longest_edge=longest_edge or model.config.image_resolution, pass_order="hv")
+        self.policy = qwen2_vl_policy(longest_edge=longest_edge, pass_order="hv")
         self.loop = Loop(model, tokenizer, self.prompt, self.policy, keep_prefix)
         self.executor: Executor = Eager(model, speculate)
         self.pool = CachePool(lambda: self.model.language.new_cache(capacity))
         self._speculate = speculate
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "an Engine holds caches, and graphs on a GPU, of its process: pickle its model and its tokenizer, and "
+            "make one in each process"
+        )
 
     def warm_up(self) -> dict[str, float]:
         """Capture CUDA graphs for the steps that recur; the seconds each took. Nothing on a CPU.
@@ -130,6 +145,9 @@ class Engine:
         Raises ValueError or TypeError as `stream` does for any row, and if the lengths of the lists differ; an error
         ends the whole batch.
         """
+        for name, rows in (("images", images), ("questions", questions), ("looks", looks)):
+            if not isinstance(rows, (list, tuple)) and (rows is not None or name != "looks"):
+                raise TypeError(f"{name} is {shown(rows)}; it must be a list, with one entry for every row")
         looks = [None] * len(questions) if looks is None else looks
         if not len(images) == len(questions) == len(looks):
             raise ValueError(
@@ -153,11 +171,12 @@ class Engine:
     ) -> Iterator[Event]:
         """Events as they happen, `Done` last. Closing the iterator early gives its cache back.
 
-        image: what `decode_image` takes, or None for a question without image. looks: forced looks, one per round, that
-        replace what the model would generate there (`parse_look`). max_new_tokens: per round; forced tokens are free.
-        keep_logits: keep the logits of the final answer. sampling: how tokens are chosen; greedy if None. Raises
-        ValueError or TypeError on bad input; a prompt that does not fit into the cache raises ValueError at the first
-        event, before anything is written.
+        image: what `decode_image` takes, copied now, or None for a question without image; files are turned upright,
+        PIL images and pixels are not, with a notice in the answer where the image's EXIF says otherwise. looks: forced
+        looks, one per round, that replace what the model would generate there (`parse_look`). max_new_tokens: per
+        round; forced tokens are free. keep_logits: keep the logits of the final answer. sampling: how tokens are
+        chosen; greedy if None. Raises ValueError or TypeError on bad input; a prompt that does not fit into the cache
+        raises ValueError at the first event, before anything is written.
         """
         return self._stream(self.question(image, question, looks, max_new_tokens, keep_logits, sampling))
 
@@ -177,8 +196,9 @@ class Engine:
 
     def picture(self, image: Any) -> Picture:
         """An image (what `decode_image` takes) on the model's device, which no conversation has been shown yet."""
-        pixels = perception.upload(decode_image(image), self.model.device)
-        return Picture(pixels, tuple(pixels.shape[:2]))
+        notices: list[str] = []
+        pixels = perception.upload(decode_image(image, notices=notices), self.model.device)
+        return Picture(pixels, tuple(pixels.shape[:2]), notices=tuple(notices))
 
     def events(self, questions: Sequence[Question]) -> Iterator[tuple[int, Event]]:
         """Answer several questions side by side: every event with the number of its question, as they happen.

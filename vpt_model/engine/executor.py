@@ -105,8 +105,8 @@ class Eager:
         if self.speculate and request.again:
             picture.ahead = perception.Ahead(self.model, picture.pixels)
         embeds = self._embed(request.tokens)
-        embeds[(torch.tensor(request.tokens) == request.pad).nonzero().flatten().to(embeds.device)] = torch.cat(
-            features
+        embeds[(torch.tensor(request.tokens, device="cpu") == request.pad).nonzero().flatten().to(embeds.device)] = (
+            torch.cat(features)
         )
         return _append(request, request.tokens, request.positions, embeds, stage=request.stage), features
 
@@ -131,13 +131,13 @@ class Eager:
         return _append(request, tokens, request.positions[:, 1:], embeds), ()
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
-        return self.model.language.embed(torch.tensor(tokens))
+        return self.model.language.embed(torch.tensor(tokens, device="cpu"))
 
 
 def decoded(request: Decode) -> Append:
     """A generated token as one that is appended."""
     begin = request.conversation.next_position
-    positions = torch.full((3, 1), begin)
+    positions = torch.full((3, 1), begin, device="cpu")
     return _append(request, [request.token], positions, request.embeds, next_position=begin + 1, stage="decode")
 
 

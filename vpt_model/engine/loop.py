@@ -195,6 +195,8 @@ class Loop:
         """What every request to feed `tokens` next says: where they stand, and where the conversation goes on."""
         merge = self.vision.config.spatial_merge_size
         begin = conversation.next_position
-        positions, following = mrope_positions(torch.tensor(tokens), grids, begin, self.ids.image_pad, merge)
+        positions, following = mrope_positions(
+            torch.tensor(tokens, device="cpu"), grids, begin, self.ids.image_pad, merge
+        )
         place = {"tokens": tokens, "positions": positions, "next_position": following}
         return place | {"conversation": conversation}

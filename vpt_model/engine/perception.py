@@ -36,8 +36,13 @@ def look(model: Model, image: Tensor, regions: RegionPlan, clock: Clock) -> tupl
 
 
 def upload(image: Tensor, device: torch.device) -> Tensor:
-    """The image on the model's device; to a GPU from pinned memory, without waiting for the copy."""
-    return image.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else image.to(device)
+    """The image on the model's device, in memory of its own; to a GPU from pinned memory, without waiting for the copy.
+
+    A camera's buffer may be written again while the question is being answered.
+    """
+    if device.type == "cuda" and image.device.type == "cpu":
+        return image.pin_memory().to(device, non_blocking=True)
+    return image.to(device, copy=True)
 
 
 class Ahead:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vpt_model.config import require_integer, shown
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -24,6 +26,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} is {shown(value)}; it must be a number")
+        require_integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        require_integer("top_k", self.top_k, -(1 << 63), (1 << 63) - 1)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if self.top_k < 0:
@@ -46,7 +54,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling | None = None) -> None:
         self.sampling = sampling or Sampling()
-        self._generator = torch.Generator().manual_seed(self.sampling.seed)
+        self._generator = torch.Generator("cpu").manual_seed(self.sampling.seed)
 
     def __call__(self, logits: Tensor, likeliest: Tensor | None = None) -> int | None:
         """The next token from logits float32 [vocab], or None if one is NaN; infinities count as the largest numbers.
@@ -66,6 +74,8 @@ class Sampler:
         probabilities = values[: self.sampling.top_k or None].softmax(0).double()
         kept = probabilities.cumsum(0) - probabilities < self.sampling.top_p
         ends = torch.where(kept, probabilities, 0).cumsum(0)
-        draw = torch.rand((), dtype=torch.float64, generator=self._generator).to(ends.device, non_blocking=True)
+        draw = torch.rand((), dtype=torch.float64, device="cpu", generator=self._generator).to(
+            ends.device, non_blocking=True
+        )
         place = torch.minimum((ends <= draw * ends[-1]).sum(), kept.sum() - 1)
         return torch.where(logits.isnan().any(), -1, tokens.gather(0, place[None])[0])

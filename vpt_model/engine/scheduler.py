@@ -40,9 +40,12 @@ class Scheduler:
             if number not in self.requests:
                 yield from self._advance(number, row)
         if self.requests:
-            requests, self.requests = self.requests, {}
-            results = self.executor.run(list(requests.values()))
-            for number, result in zip(requests, results, strict=True):
+            requests, self.requests = list(self.requests.items()), {}
+            device = requests[0][1].conversation.cache.keys.device
+            # Whoever calls under autocast has its own model in mind.
+            with torch.autocast(device.type, enabled=False):
+                results = self.executor.run([request for _, request in requests])
+            for (number, _), result in zip(requests, results, strict=True):
                 left = self.outputs if isinstance(result, Output) else self.requests
                 left[number] = result
 

@@ -37,7 +37,11 @@ def fingerprint(model: Model) -> str:
 def save(chat: Chat, file: Path) -> None:
     conversation = chat.conversation
     keys, values = conversation.cache.gather()
-    tensors = {"keys": keys, "values": values, "tokens": torch.tensor(conversation.tokens, dtype=torch.int64)}
+    tensors = {
+        "keys": keys,
+        "values": values,
+        "tokens": torch.tensor(conversation.tokens, dtype=torch.int64, device="cpu"),
+    }
     shown, pictures = conversation.pictures, []
     for number, picture in enumerate(shown):
         tensors[f"features.{number}"] = picture.features

@@ -130,7 +130,7 @@ def attend(
 def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """Full attention of the patches [N, heads, D] of several images, within each: `lengths` patches. [N, heads · D]."""
     if use_flash(q):
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32)
+        ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(q.device, torch.int32)
         return _flash_within(q, k, v, ends, max(lengths)).flatten(1)
     images = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     attended = [

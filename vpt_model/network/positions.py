@@ -28,7 +28,7 @@ def mrope_positions(
     Returns positions int64 [3, T] (axes: temporal, height, width) and the position of the token that follows.
     Raises ValueError if the runs of `image_pad` in `ids` are not exactly those that `grids` announce.
     """
-    positions = torch.empty(3, ids.numel(), dtype=torch.int64)
+    positions = torch.empty(3, ids.numel(), dtype=torch.int64, device="cpu")
     pads = (ids == image_pad).nonzero().flatten().tolist()
     expected = sum(height * width for height, width in grids) // merge_size**2
     if len(pads) != expected:
@@ -49,16 +49,16 @@ def mrope_positions(
                 f"the run of image tokens at index {first} is interrupted before the {rows * columns} tokens of grid "
                 f"{(height, width)}: order the grids as the images appear in the text"
             )
-        positions[:, cursor:first] = torch.arange(position, position + first - cursor)
+        positions[:, cursor:first] = torch.arange(position, position + first - cursor, device="cpu")
         position += first - cursor
         cursor = last + 1
         image = positions[:, first:cursor].view(3, rows, columns)
         image[0] = position
-        image[1] = position + torch.arange(rows)[:, None]
-        image[2] = position + torch.arange(columns)
+        image[1] = position + torch.arange(rows, device="cpu")[:, None]
+        image[2] = position + torch.arange(columns, device="cpu")
         position += max(rows, columns)
         used += rows * columns
-    positions[:, cursor:] = torch.arange(position, position + ids.numel() - cursor)
+    positions[:, cursor:] = torch.arange(position, position + ids.numel() - cursor, device="cpu")
     return positions, position + ids.numel() - cursor
 
 
@@ -71,10 +71,10 @@ def vision_positions(grids: Sequence[tuple[int, int]], merge_size: int = 2) -> t
     """
     coordinates = []
     for height, width in grids:
-        row = torch.arange(height)[:, None].expand(height, width)
-        column = torch.arange(width)[None, :].expand(height, width)
+        row = torch.arange(height, device="cpu")[:, None].expand(height, width)
+        column = torch.arange(width, device="cpu")[None, :].expand(height, width)
         blocks = torch.stack([row, column], dim=-1).view(
             height // merge_size, merge_size, width // merge_size, merge_size, 2
         )
         coordinates.append(blocks.transpose(1, 2).reshape(-1, 2))
-    return torch.cat(coordinates) if coordinates else torch.empty(0, 2, dtype=torch.int64)
+    return torch.cat(coordinates) if coordinates else torch.empty(0, 2, dtype=torch.int64, device="cpu")

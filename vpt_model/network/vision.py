@@ -147,7 +147,7 @@ class VisionTower:
     def rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin float32 [N, 1, head_dim / 2]: row angles in the first half, column angles in the second."""
         quarter = self.config.head_dim // 4
-        frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32) / quarter)
+        frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32, device="cpu") / quarter)
         coordinates = vision_positions(grids, self.config.spatial_merge_size)
         angles = (coordinates[:, :, None] * frequencies).flatten(1).to(self.device)[:, None]
         return angles.cos(), angles.sin()

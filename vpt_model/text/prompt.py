@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vpt_model.config import require_type
 from vpt_model.text.tokens import TokenIds
 
 REGION_TRIGGER = "Identify the region that can help you answer the question, and then answer the question."
@@ -33,8 +34,15 @@ class PromptFormat:
     trigger_separator: str = "\n"
     trigger: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("system", "image_separator", "trigger_separator"):
+            require_type(name, getattr(self, name), str, "a string")
+        require_type("trigger", self.trigger, (str, type(None)), "a string or None")
+
     def user_text(self, question: str, image: bool) -> str:
         """The text of the first user turn, behind the image if there is one."""
+        require_type("question", question, str, "a string")
+        require_type("image", image, bool, "True or False")
         text = self.image_separator + question if image else question
         return text if self.trigger is None else text + self.trigger_separator + self.trigger
 

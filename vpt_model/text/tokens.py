@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, models
 
-from vpt_model.config import ENCODERS, require_integer, shown
+from vpt_model.config import ENCODERS, require_integer, require_kind, require_type, shown
 from vpt_model.text.files import byte_pairs, read_tokenizer
 
 GRID = 8
@@ -88,6 +89,9 @@ class TokenIds:
         pad) and `<|endoftext|>`. Raises ValueError if a token that every Qwen2-VL has is missing.
         """
 
+        require_type("tokenizer", tokenizer, tokenizers.Tokenizer, "a tokenizers.Tokenizer")
+        require_kind(kind)
+
         def required(token: str) -> int:
             if (found := tokenizer.token_to_id(token)) is None:
                 raise ValueError(
@@ -144,6 +148,8 @@ class TokenIds:
         """The six ids of a region span; ValueError if the variant has no region tokens."""
         if self.region_start is None or self.region_end is None or not self.x or not self.y:
             raise ValueError("the tokenizer has no region tokens: use a VPT checkpoint (alignment variants lack them)")
+        for name, cell in (("x_min", x_min), ("y_min", y_min), ("x_max", x_max), ("y_max", y_max)):
+            require_integer(name, cell, 0, GRID - 1)
         cells = (self.x[x_min], self.y[y_min], self.x[x_max], self.y[y_max])
         return (self.region_start, *cells, self.region_end)
 
@@ -208,6 +214,7 @@ def parse_look(spec: str, ids: TokenIds) -> list[int]:
     `"dino"` or `"sam"`, is its action span's first token, at which the answer is cut short. Raises ValueError for
     anything else.
     """
+    require_type("look", spec, str, 'a string such as "region:x2,y1,x5,y4"')
     if ids.kind is not None and ENCODERS.get(spec) == ids.kind:
         return [ids.action_span[0]]
     name, _, boxes = spec.partition(":")
@@ -238,6 +245,7 @@ class Tokenizer:
 
         Raises ValueError if a file is missing, unreadable or contradicts another.
         """
+        require_type("folder", folder, (str, PathLike), "a path")
         return cls(read_tokenizer(Path(folder)), kind)
 
     @classmethod
@@ -248,6 +256,10 @@ class Tokenizer:
         have in Qwen2-VL and its VPT variants; below, they follow the 256 bytes, and behind them come `words`, each with
         the space before it if it has one. Raises ValueError below 297 tokens, or if the words do not fit.
         """
+        require_integer("vocab_size", vocab_size, 1, 1 << 31)
+        require_kind(kind)
+        if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) and _is_text(word) for word in words):
+            raise TypeError(f"words is {shown(words)}; it must be a list of strings")
         symbols = _byte_symbols()
         pad = [f"<|{kind}_image_pad|>"] if kind else []
         action = [f"<|{kind}_action_start|>", f"<|{kind}_action|>", f"<|{kind}_action_end|>"] if kind else []
@@ -283,6 +295,8 @@ class Tokenizer:
         these. A variant must have its re-encoder's pad; of the region and action tokens it has all or, if it was only
         aligned, none.
         """
+        require_integer("rows", rows, 0)
+        require_type("declared", declared, Mapping, "the fields of a config.json")
         largest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= rows:
             raise ValueError(
@@ -342,7 +356,7 @@ class Tokenizer:
 
         Raises TypeError for ids that are not integers, ValueError for ids that do not fit into 32 bits.
         """
-        if isinstance(tokens, str) or not hasattr(tokens, "__iter__"):
+        if isinstance(tokens, str) or not hasattr(tokens, "__len__") or getattr(tokens, "ndim", 1) != 1:
             raise TypeError(f"tokens is {shown(tokens)}; it must be a list of token ids")
         tokens = [require_integer("a token id", token, 0, (1 << 32) - 1) for token in tokens]
         pieces = groupby(tokens, key=lambda token: self._backend.id_to_token(token) is not None)
@@ -350,6 +364,10 @@ class Tokenizer:
             self._backend.decode(list(run)) if known else "".join(f"⟨{token}⟩" for token in run)
             for known, run in pieces
         )
+
+
+def _is_text(word: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _numbered(tokens: Iterable[str], first: int) -> dict[str, int]:
