@@ -211,6 +211,11 @@ CALLS: dict[str, Callable[[], Made]] = {
     "Engine.ask": lambda: (engine().ask, question()),
     "Engine.ask_batch": lambda: (engine().ask_batch, batch()),
     "Engine.stream": lambda: (_streamed, question()),
+    "Engine.chat": lambda: (_chatted, {"image": image(), "capacity": 600, "keep_pixels": True}),
+    "Engine.load_chat": lambda: (_resumed, {"file": saved_chat()}),
+    "Engine.ask_chats": lambda: (
+        engine().ask_chats, {"chats": [engine().chat(image())], "questions": ["what?"], "samplings": [model.Sampling()]}
+    ),
     "Model.from_state": lambda: (model.Model.from_state, {"config": tiny_config(), "state": tiny_state()}),
     "ModelConfig": lambda: (model.ModelConfig, {name: getattr(tiny_config(), name) for name in vars(tiny_config())}),
     "PromptFormat": lambda: (
@@ -254,8 +259,7 @@ EXEMPT = {
         ("ControlProjector.tensors", "Engine.warm_up", "PatchReport.unpatch", "Tokenizer.to_json"), "takes no argument"
     ),
     **dict.fromkeys(
-        ("Engine.control_state", "Engine.events", "Engine.new_cache", "Engine.positions", "Engine.question")
-        + ("Engine.use",),
+        ("Engine.events", "Engine.picture", "Engine.question", "Engine.use"),
         "a step of `Engine.ask`, for those who extend the engine",
     ),
 }
@@ -271,6 +275,25 @@ def made(name: str) -> Made:
 def _patched(**given: Any) -> list[str]:
     with kernels.patch(**given) as report:
         return [replacement.name for replacement in report.replaced]
+
+
+def _chatted(**given: Any) -> model.Answer:
+    with engine().chat(**given) as chat:
+        return chat.ask("what?", max_new_tokens=3)
+
+
+@lru_cache(maxsize=1)
+def saved_chat() -> Path:
+    file = Path(tempfile.mkdtemp()) / "chat.safetensors"
+    with engine().chat(image()) as chat:
+        chat.ask("what?", max_new_tokens=3)
+        chat.save(file)
+    return file
+
+
+def _resumed(**given: Any) -> model.Answer:
+    with engine().load_chat(**given) as chat:
+        return chat.ask("and now?", max_new_tokens=3)
 
 
 def _streamed(**given: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.append_visual_kv.api import LAYOUTS, append_visual_kv_
-from vpt_kernels.checks import CHECK_VALUES, require_integer, require_tensor
+from vpt_kernels.checks import CHECK_VALUES, require_choice, require_integer, require_tensor, require_type
 
 LAYERS = ("StaticLayer", "DynamicLayer")
 """Classes of transformers' cache layers that `append_to_layer_` knows; sliding and quantised ones keep other rows."""
@@ -50,6 +50,11 @@ def append_to_vllm_pages_(
 
     Source: vLLM's `reshape_and_cache_flash`.
     """
+    require_type("kv_cache", kv_cache, (Tensor, tuple, list), "one tensor, or a pair of them")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        require_tensor(name, tensor, None, None, 3)
+    if isinstance(kv_cache, Tensor):
+        require_tensor("kv_cache", kv_cache, None, None, 5)
     if len(kv_cache) != 2:
         raise ValueError(f"kv_cache holds {len(kv_cache)} tensors; it must hold two, the keys' and the values' pages")
     k_cache, v_cache = kv_cache
@@ -151,8 +156,13 @@ def append_to_flashinfer_pages_(
     Raises:
         TypeError, ValueError: as `flashinfer_slots` and `append_visual_kv_`.
     """
-    if kv_layout not in LAYOUTS:
-        raise ValueError(f"kv_layout is {kv_layout!r}; choose one of {LAYOUTS}")
+    require_choice("kv_layout", kv_layout, LAYOUTS)
+    require_type("paged_kv_cache", paged_kv_cache, (Tensor, tuple, list), "one tensor, or a pair of them")
+    require_tensor("q", q, None, None, 3)
+    if isinstance(paged_kv_cache, Tensor):
+        require_tensor("paged_kv_cache", paged_kv_cache, None, None, 5)
+    for part in () if isinstance(paged_kv_cache, Tensor) else paged_kv_cache:
+        require_tensor("a part of paged_kv_cache", part, None, None, None)
     pair = paged_kv_cache.unbind(1) if isinstance(paged_kv_cache, Tensor) else tuple(paged_kv_cache)
     if len(pair) != 2 or pair[0].dim() != 4:
         raise ValueError(

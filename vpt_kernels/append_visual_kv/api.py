@@ -12,13 +12,16 @@ from torch import Tensor
 from vpt_kernels.backends import bind
 from vpt_kernels.checks import (
     CHECK_VALUES,
+    require_choice,
     require_disjoint,
+    require_flag,
     require_inference,
     require_integer,
     require_number,
     require_slots,
     require_tensor,
     require_type,
+    shown,
 )
 
 LAYOUTS = ("NHD", "HND")
@@ -81,6 +84,7 @@ def prepare(
     Returns:
         The implementation that `backend` chooses, and its arguments in the order of the schema.
     """
+    require_flag("interleaved", interleaved)
     _check_tokens(q, k, v)
     _check_rotation(k, cos_sin, positions, slots, sections)
     if k_scale is not None and v_scale is not None:
@@ -138,6 +142,8 @@ def _check_rotation(
             "one column per token (rows of positions: temporal, height, width)"
         )
     rows, rotary_dim = cos_sin.shape
+    if not isinstance(sections, (tuple, list)) or not all([isinstance(part, int) for part in sections]):
+        raise TypeError(f"sections is {shown(sections)}; it must be three integers")
     if len(sections) != 3 or min(sections) < 0 or 2 * sum(sections) != rotary_dim or rotary_dim > head_dim:
         raise ValueError(
             f"sections {tuple(sections)} must be three counts that sum to half of the table's rotary_dim {rotary_dim}, "
@@ -155,8 +161,7 @@ def _as_float8(cache: Tensor) -> Tensor:
 def _check_caches(
     k: Tensor, k_cache: Tensor, v_cache: Tensor, layout: str, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; choose one of {LAYOUTS}")
+    require_choice("layout", layout, LAYOUTS)
     kind = _cache_dtype(k, k_cache)
     require_tensor("k_cache", k_cache, kind, k.device, None)
     require_tensor("v_cache", v_cache, kind, k.device, None)

@@ -159,6 +159,8 @@ def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def _check(features: Tensor, control: Tensor | None, projector: ControlProjector, cu_seqlens: Tensor | None) -> int:
     """Validate a call; return the number of tokens it projects."""
+    require_type("projector", projector, ControlProjector, "what fold_projector returns")
+    require_type("control", control, (Tensor, type(None)), "a torch.Tensor or None")
     dtype, device = projector.condition_weight.dtype, projector.condition_weight.device
     weight, hidden = projector.feature_weight, projector.hidden_size
     require_tensor("features", features, dtype, device, None)

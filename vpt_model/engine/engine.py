@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,9 @@ class Engine:
         it grows. keep_pixels: False drops the pixels of each picture after its turn: then regions of it, and dino and
         sam looks at it, can no longer be seen. Raises ValueError or TypeError for a bad image or capacity.
         """
-        cache = self.model.language.new_cache(capacity or self.capacity, FIRST_ROWS)
+        require_type("keep_pixels", keep_pixels, bool, "True or False")
+        capacity = self.capacity if capacity is None else require_integer("capacity", capacity, 1, 1 << 31)
+        cache = self.model.language.new_cache(capacity, FIRST_ROWS)
         conversation = Conversation(cache, Clock(self.model.device), KVCache.clear)
         return Chat(self, conversation, image, keep_pixels)
 
@@ -223,6 +226,7 @@ class Engine:
 
         Raises ValueError if the file is none of `Chat.save`, if another model wrote it, or if it does not fit.
         """
+        require_type("file", file, (str, PathLike), "a path")
         return store.load(self, Path(file))
 
     def ask_chats(
@@ -237,6 +241,11 @@ class Engine:
         Raises ValueError or TypeError as `Chat.ask` does for any of them, and if the lists differ in length; an error
         ends all of these turns.
         """
+        require_type("chats", chats, (list, tuple), "a list of chats")
+        require_type("questions", questions, (list, tuple), "a list of strings")
+        require_type("samplings", samplings, (list, tuple, type(None)), "a list of Sampling or None, or None")
+        for number, chat in enumerate(chats):
+            require_type(f"chat {number}", chat, Chat, "what Engine.chat returns")
         samplings = [None] * len(chats) if samplings is None else samplings
         if not len(chats) == len(questions) == len(samplings):
             counts = f"{len(chats)} chats, {len(questions)} questions and {len(samplings)} samplings"
