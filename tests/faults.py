@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.faults_cuda import CUDA_ROWS
+from tests.faults_patch import PATCH_ROWS
 from tests.faults_triton import TRITON_ROWS
 
 
@@ -428,10 +429,12 @@ def _fault(name: str, file: str, old: str, new: str, tests: str) -> Fault:
     if file.split("/")[-1].startswith("triton"):
         paths = (f"tests/{test}.py" for test in tests.split())
         return Fault(name, "triton", f"vpt_kernels/{file}", old, new, tuple(paths))
+    if tests.startswith("patch/"):
+        return Fault(name, "both", f"vpt_kernels/{file}", old, new, (f"tests/{tests}.py",))
     is_python = file.endswith(".py")
     backend = "both" if file.endswith(SHARED) else "reference" if is_python else "cpp"
     paths = (f"tests/{'native' if test == SIMD else 'kernels'}/{test}.py" for test in tests.split())
     return Fault(name, backend, f"{'vpt_kernels' if is_python else 'csrc'}/{file}", old, new, tuple(paths))
 
 
-FAULTS = tuple(_fault(*row) for row in ROI + CONTROL_ROWS + APPEND_ROWS + CUDA_ROWS + TRITON_ROWS)
+FAULTS = tuple(_fault(*row) for row in ROI + CONTROL_ROWS + APPEND_ROWS + CUDA_ROWS + TRITON_ROWS + PATCH_ROWS)
