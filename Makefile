@@ -3,6 +3,9 @@
 # make interpret   the Triton kernels in Triton's interpreter (part of make test)
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
 # make test-hub    the layers that the Hugging Face `kernels` library maps, with its own loader (part of test-full)
+# make test-latest  the suite on the newest of everything, in an environment of its own (SETS_ARGS=--subset: a part)
+# make test-oldest  the suite on the lower bounds that pyproject.toml declares
+# make evidence    every suite whole, each run recorded in docs/evidence.jsonl, and docs/versions.md from them
 # make docs        the pages of docs/ that follow from the code
 # make dist        sdist, and from it the wheel of this platform, with a manylinux tag, in dist/
 # make test-dist   the wheel in an empty environment, without the source tree: every operator, `vpt env`, `vpt demo`
@@ -30,9 +33,11 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
 GPU_ARGS ?=
+SETS_ARGS ?=
+EVIDENCE_ARGS ?=
 
-.PHONY: help demo test interpret test-full test-hub docs dist test-dist aarch64 sanitize types mutate bench bench-full gpu
-.PHONY: gpu-rehearsal lint clean
+.PHONY: help demo test interpret test-full test-hub test-latest test-oldest evidence docs dist test-dist aarch64
+.PHONY: sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -62,6 +67,14 @@ test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
 # With that package also the tests of `patch`: the functions it exchanges are modules then.
 test-hub: $(VENV)/hub-kernels/.ready
 	PYTHONPATH=$(VENV)/hub-kernels VPT_REQUIRE=kernels $(BIN)/python -m pytest tests/hub tests/patch
+
+test-latest test-oldest:
+	$(PYTHON) -m tests.sets $(@:test-%=%) $(SETS_ARGS)
+
+# A suite that another task brings is run and recorded as soon as the Makefile has it.
+evidence: $(VENV)/.ready
+	$(BIN)/python -m tests.evidence $(EVIDENCE_ARGS)
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -107,7 +107,7 @@ QUESTIONS = (
     Question("identity_kernel", "narrow", "bfloat16", _control("identity", 16, 252, "bfloat16"),
              tuple(product((1, 2, 4), (2, 4, 8)))),
     Question("identity_kernel", "wide", "bfloat16", _control("identity", 16, 252, "bfloat16", "7b"),
-             tuple(product((1, 2), (4, 8)))),
+             tuple(product((1, 2), (4, 8, 16)))),
     *(
         Question("project_kernel", size, dtype, _control("linear", images, 256, dtype), candidates)
         for size, images, dtype, candidates in (
@@ -115,7 +115,7 @@ QUESTIONS = (
                                                 product((32, 64), (32, 64), (64, 128), (2, 3, 4)))),
             ("many tokens", 16, "bfloat16", ((64, 128, 64, 4, 3), (64, 128, 64, 8, 4), (128, 64, 64, 4, 3),
                                              (128, 128, 32, 8, 4), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3))),
-            ("float32", 1, "float32", ((32, 64, 32, 4, 2), (64, 64, 32, 8, 2), (64, 64, 16, 4, 3))),
+            ("short steps", 1, "float32", ((32, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 16, 4, 3))),
         )
     ),
     Question("resample_kernel", "all", "bfloat16", _roi(DOCUMENT, 4, "bfloat16"),

@@ -1,7 +1,7 @@
 """Write the pages that follow from the code: `python docs/generate.py`; with --check only say whether they are current.
 
 api.md from signatures and docstrings, errors.md from what the code raises, support.md from the tables of backends and
-of modules that `patch` knows.
+of modules that `patch` knows, versions.md from the recorded runs of the suites.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -285,7 +286,37 @@ def support() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"api.md": api, "errors.md": errors, "support.md": support}
+def versions() -> str:
+    """The last recorded run of every suite, and what failed in it."""
+    lines = (FOLDER / "evidence.jsonl").read_text(encoding="utf-8").splitlines()
+    last = {run["suite"]: run for run in map(json.loads, lines)}
+    text = [
+        "# Versions that were run",
+        "",
+        "<!-- Written by docs/generate.py from evidence.jsonl; run `make evidence`. -->",
+        "",
+        "The last recorded run of each suite. Nothing is claimed of other sets; what is promised about versions is",
+        "said in [stability](stability.md).",
+        "",
+        "| `make …` | versions | date | commit | passed | failed | errors | skipped | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for suite, run in last.items():
+        numbers = " | ".join(str(run[name]) for name in ("passed", "failed", "errors", "skipped", "minutes"))
+        used = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        text.append(f"| `{suite}` | {used} | {run['date']} | {run['commit']} | {numbers} |")
+    text += ["", "Machines: " + "; ".join(sorted({run["machine"] for run in last.values()})) + ".", ""]
+    text += ["## What does not hold", ""]
+    for suite, run in last.items():
+        if run["failures"] or run["exit"]:
+            text.append(f"`make {suite}`, exit {run['exit']}:")
+            text += ["", *(f"- `{name}`" for name in run["failures"]), ""]
+    if all(run["exit"] == 0 for run in last.values()):
+        text += ["Nothing failed in the runs above." if last else "No run has been recorded yet.", ""]
+    return "\n".join(text)
+
+
+PAGES = {"api.md": api, "errors.md": errors, "support.md": support, "versions.md": versions}
 
 
 def main() -> int:

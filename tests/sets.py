@@ -17,8 +17,9 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vpt-kernels" / "sets"
@@ -134,7 +135,8 @@ def main(kind: str, *arguments: str) -> int:
     """Run pytest twice, as `make test` does: on the compiled kernels and, in a process of its own, interpreted."""
     python = environment(kind)
     tree = copy_tree(kind, python)
-    said = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ')"
+    said = "import importlib.metadata as m; print('Python', sys.version.split()[0]); "
+    said += "print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ', flush=True)"
     names = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
     subprocess.run([str(python), "-c", f"import sys; {said}", *names], check=True)
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"

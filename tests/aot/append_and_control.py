@@ -72,12 +72,12 @@ def _identity(name: str, size: str, kind: str, width: int, registers: int, **cha
 
 VARIANTS = (
     # Bytes in flight hide the latency of memory. Up to 64 registers a multiprocessor holds 32 warps, each with a
-    # token's rows under way; float32 rows and the integer arithmetic of float8 need more, 16 warps must fit (128).
+    # token's rows under way; float32 rows and the integer arithmetic of float8 need more, 24 warps must fit (80).
     _append("few bf16", append.LAUNCHES["few tokens"], "bf16", 64),
     _append("middle bf16", append.LAUNCHES["some tokens"], "bf16", 64),
     _append("many bf16", append.LAUNCHES["many tokens"], "bf16", 64),
     _append("many fp32 paged", append.LAUNCHES["many tokens"], "fp32", 80, PAGED=True),
-    _append("many fp16 float8", append.LAUNCHES["many tokens"], "fp16", 128, PAGED=True, FLOAT8=True,
+    _append("many fp16 float8", append.LAUNCHES["many tokens"], "fp16", 80, PAGED=True, FLOAT8=True,
             K_HEAD_SCALES=True),
     _append("partial interleaved", append.LAUNCHES["many tokens"], "bf16", 64, HALF=16, SECTION_T=4, SECTION_H=6,
             SECTION_W=6, INTERLEAVED=True, HEAD_DIM=80, BLOCK_HALF=16, BLOCK_REST=64),
@@ -89,17 +89,16 @@ VARIANTS = (
     _project("few bf16", "few tokens", "bf16", 192, 50 << 10),
     _project("few fp16 ragged", "few tokens", "fp16", 255, 50 << 10, RAGGED=True, ONE_IMAGE=False),
     _project("many bf16", "many tokens", "bf16", 192, 97 << 10),
-    _project("few bf16 conv", "few tokens", "bf16", 255, 33 << 10, CONV=True, CHANNELS=256),
-    _project("many bf16 conv", "many tokens", "bf16", 255, 66 << 10, CONV=True, CHANNELS=256),
-    # 64×64 float32 accumulators and both operands of an outer product in 128 threads: all registers.
-    _project("fp32", "float32", "fp32", 255, 34 << 10),
-    _project("fp32 conv", "float32", "fp32", 255, 34 << 10, CONV=True, CHANNELS=256, ONE_IMAGE=False),
+    _project("bf16 conv", "short steps", "bf16", 255, 34 << 10, CONV=True, CHANNELS=256),
+    # 64×64 float32 accumulators and both operands of an outer product in 256 threads.
+    _project("fp32", "short steps", "fp32", 255, 34 << 10),
+    _project("fp32 conv", "short steps", "fp32", 255, 34 << 10, CONV=True, CHANNELS=256, ONE_IMAGE=False),
     _project("plain", "few tokens", "bf16", 168, 50 << 10, CONDITIONED=False, SCATTER=False),
     # A stream of weights: 80 registers leave 24 warps a multiprocessor. Shared memory only for the sums' exchange.
     _condition("one bf16", "one image", "bf16", 80),
     _condition("images bf16", "images", "bf16", 80),
     _condition("one fp32", "one image", "fp32", 80),
-    # A row in registers: 4,096 numbers in 256 threads are 16 each, 16,384 are 64, twice with k.
+    # A row in registers: 4,096 numbers in 512 threads are 8 each, 16,384 are 32, twice with k.
     _identity("narrow bf16", "narrow", "bf16", 2048, 64),
     _identity("wide bf16", "wide", "bf16", 4096, 64),
     _identity("widest fp32", "wide", "fp32", 16384, 168),

@@ -27,6 +27,18 @@ def jit_functions() -> dict[str, ast.FunctionDef]:
     return found
 
 
+def launches(kernel: str) -> list[tuple[str, dict[str, object]]]:
+    """Where `kernel[grid](…)` stands, and the literals among its keyword arguments."""
+    found = []
+    for path in sorted(path for package in ("vpt_kernels", "vpt_model") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                if isinstance(node.func.value, ast.Name) and node.func.value.id == kernel:
+                    literals = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+                    found.append((f"{path.name}:{node.lineno}", literals))
+    return found
+
+
 def reached(kernels: set[str]) -> set[str]:
     """The kernels and every Triton function that they call, directly or not."""
     functions, seen, waiting = jit_functions(), set(), list(kernels)

@@ -15,7 +15,7 @@ class Variant:
     Attributes:
         constants: the constexpr arguments; `tuned` names those that a launch table chooses.
         types: of arguments that are not int32; "constexpr" for None.
-        registers, shared: limits per thread and, in bytes, per block, on every target.
+        registers, shared: limits per thread and, in bytes, per block, on every target; see also `tests.aot.budgets`.
         unaligned: arguments not known to be multiples of 16.
         tensor_cores: its PTX must hold the target's matrix instruction; else it must hold none.
         batched: besides, it multiplies batches of matrices, which takes mma.sync on every target.
@@ -35,4 +35,4 @@ class Variant:
     batched: bool = False
     spilled: int = 0
     tuned: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_TOKENS", "BLOCK_HEADS", "BLOCK_IMAGES")
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=lambda: {"enable_fp_fusion": True})

@@ -16,7 +16,7 @@ LAUNCHES = {
     # BLOCK_TOKENS, num_warps
     "few tokens": (1, 1),
     "some tokens": (2, 2),
-    "many tokens": (8, 4),
+    "many tokens": (8, 8),
 }
 """Few tokens: as many programs as there are rows to fill the chip. Many: enough bytes per program to hide the index
 loads, 8 tokens × 4 heads × 256 B = 8 KB in flight each. From reasoning about an H100, not from measurements."""

@@ -12,24 +12,25 @@ from vpt_kernels.library import implement
 
 GEMM_LAUNCHES = {
     # BLOCK_M tokens, BLOCK_N outputs, BLOCK_K channels, num_warps, num_stages
-    "float32": (64, 64, 32, 4, 2),
+    "short steps": (64, 64, 32, 8, 2),
     "few tokens": (64, 64, 64, 4, 3),
     "many tokens": (128, 128, 64, 8, 3),
 }
 """Up to MANY_TOKENS − 1 tokens: one DINOv2 or SAM image (256 tokens) gives 96 programs of 64×64 at H = 1536, of
-128×128 only 24 for 132 multiprocessors. float32: IEEE products on the ordinary cores, in half the depth, for registers.
+128×128 only 24 for 132 multiprocessors. Short steps where registers are short: float32, whose IEEE products run on the
+ordinary cores, and the conv form, whose channels are gathered through 64-bit addresses.
 From reasoning about an H100, not from measurements."""
 MANY_TOKENS = 1024
 CONDITION_LAUNCHES = {
     # BLOCK_IMAGES, BLOCK_N rows, BLOCK_K, num_warps
-    "one image": (1, 8, 512, 4),
+    "one image": (1, 4, 512, 4),
     "images": (4, 4, 256, 4),
 }
-"""The maps are read once for every BLOCK_IMAGES images; 16 KB of float32 in flight per program."""
+"""The maps are read once for every BLOCK_IMAGES images; 4 KB of bfloat16 in flight per program."""
 IDENTITY_LAUNCHES = {
     # BLOCK_M tokens, num_warps
-    "narrow": (1, 4),
-    "wide": (1, 8),
+    "narrow": (1, 8),
+    "wide": (1, 16),
 }
 """Up to NARROW channels, up to WIDEST. One program per token: 256 of them fill the chip, and no row waits for another.
 """
@@ -281,6 +282,7 @@ def _conditions(control: Tensor, weights: tuple[Tensor | None, ...], columns: in
         control, norm_weight, norm_bias, weight, bias, score_weight, score_bias, out, images, hidden, columns,
         control.stride(0), out.stride(0),
         PDL=pdl, BLOCK_IMAGES=block_images, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -331,10 +333,12 @@ def _project(
                 features, condition, cu_seqlens, rows, out,
                 tokens, per_image, images, images.bit_length(), hidden, x_image, x_token, condition_stride, cu_stride,
                 rows_stride, out.shape[0], out.stride(0),
-                BLOCK_M=block_m, BLOCK_H=triton.next_power_of_2(hidden), num_warps=warps, **shared,
+                BLOCK_M=block_m, BLOCK_H=triton.next_power_of_2(hidden), num_warps=warps,
+                enable_fp_fusion=True, **shared,
             )  # fmt: skip
             return
-        size = "float32" if features.dtype == torch.float32 else "few tokens" if tokens < MANY_TOKENS else "many tokens"
+        size = "few tokens" if tokens < MANY_TOKENS else "many tokens"
+        size = "short steps" if conv or features.dtype == torch.float32 else size
         block_m, block_n, block_k, warps, stages = tuned(features, "project_kernel", size, GEMM_LAUNCHES[size])
         grid = (triton.cdiv(tokens, block_m), triton.cdiv(hidden, block_n))
         project_kernel[grid](
@@ -344,7 +348,8 @@ def _project(
             x_image, x_token, *(strides[1:] if conv else (1, 0, 0)),
             condition_stride, cu_stride, rows_stride, out.shape[0], out.stride(0),
             CHANNELS=channels, CONV=conv, ONE_IMAGE=images == 1,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages, **shared,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+            enable_fp_fusion=True, **shared,
         )  # fmt: skip
 
 

@@ -224,6 +224,7 @@ def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bi
             PDL=chained,
             num_warps=block.warps,
             num_stages=block.stages,
+            enable_fp_fusion=True,
             **options,
         )
 

@@ -204,6 +204,7 @@ def attend(
         SPLIT=launch.split,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        enable_fp_fusion=True,
     )
     merge_kernel[(conversations * tokens, heads)](
         sums,
@@ -219,5 +220,6 @@ def attend(
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         SPLIT=launch.split,
         num_warps=1,
+        enable_fp_fusion=True,
     )
     return out
