@@ -20,7 +20,7 @@ class Budget(NamedTuple):
     spilled: int | None = None
 
 
-_ONE_WARP = "sm_100: two registers more; blocks of one warp are bounded by their number, not by registers"
+_FLOAT32 = "float32 rows: 16 warps share a multiprocessor instead of 24, each with twice the bytes in flight"
 _ONE_BLOCK = "one block of 8 warps a multiprocessor instead of two: nothing spills, and 16 warps would not hide more"
 _COPIED = "sm_90: the weight's tile lies once more beside the pipeline; two blocks still share a multiprocessor"
 _STRIP = "sm_80: as on the others, the prologue's addresses leave registers, some more of them"
@@ -30,11 +30,11 @@ _DECODE = "sm_120: five blocks of a decoded token share a multiprocessor instead
 BUDGETS: dict[str, dict[str, Budget]] = {
     "3.6": {},
     "3.7": {
-        "append few bf16": Budget(_ONE_WARP, registers=68),
+        "append many fp32 paged": Budget(_FLOAT32, registers=100),
         "project many bf16": Budget(f"sm_120: {_ONE_BLOCK}", registers=255),
     },
     "3.8": {
-        "append few bf16": Budget(_ONE_WARP, registers=68),
+        "append many fp32 paged": Budget(_FLOAT32, registers=100),
         "project few bf16": Budget(_COPIED, shared=57 << 10),
         "project few fp16 ragged": Budget(_COPIED, shared=57 << 10),
         "project plain": Budget(_COPIED, shared=57 << 10),
@@ -46,6 +46,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "split decode fp16 7b": Budget(_DECODE, registers=96),
     },
     "3.9": {
+        "append many fp32 paged": Budget(_FLOAT32, registers=100),
         "project many bf16": Budget(f"sm_90: {_ONE_BLOCK}", registers=216),
     },
 }
