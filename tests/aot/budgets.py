@@ -20,6 +20,7 @@ class Budget(NamedTuple):
     spilled: int | None = None
 
 
+_ONE_WARP = "sm_100: blocks of one warp are bounded by their number, 32 a multiprocessor, not by registers"
 _FLOAT32 = "float32 rows: 16 warps share a multiprocessor instead of 24, each with twice the bytes in flight"
 _ONE_BLOCK = "one block of 8 warps a multiprocessor instead of two: nothing spills, and 16 warps would not hide more"
 _COPIED = "sm_90: the weight's tile lies once more beside the pipeline; two blocks still share a multiprocessor"
@@ -28,7 +29,9 @@ _SCALARS = "sm_120: ptxas stops at 80 registers, where three blocks share a mult
 _DECODE = "sm_120: five blocks of a decoded token share a multiprocessor instead of six"
 
 BUDGETS: dict[str, dict[str, Budget]] = {
-    "3.6": {},
+    "3.6": {
+        "append few bf16 normed": Budget(_ONE_WARP, registers=68),
+    },
     "3.7": {
         "append many fp32 paged": Budget(_FLOAT32, registers=100),
         "project many bf16": Budget(f"sm_120: {_ONE_BLOCK}", registers=255),
