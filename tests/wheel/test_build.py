@@ -115,6 +115,41 @@ def test_a_usable_toolkit_builds_both(tmp_path, monkeypatch):
     assert "left out" not in done.stderr
 
 
+REPORT = """
+import logging, torch
+logging.basicConfig(format="LOG %(name)s %(message)s")
+torch.version.cuda = "13.0"
+from vpt_kernels import backends, env
+print("CPU", backends.EXTENSION_PROBLEM)
+print(env.report())
+"""
+
+
+@pytest.mark.parametrize("name", ("other major", "writes nothing"))
+def test_what_is_said_where_the_cuda_library_is_missing(tmp_path, name):
+    """The CPU kernels load; one line at import, and the report, name the toolkit, what is wrong and what to do."""
+    script, headers, reason = NVCC[name]
+    home = make_toolkit(tmp_path / "toolkit", script, headers)
+    leave = shutil.ignore_patterns("_C_cuda.so", "__pycache__")
+    shutil.copytree(ROOT / "vpt_kernels", tmp_path / "vpt_kernels", ignore=leave)
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_HOME": str(home)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("CPU None\n"), done.stdout + done.stderr
+    (notice,) = [line for line in done.stderr.splitlines() if line.startswith("LOG vpt_kernels")]
+    rows = dict(line.split(":", 1) for line in done.stdout.splitlines()[1:] if not line.startswith("to do"))
+    rows = {key: value.strip() for key, value in rows.items()}
+    remedies = [line for line in done.stdout.splitlines() if line.startswith("to do:")]
+    assert rows["torch's CUDA"] == "13.0" and rows["CPU kernels"] == "loaded"
+    assert rows["CUDA toolkit"].startswith(f"CUDA_HOME={home}, nvcc 1") and "was not built" in rows["CUDA kernels"]
+    assert "backend 'cuda'" in notice and "python -m vpt_kernels.env" in notice
+    said = reason if name == "other major" else "cannot compile an empty kernel"
+    assert said in remedies[0] and "rebuild" in remedies[1]
+    assert reason in notice or name == "writes nothing"
+
+
 def test_without_a_toolkit(tmp_path, monkeypatch):
     monkeypatch.setattr(toolkit, "cuda_home", lambda: None)
     assert "there is no CUDA toolkit" in toolkit.toolkit_problem("13.0")
