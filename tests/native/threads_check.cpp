@@ -110,23 +110,26 @@ std::vector<Case> cases() {
   });
   const Tensor q = floats({tokens, 4, 16}), k = floats({tokens, 2, 16}), v = floats({tokens, 2, 16});
   const Tensor table = floats({50, 16}), positions = integers({3, tokens}, 49), slots = counting(tokens);
+  const Tensor head_norm = floats({16});
+  const auto append = [=](const std::optional<Tensor>& weight_of_heads) {
+    const Tensor keys = zeros({tokens, 2, 16}), values = zeros({tokens, 2, 16});
+    const Tensor rotated = vpt::AppendForms<vpt::cpu::append>::fresh(
+        q, k, v, table, positions, slots, keys, values, 2, 3, 3, false, false, std::nullopt, std::nullopt,
+        weight_of_heads, weight_of_heads, 1e-6);
+    return std::vector{rotated, keys, values};
+  };
   return {
       {"roi_patches", [=] { return std::vector{vpt::cpu::roi_patches({image}, regions, patches, 588)}; }},
       {"roi_patch_embed",
        [=] { return std::vector{vpt::cpu::roi_patch_embed({image}, regions, patches, weight, bias)}; }},
       {"control_cross_attention",
        [=] {
-         return std::vector{vpt::cpu::control_cross_attention(
+         return std::vector{vpt::ControlForms<vpt::cpu::project>::fresh(
              features, control, ends, norm, shift, inner, add, scale, offset, condition, stack, std::nullopt,
              std::nullopt)};
        }},
-      {"append_visual_kv",
-       [=] {
-         const Tensor keys = zeros({tokens, 2, 16}), values = zeros({tokens, 2, 16});
-         const Tensor rotated = vpt::cpu::append_visual_kv(
-             q, k, v, table, positions, slots, keys, values, 2, 3, 3, false, false, std::nullopt, std::nullopt);
-         return std::vector{rotated, keys, values};
-       }},
+      {"append_visual_kv", [=] { return append(std::nullopt); }},
+      {"append_visual_kv with norms", [=] { return append(head_norm); }},
   };
 }
 
