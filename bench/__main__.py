@@ -23,7 +23,7 @@ from bench.rows import merge
 RESULTS = ROOT / "bench" / "results"
 PAGES = ("README.md", "docs/results.md")
 SUITES = sorted((ROOT / "bench" / "suite").glob("test_*.py"))
-SLOW = ("test_engine", "test_live")
+SLOW = ("test_engine", "test_live", "test_chat")
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 # Wide enough for every column where the output is a file.
 console = Console(width=None if sys.stdout.isatty() else 200)

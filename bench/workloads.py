@@ -178,6 +178,26 @@ class LiveTurn:
 
 
 @dataclass(frozen=True)
+class ChatTurn:
+    """A further turn of a chat with the engine (`preset`, clip): "question", "image" (a new one) or "zoom" (a region).
+
+    behind: tokens of text that the chat holds beside its first photo. The time up to the first answer token.
+    """
+
+    preset: str
+    turn: str
+    behind: int
+    quick: bool = True
+    sweep: str = ""
+    op: ClassVar[str] = "chat turn"
+    dtype: ClassVar[str] = "float32"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.turn}, behind {self.behind} tokens, {self.preset}"
+
+
+@dataclass(frozen=True)
 class Decode:
     """`tokens` of an answer about a photo, one by one, of `preset` (random weights), in each of `batch` rows.
 
@@ -285,6 +305,11 @@ ENGINE = {
 DROP_IN_IMAGES = (DropInImage(*PHOTO, 12_845_056), DropInImage(*LARGE, MEGAPIXEL, quick=False))
 LIVE_TURNS = tuple(
     LiveTurn("2b-slice", turn, behind, quick=False, sweep="behind")
+    for turn in ("question", "image", "zoom")
+    for behind in (0, 256, 1024, 4096)
+)
+CHAT_TURNS = tuple(
+    ChatTurn("2b-slice", turn, behind, quick=False, sweep="behind")
     for turn in ("question", "image", "zoom")
     for behind in (0, 256, 1024, 4096)
 )

@@ -86,7 +86,8 @@ def procedures(preset: str, kind: str, device: str) -> Procedures:
     config = replace(PRESETS[preset], kind=kind)
     tokenizer = Tokenizer.byte_level(config.vocab_size, kind)
     state = {name: tensor.to(device) for name, tensor in random_state(config).items()}
-    engine = Engine(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE, capacity=CAPACITY)
+    capacity = min(CAPACITY, config.max_position_embeddings)
+    engine = Engine(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE, capacity=capacity)
     engine.warm_up()
     engine.executor = Recorder(engine.executor)
     return Procedures(engine, PublishedProcedure(config, state, tokenizer.ids, tokenizer), state)

@@ -7,32 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vpt_kernels import decode_image, qwen2_vl_policy
 from vpt_model.config import require_integer, require_type, shown
-from vpt_model.engine import perception, store
+from vpt_model.engine import perception
 from vpt_model.engine.admission import admit
-from vpt_model.engine.chat import FIRST_ROWS, Chat
-from vpt_model.engine.conversation import CachePool, Conversation, Picture, Question
+from vpt_model.engine.chat import ChatMixin
+from vpt_model.engine.conversation import CachePool, Picture, Question
 from vpt_model.engine.events import Answer, Clock, Done, Event
 from vpt_model.engine.executor import Captured, Eager, Executor
 from vpt_model.engine.graphs import Graphs
 from vpt_model.engine.loop import Loop
 from vpt_model.engine.sampling import Sampling
 from vpt_model.engine.scheduler import Row, Scheduler
-from vpt_model.network.cache import KVCache
 from vpt_model.network.model import Model
 from vpt_model.network.tower_graphs import captured
 from vpt_model.text.prompt import PromptFormat
 from vpt_model.text.tokens import Tokenizer
 
 
-class Engine:
+class Engine(ChatMixin):
     """Answers questions about images with second looks.
 
     model, tokenizer: of the same variant. max_looks: second looks per question; 1 is the published procedure, 0 never
@@ -207,53 +204,6 @@ class Engine:
         Closing the iterator gives the caches back.
         """
         return Scheduler(self.executor, [self._row(question) for question in questions]).events()
-
-    def chat(self, image: Any = None, *, capacity: int | None = None, keep_pixels: bool = True) -> Chat:
-        """A live conversation, of which each turn feeds only what is new; use it in a `with` statement.
-
-        image: shown in the first turn. capacity: tokens that it may hold, by default the engine's; it takes memory as
-        it grows. keep_pixels: False drops the pixels of each picture after its turn: then regions of it, and dino and
-        sam looks at it, can no longer be seen. Raises ValueError or TypeError for a bad image or capacity.
-        """
-        require_type("keep_pixels", keep_pixels, bool, "True or False")
-        capacity = self.capacity if capacity is None else require_integer("capacity", capacity, 1, 1 << 31)
-        cache = self.model.language.new_cache(capacity, FIRST_ROWS)
-        conversation = Conversation(cache, Clock(self.model.device), KVCache.clear)
-        return Chat(self, conversation, image, keep_pixels)
-
-    def load_chat(self, file: str | Path) -> Chat:
-        """The chat that `Chat.save` has written to a file, which goes on with the ids that it would have gone on with.
-
-        Raises ValueError if the file is none of `Chat.save`, if another model wrote it, or if it does not fit.
-        """
-        require_type("file", file, (str, PathLike), "a path")
-        return store.load(self, Path(file))
-
-    def ask_chats(
-        self,
-        chats: Sequence[Chat],
-        questions: Sequence[str],
-        samplings: Sequence[Sampling | None] | None = None,
-        **options: Any,
-    ) -> list[Answer]:
-        """One turn of several chats, such as forks of one, in one ragged batch; options as of `Chat.ask`, for all.
-
-        Raises ValueError or TypeError as `Chat.ask` does for any of them, and if the lists differ in length; an error
-        ends all of these turns.
-        """
-        require_type("chats", chats, (list, tuple), "a list of chats")
-        require_type("questions", questions, (list, tuple), "a list of strings")
-        require_type("samplings", samplings, (list, tuple, type(None)), "a list of Sampling or None, or None")
-        for number, chat in enumerate(chats):
-            require_type(f"chat {number}", chat, Chat, "what Engine.chat returns")
-        samplings = [None] * len(chats) if samplings is None else samplings
-        if not len(chats) == len(questions) == len(samplings):
-            counts = f"{len(chats)} chats, {len(questions)} questions and {len(samplings)} samplings"
-            raise ValueError(f"{counts} were given: give one of each for every chat")
-        each = zip(chats, questions, samplings, strict=True)
-        rows = [chat.row(question, sampling=sampling, **options) for chat, question, sampling in each]
-        answers = {row: e.answer for row, e in Scheduler(self.executor, rows).events() if isinstance(e, Done)}
-        return [answers[row] for row in range(len(rows))]
 
     def _stream(self, question: Question) -> Iterator[Event]:
         with closing(self.events([question])) as events:

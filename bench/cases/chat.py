@@ -1,0 +1,92 @@
+"""A further turn of a live chat of the engine, up to its first answer token, against the whole conversation again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.cases import Alternative, Case, WrongResult, require_close, smooth_pixels
+from bench.cases.engine import procedures
+from bench.workloads import ChatTurn
+from vpt_model.engine import Answer, Chat
+
+TOLERANCE = 1e-4
+FIRST, QUESTION = "Which of these is the largest?", "And the smallest?"
+ZOOM = "region:x2,y1,x5,y4"
+
+
+class Turn:
+    """A chat behind its first turn: a photo and `behind` bytes of text, one token each.
+
+    Every call takes one turn and undoes it.
+    """
+
+    def __init__(self, workload: ChatTurn, device: str) -> None:
+        self.workload, self.engine = workload, procedures(workload.preset, "clip", device).engine
+        self.photo, self.other = (torch.from_numpy(smooth_pixels(384, 512 - 28 * shift)) for shift in (0, 1))
+        self.chat = self._first()
+        self.before = self.chat.length
+        self.answer = self.take(self.chat)
+        self.after = self.chat.length
+        self.chat.rewind()
+
+    def _first(self) -> Chat:
+        chat = self.engine.chat(self.photo)
+        chat.ask("x" * self.workload.behind + FIRST, max_new_tokens=1)
+        return chat
+
+    def take(self, chat: Chat) -> Answer:
+        """The turn."""
+        image = self.other if self.workload.turn == "image" else None
+        looks = [ZOOM] if self.workload.turn == "zoom" else None
+        return chat.ask(QUESTION, image, looks=looks, max_new_tokens=1, keep_logits=True)
+
+    def ours(self) -> Tensor:
+        """Logits of the first answer token."""
+        logits = self.take(self.chat).logits[0]
+        self.chat.rewind()
+        self.engine.executor.fed.clear()
+        return logits
+
+    def anew(self) -> Tensor:
+        """The same, from an empty cache."""
+        with self._first() as chat:
+            logits = self.take(chat).logits[0]
+        self.engine.executor.fed.clear()
+        return logits
+
+    def check_tokens(self) -> None:
+        """Raise WrongResult unless the turn feeds what is new, and no picture that was seen passes the tower again."""
+        fed = sum(stage.work.get("tokens", 0) for stage in self.answer.timings)
+        towers = sum(stage.work.get("vit_calls", 0) for stage in self.answer.timings)
+        new, pictures = self.after - self.before, {"question": 0, "image": 1, "zoom": 1}[self.workload.turn]
+        if (fed, towers) != (new, pictures):
+            raise WrongResult(f"the turn fed {fed} tokens and {towers} pictures, not the {new} and {pictures} new ones")
+
+
+ANEW = Alternative(
+    "this engine, the conversation anew",
+    "the first turn and this one over an empty cache, what `Engine.ask` without a chat would have to do",
+    lambda turn: turn.anew,
+)
+ALTERNATIVES = (ANEW,)
+
+
+def build(workload: ChatTurn, device: str) -> Case:
+    """A turn of `Chat` up to its first answer token."""
+    turn = Turn(workload, device)
+    others = {one.name: one.calls([turn]) for one in ALTERNATIVES}
+
+    def check() -> None:
+        turn.check_tokens()
+        require_close(ANEW.name, turn.anew(), turn.ours(), TOLERANCE)
+
+    def timeline() -> dict[str, dict[str, float]]:
+        stages = {}
+        for stage in turn.take(turn.chat).timings:
+            stages[stage.name] = stages.get(stage.name, 0.0) + stage.milliseconds
+        turn.chat.rewind()
+        return {"ours": stages}
+
+    shown = (workload.shape, workload.dtype, device)
+    return Case("chat turn", *shown, [turn.ours], others, check, None, capture=False, timeline=timeline)
