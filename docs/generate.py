@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -181,7 +182,8 @@ def _wrapped(text: str) -> list[str]:
 
 def _methods(owner: str, kind: type) -> list[str]:
     lines = []
-    for name, member in vars(kind).items():
+    ours = [base for base in kind.__mro__ if base.__module__.startswith("vpt_")]
+    for name, member in chain.from_iterable(vars(base).items() for base in ours):
         function = getattr(member, "__func__", getattr(member, "fget", member))
         if (name.startswith("_") and name != "__call__") or not inspect.isfunction(function):
             continue
