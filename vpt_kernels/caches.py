@@ -62,9 +62,20 @@ def append_to_vllm_pages_(
     require_tensor("positions", positions, None, None, 2)
     count = slot_mapping.shape[0]
     append_visual_kv_(
-        q[:count], k[:count], v[:count], cos_sin, positions[:, :count], slot_mapping, k_cache, v_cache, sections,
-        interleaved=interleaved, k_scale=k_scale, v_scale=v_scale, backend=backend,
-    )  # fmt: skip
+        q[:count],
+        k[:count],
+        v[:count],
+        cos_sin,
+        positions[:, :count],
+        slot_mapping,
+        k_cache,
+        v_cache,
+        sections,
+        interleaved=interleaved,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        backend=backend,
+    )
 
 
 def flashinfer_slots(
@@ -172,9 +183,20 @@ def append_to_flashinfer_pages_(
     page_size = pair[0].shape[1 if kv_layout == "NHD" else 2]
     slots = flashinfer_slots(append_indptr, kv_indices, kv_indptr, kv_last_page_len, page_size, q.shape[0])
     append_visual_kv_(
-        q, k, v, cos_sin, positions, slots, *pair, sections,
-        interleaved=interleaved, layout=kv_layout, k_scale=k_scale, v_scale=v_scale, backend=backend,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cos_sin,
+        positions,
+        slots,
+        *pair,
+        sections,
+        interleaved=interleaved,
+        layout=kv_layout,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        backend=backend,
+    )
 
 
 def append_to_layer_(
@@ -260,9 +282,9 @@ def append_rows_(
     static = type(layer).__name__ == "StaticLayer"
     before = {} if layer.is_initialized else dict(vars(layer))
     try:
-        start = _room(layer, k, v) if static else layer.get_seq_length()
+        start = _check_capacity(layer, k, v) if static else layer.get_seq_length()
         _require_fitting(layer, k, start)
-        keys, values = (layer.keys, layer.values) if static else _grown(layer, k, v, start)
+        keys, values = (layer.keys, layer.values) if static else _reserve(layer, k, v, start)
         slots = (page_slots if isinstance(start, Tensor) else slots_of)(batch, start, count, keys.shape[2], k.device)
         append_visual_kv_(*rows, *rotation, slots, keys, values, sections, layout="HND", **options)
     except Exception:
@@ -279,7 +301,7 @@ def append_rows_(
     return layer.keys, layer.values
 
 
-def _room(layer: Any, k: Tensor, v: Tensor) -> int | Tensor:
+def _check_capacity(layer: Any, k: Tensor, v: Tensor) -> int | Tensor:
     """The length of a static layer that has room for k and v and, from its first tokens on, its buffers."""
     length, count = layer.cumulative_length, k.shape[1]
     if length.device.type == "cpu" or CHECK_VALUES:
@@ -371,7 +393,7 @@ def _held(cache: Any) -> list[tuple[Any, Any, Tensor]]:
     return [(part, index, tensor) for part in lists for index, tensor in enumerate(part)]
 
 
-def _grown(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _reserve(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values [batch, heads, ≥ length + tokens, head_dim] that begin with the layer's.
 
     Rows that anyone has seen are never written again: the rows behind `length` are free only if the layer still holds

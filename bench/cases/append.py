@@ -73,9 +73,15 @@ class Buffers:
 
     def eager(self) -> Tensor:
         return eager_append(
-            self.q, self.k, self.v, self.cos, self.sin, self.slots, self.k_cache.view(-1, *self.k.shape[1:]),
+            self.q,
+            self.k,
+            self.v,
+            self.cos,
+            self.sin,
+            self.slots,
+            self.k_cache.view(-1, *self.k.shape[1:]),
             self.v_cache.view(-1, *self.v.shape[1:]),
-        )  # fmt: skip
+        )
 
 
 def eager_append(

@@ -137,6 +137,14 @@ def build(workload: Decode, device: str) -> Case:
                 raise WrongResult(f"{name}: tokens {ids} instead of {problem.ids}; a wrong row is not timed")
 
     return Case(
-        workload.op, workload.shape, workload.dtype, device, [problem.ours], alternatives, check, problem.work,
-        self_timed=True, sweep=sweep(workload.op, workload),
-    )  # fmt: skip
+        workload.op,
+        workload.shape,
+        workload.dtype,
+        device,
+        [problem.ours],
+        alternatives,
+        check,
+        problem.work,
+        self_timed=True,
+        sweep=sweep(workload.op, workload),
+    )

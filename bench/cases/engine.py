@@ -330,6 +330,15 @@ def build(workload: SecondLook, device: str) -> Case:
                 )
 
     return Case(
-        workload.op, workload.shape, workload.dtype, device, [problem.ours], alternatives, check, None,
-        self_timed=True, sweep=sweep(workload.op, workload), timeline=problem.timeline,
-    )  # fmt: skip
+        workload.op,
+        workload.shape,
+        workload.dtype,
+        device,
+        [problem.ours],
+        alternatives,
+        check,
+        None,
+        self_timed=True,
+        sweep=sweep(workload.op, workload),
+        timeline=problem.timeline,
+    )

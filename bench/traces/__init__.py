@@ -56,10 +56,15 @@ class Definition:
             for name, size in self.axes.items()
         }
         return {
-            "name": self.name, "op_type": self.op, "description": self.description, "axes": axes,
-            "inputs": tensors(self.inputs), "outputs": tensors(self.outputs), "reference": self.reference,
+            "name": self.name,
+            "op_type": self.op,
+            "description": self.description,
+            "axes": axes,
+            "inputs": tensors(self.inputs),
+            "outputs": tensors(self.outputs),
+            "reference": self.reference,
             "tags": ["vpt", "vision-language"],
-        }  # fmt: skip
+        }
 
 
 def append_definition(lm: str) -> Definition:
@@ -80,14 +85,28 @@ def append_definition(lm: str) -> Definition:
         "append_visual_kv",
         f"append_visual_kv_h{one.heads}_kv{one.kv_heads}_d{one.head_dim}",
         "M-RoPE of q and k by three position rows, and append of k and v to a KV cache at given slots.",
-        {"tokens": None, "table_rows": None, "capacity": None, "axes": 3, "q_heads": one.heads,
-         "kv_heads": one.kv_heads, "head_dim": one.head_dim},
-        {"q": (("tokens", "q_heads", "head_dim"), "bfloat16"), "k": (rows, "bfloat16"), "v": (rows, "bfloat16"),
-         "cos_sin": (("table_rows", "head_dim"), "float32"), "positions": (("axes", "tokens"), "int64"),
-         "slots": (("tokens",), "int64"), "k_cache": cache, "v_cache": cache},
+        {
+            "tokens": None,
+            "table_rows": None,
+            "capacity": None,
+            "axes": 3,
+            "q_heads": one.heads,
+            "kv_heads": one.kv_heads,
+            "head_dim": one.head_dim,
+        },
+        {
+            "q": (("tokens", "q_heads", "head_dim"), "bfloat16"),
+            "k": (rows, "bfloat16"),
+            "v": (rows, "bfloat16"),
+            "cos_sin": (("table_rows", "head_dim"), "float32"),
+            "positions": (("axes", "tokens"), "int64"),
+            "slots": (("tokens",), "int64"),
+            "k_cache": cache,
+            "v_cache": cache,
+        },
         {"q_out": (("tokens", "q_heads", "head_dim"), "bfloat16"), "k_cache_out": cache, "v_cache_out": cache},
         tuple(workload(tokens) for tokens in (1, 54, 270, 4096)),
-    )  # fmt: skip
+    )
 
 
 def control_definition(lm: str) -> Definition:
@@ -106,15 +125,22 @@ def control_definition(lm: str) -> Definition:
         f"control_cross_attention_linear_h{hidden}_d{channels}",
         "Projector of re-encoded features conditioned on one control row an image: rank one, one key, no softmax.",
         {"tokens": None, "images": None, "ends": None, "hidden": hidden, "channels": channels},
-        {"features": (("tokens", "channels"), "bfloat16"), "control": (("images", "hidden"), "bfloat16"),
-         "cu_seqlens": (("ends",), "int64"), "feature_norm_weight": vector("channels"),
-         "feature_norm_bias": vector("channels"), "feature_weight": (("hidden", "channels"), "bfloat16"),
-         "feature_bias": vector("hidden"), "control_norm_weight": vector("hidden"),
-         "control_norm_bias": vector("hidden"), "control_weight": (("hidden", "hidden"), "bfloat16"),
-         "control_bias": vector("hidden")},
+        {
+            "features": (("tokens", "channels"), "bfloat16"),
+            "control": (("images", "hidden"), "bfloat16"),
+            "cu_seqlens": (("ends",), "int64"),
+            "feature_norm_weight": vector("channels"),
+            "feature_norm_bias": vector("channels"),
+            "feature_weight": (("hidden", "channels"), "bfloat16"),
+            "feature_bias": vector("hidden"),
+            "control_norm_weight": vector("hidden"),
+            "control_norm_bias": vector("hidden"),
+            "control_weight": (("hidden", "hidden"), "bfloat16"),
+            "control_bias": vector("hidden"),
+        },
         {"out": (("tokens", "hidden"), "bfloat16")},
         (workload(256), workload(*[256] * 16), workload(256, 0, 64, 252)),
-    )  # fmt: skip
+    )
 
 
 def roi_definition() -> Definition:
@@ -135,14 +161,27 @@ def roi_definition() -> Definition:
         "roi_patch_embed",
         f"roi_patch_embed_p{PATCH}_e{EMBED}",
         "Crop, Pillow-exact resize and patch embedding of uint8 pixels, with normalisation folded into the weight.",
-        {"height": None, "width": None, "patches": None, "channels": 3, "edges": 4, "sides": 2,
-         "patch_bytes": 3 * PATCH * PATCH, "embed": EMBED},
-        {"image": (("height", "width", "channels"), "int8"), "box": (("edges",), "int64"),
-         "size": (("sides",), "int64"), "cells": (("patches", "sides"), "int64"),
-         "weight": (("embed", "patch_bytes"), "bfloat16"), "bias": (("embed",), "float32")},
+        {
+            "height": None,
+            "width": None,
+            "patches": None,
+            "channels": 3,
+            "edges": 4,
+            "sides": 2,
+            "patch_bytes": 3 * PATCH * PATCH,
+            "embed": EMBED,
+        },
+        {
+            "image": (("height", "width", "channels"), "int8"),
+            "box": (("edges",), "int64"),
+            "size": (("sides",), "int64"),
+            "cells": (("patches", "sides"), "int64"),
+            "weight": (("embed", "patch_bytes"), "bfloat16"),
+            "bias": (("embed",), "float32"),
+        },
         {"tokens": (("patches", "embed"), "bfloat16")},
         (workload(*PHOTO, MEGAPIXEL), workload(*DOCUMENT, MEGAPIXEL // 4), workload(*LARGE, MEGAPIXEL)),
-    )  # fmt: skip
+    )
 
 
 def definitions() -> tuple[Definition, ...]:

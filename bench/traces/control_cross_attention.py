@@ -2,9 +2,18 @@ import torch.nn.functional as F
 
 
 def run(
-    features, control, cu_seqlens, feature_norm_weight, feature_norm_bias, feature_weight, feature_bias,
-    control_norm_weight, control_norm_bias, control_weight, control_bias
-):  # fmt: skip
+    features,
+    control,
+    cu_seqlens,
+    feature_norm_weight,
+    feature_norm_bias,
+    feature_weight,
+    feature_bias,
+    control_norm_weight,
+    control_norm_bias,
+    control_weight,
+    control_bias,
+):
     """f + (f·k)k with f = Linear(LN(features)) and one k = Linear(LN(control)) an image; float32 until the end."""
     dtype = features.dtype
 

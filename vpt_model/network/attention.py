@@ -23,7 +23,7 @@ from vpt_model.network.cache import KVCache
 
 @dataclass(frozen=True)
 class Rotary:
-    """What M-RoPE needs: `table` from `rotary_table`, and how many half-dimensions each axis turns."""
+    """What M-RoPE needs: `table` from `rotary_table`, and how many half-dimensions each axis rotates."""
 
     table: Tensor
     sections: tuple[int, int, int]
@@ -66,9 +66,16 @@ class Ragged:
             keys, values = s.cache.keys[layer], s.cache.values[layer]
             query = q[s.begin : s.end]
             append_visual_kv_(
-                query, k[s.begin : s.end], v[s.begin : s.end], self.rotary.table, s.positions, s.slots, keys, values,
+                query,
+                k[s.begin : s.end],
+                v[s.begin : s.end],
+                self.rotary.table,
+                s.positions,
+                s.slots,
+                keys,
+                values,
                 sections=self.rotary.sections,
-            )  # fmt: skip
+            )
             stored = s.cache.length - s.cache.floor + s.end - s.begin
             if s.cache.shared:
                 parts = [(rows.keys[layer], rows.values[layer]) for rows in s.cache.shared]
