@@ -132,6 +132,28 @@ def test_the_bench_imports_the_packages_only(path):
     assert not reaches(path, "tests")
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=module)
+def test_no_test_module_is_imported(path):
+    """What several test modules share lives in a helper; tests/README.md lists them."""
+    modules = {module(other) for other in TESTS if other.stem.startswith("test_")}
+    assert not modules & imports(path)
+
+
+def test_every_helper_is_in_the_index():
+    index = (ROOT / "tests" / "README.md").read_text()
+    helpers = [path for path in TESTS if not path.stem.startswith(("test_", "__", "conftest"))]
+    folders = ("aot", "cuda", "kernels", "model", "patch", "triton")
+    missing = [
+        path.name
+        for path in helpers
+        if path.parent.name in folders and f"`{path.name}`" not in index and f"/{path.name}`" not in index
+    ]
+    assert not missing
+
+
 def test_the_published_procedure_stands_apart():
     """The baseline shares configuration, vocabulary and prompts with the engine, nothing that computes."""
     for path in (MODEL / "published" / "procedure.py", MODEL / "published" / "encoders.py"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -115,3 +116,12 @@ def generate(model: nn.Module, given: Prompt, cache: str | None = None) -> tuple
         output_logits=True,
     )  # fmt: skip
     return out.sequences[:, given.ids.shape[1] :], torch.stack(out.logits)
+
+
+BOUND = 1e-4
+"""Absolute, on logits of standard deviation one; a wrong position or a lost token moves them by more than 0.1."""
+each_qwen = pytest.mark.parametrize("kind", QWEN)
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()

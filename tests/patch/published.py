@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.helpers import normal
+
 SECTIONS = [2, 3, 3]
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 HIDDEN = HEADS * HEAD_DIM
@@ -225,3 +227,22 @@ class VPT_Qwen2VLForConditionalGeneration(nn.Module):  # noqa: N801  (the author
         embeds = embeds.masked_scatter((input_ids == ACTION)[..., None], control)
         hidden, cache = self.model(embeds, position_ids, copy.deepcopy(past_key_values), attention_mask)
         return SimpleNamespace(logits=self.lm_head(hidden), past_key_values=cache)
+
+
+FEATURES = {"detection": (3, 5, 48), "seg": (3, 16, 8, 8), "clip": (11, HIDDEN)}
+PADS = {"detection": (5, 5, 5), "seg": (4, 4, 4), "clip": (4, 6, 1)}
+GRID = torch.tensor([[1, 4, 4], [1, 4, 6], [1, 2, 2]])
+
+
+def inputs(kind: str) -> dict[str, Tensor]:
+    """A turn with one image, and three looks with their control tokens."""
+    text = [5, 6, *[IMAGE] * 6, 7]
+    for pads in PADS[kind]:
+        text += [ACTION_START, ACTION, 9, *[PAD] * pads, 11]
+    positions = torch.arange(len(text)).repeat(3, 1, 1)
+    positions[1, 0, 2:8] += torch.arange(6) // 3
+    positions[2, 0, 2:8] += torch.arange(6) % 3
+    features = normal(*FEATURES[kind], key=("features", kind), scale=0.3)
+    pixels = normal(24, 1176, key="pixels")
+    given = {"input_ids": torch.tensor([text]), "position_ids": positions, "pixel_values": pixels, "features": features}
+    return given | ({"grid_thw": GRID} if kind == "clip" else {})

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tests.helpers import assert_same_bits, noise, normal
 from tests.patch import foreign
+from tests.patch.foreign import BOUND, each_qwen, largest
 from vpt_kernels import (
     PatchReport,
     fold_patch_weight,
@@ -23,10 +24,6 @@ from vpt_kernels import (
 )
 from vpt_kernels.patch.supported import NORMALISATION
 
-BOUND = 1e-4
-"""Absolute, on logits of standard deviation one; a wrong position or a lost token moves them by more than 0.1."""
-
-each_qwen = pytest.mark.parametrize("kind", foreign.QWEN)
 each_cache = pytest.mark.parametrize("cache", (None, "static"), ids=("dynamic", "static"))
 each_prompt = pytest.mark.parametrize("rows", foreign.PROMPTS.values(), ids=foreign.PROMPTS)
 
@@ -34,10 +31,6 @@ each_prompt = pytest.mark.parametrize("rows", foreign.PROMPTS.values(), ids=fore
 @pytest.fixture(scope="module")
 def models() -> dict[str, nn.Module]:
     return {kind: foreign.qwen(kind) for kind in foreign.QWEN}
-
-
-def largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 @each_qwen

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.helpers import normal
 from tests.patch import foreign, published
-from tests.patch.test_patch_published import FEATURES, GRID
+from tests.patch.published import FEATURES, GRID
 from vpt_kernels import patch
 
 Run = Callable[[nn.Module], Tensor]

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.helpers import assert_same_bits, noise
 from tests.patch import foreign
-from tests.patch.test_patch import BOUND, each_qwen, largest
+from tests.patch.foreign import BOUND, each_qwen, largest
 from vpt_kernels import QwenVLImageProcessor, patch
 from vpt_kernels.roi_patch_embed.geometry import plan_regions, qwen2_vl_policy
 

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 
 from tests.helpers import assert_same_bits, normal
 from tests.patch import foreign, published
-from tests.patch.test_patch import BOUND, each_qwen, largest
-from tests.patch.test_patch_published import FEATURES, GRID, inputs
+from tests.patch.foreign import BOUND, each_qwen, largest
+from tests.patch.published import FEATURES, GRID, inputs
 from vpt_kernels import hub, patch
 from vpt_kernels.patch.swap import is_swapped
 

@@ -11,28 +11,12 @@ from torch import Tensor, nn
 from tests.helpers import assert_same_bits, normal
 from tests.patch import published
 from tests.patch.foreign import filled
+from tests.patch.published import PADS, inputs
 from vpt_kernels import patch
 
 BOUND, TOKENS = 1e-4, 16
 KINDS = tuple(published.PROJECTORS)
-FEATURES = {"detection": (3, 5, 48), "seg": (3, 16, 8, 8), "clip": (11, published.HIDDEN)}
-PADS = {"detection": (5, 5, 5), "seg": (4, 4, 4), "clip": (4, 6, 1)}
-GRID = torch.tensor([[1, 4, 4], [1, 4, 6], [1, 2, 2]])
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def inputs(kind: str) -> dict[str, Tensor]:
-    """A turn with one image, and three looks with their control tokens."""
-    text = [5, 6, *[published.IMAGE] * 6, 7]
-    for pads in PADS[kind]:
-        text += [published.ACTION_START, published.ACTION, 9, *[published.PAD] * pads, 11]
-    positions = torch.arange(len(text)).repeat(3, 1, 1)
-    positions[1, 0, 2:8] += torch.arange(6) // 3
-    positions[2, 0, 2:8] += torch.arange(6) % 3
-    features = normal(*FEATURES[kind], key=("features", kind), scale=0.3)
-    pixels = normal(24, 1176, key="pixels")
-    given = {"input_ids": torch.tensor([text]), "position_ids": positions, "pixel_values": pixels, "features": features}
-    return given | ({"grid_thw": GRID} if kind == "clip" else {})
 
 
 @torch.no_grad()
