@@ -104,6 +104,15 @@ def layer() -> dict[str, Any]:
     return given | {name: append()[name] for name in ("cos_sin", "positions", "sections")} | {"layer": DynamicLayer()}
 
 
+def cache() -> Any:
+    from transformers import DynamicCache
+
+    held, given = DynamicCache(), layer()
+    held.layers.append(given["layer"])
+    kernels.append_to_layer_(**given)
+    return held
+
+
 @lru_cache(maxsize=1)
 def qwen() -> torch.nn.Module:
     return foreign.qwen("qwen2_vl")
@@ -164,6 +173,8 @@ CALLS: dict[str, Callable[[], Made]] = {
     "append_to_vllm_pages_": lambda: (kernels.append_to_vllm_pages_, pages("vllm")),
     "append_visual_kv": lambda: (kernels.append_visual_kv, append()),
     "append_visual_kv_": lambda: (kernels.append_visual_kv_, append()),
+    "cache_spare_bytes": lambda: (kernels.cache_spare_bytes, {"cache": cache()}),
+    "compact_cache_": lambda: (kernels.compact_cache_, {"cache": cache()}),
     "clip_boxes": lambda: (
         kernels.clip_boxes, {"boxes": [(0, -1, 0.5, 900, 700)], "sizes": [(40, 56)], "scale": 1000}
     ),

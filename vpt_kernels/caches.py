@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.append_visual_kv.api import LAYOUTS, append_visual_kv_
-from vpt_kernels.checks import CHECK_VALUES, require_choice, require_integer, require_tensor, require_type
+from vpt_kernels.checks import CHECK_VALUES, require_choice, require_integer, require_tensor, require_type, shown
 
 LAYERS = ("StaticLayer", "DynamicLayer")
 """Classes of transformers' cache layers that `append_to_layer_` knows; sliding and quantised ones keep other rows."""
@@ -389,6 +389,8 @@ def _held(cache: Any) -> list[tuple[Any, Any, Tensor]]:
     if hasattr(cache, "layers"):
         grown = [layer for layer in cache.layers if type(layer).__name__ == "DynamicLayer" and layer.is_initialized]
         return [(layer, name, getattr(layer, name)) for layer in grown for name in ("keys", "values")]
+    if not hasattr(cache, "key_cache"):
+        raise TypeError(f"cache is {shown(cache)}; it must be a cache of transformers, such as DynamicCache")
     lists = [getattr(cache, name, ()) for name in ("key_cache", "value_cache")]
     return [(part, index, tensor) for part in lists for index, tensor in enumerate(part)]
 
