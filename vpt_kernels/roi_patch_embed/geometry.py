@@ -303,7 +303,7 @@ def plan_regions(sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]
         width, height = right - left, bottom - top
         steps = _nearest_steps(height, width, policy.regularize_edge)
         in_w, in_h = steps[-2:]
-        out_h, out_w = map(index, _pair("the size that fit returns", policy.fit(in_h, in_w)))
+        out_h, out_w = _pair("the size that fit returns", policy.fit(in_h, in_w))
         if not (0 < out_h <= MAX_SIZE and 0 < out_w <= MAX_SIZE):
             raise ValueError(f"box {number} resizes to {out_h}x{out_w}; each side must be in 1..{MAX_SIZE}")
         window_h, window_w = policy.window or (out_h, out_w)
@@ -342,10 +342,9 @@ def plan_regions(sizes: Sequence[tuple[int, int]], boxes: Sequence[Sequence[int]
 def _pair(name: str, value: Any) -> tuple[int, int]:
     try:
         first, second = value
-        index(first), index(second)
+        return index(first), index(second)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} is {shown(value)}; it must be two integers (height, width)") from None
-    return first, second
 
 
 def image_sizes(sizes: Any) -> tuple[tuple[int, int], ...]:
