@@ -76,8 +76,8 @@ class Session:
         raise ValueError(f"{line!r} is no command: /help lists them")
 
     def _ask(self, question: str) -> None:
-        options = {"looks": self.looks or None, "max_new_tokens": self.max_new_tokens}
-        for event in self.chat.stream(question, self.image, **options):
+        looks, limit = self.looks or None, self.max_new_tokens
+        for event in self.chat.stream(question, self.image, looks=looks, max_new_tokens=limit):
             if isinstance(event, Token):
                 self.console.print(Text(event.text), end="")
             elif isinstance(event, Region):

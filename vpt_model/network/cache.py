@@ -154,7 +154,7 @@ class KVCache:
                 rest.append(last._replace(keys=last.keys[:, :kept], values=last.values[:, :kept]))
             self.shared, self.floor = tuple(rest), self.floor - last.keys.shape[1] + max(kept, 0)
         self.length, self.next_position = length, next_position
-        if self.length - self.floor < self._lent and self._hold() is not None:
+        if self._hold is not None and self.length - self.floor < self._lent and self._hold() is not None:
             self._renew(self.rows)
 
     def clear(self) -> None:
