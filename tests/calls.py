@@ -320,7 +320,8 @@ def public_callables() -> Iterator[str]:
                 continue
             yield name
             if isinstance(thing, type):
-                for method, value in vars(thing).items():
+                owners = [owner for owner in thing.__mro__ if owner.__module__.startswith("vpt_")]
+                for method, value in {k: v for owner in reversed(owners) for k, v in vars(owner).items()}.items():
                     function = callable(value) or isinstance(value, (classmethod, staticmethod))
                     if function and not method.startswith("_"):
                         yield f"{name}.{method}"
