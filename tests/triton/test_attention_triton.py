@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
 from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype, virtual_bytes
 from tests.model.attention_inputs import NAN, Call, make, oracle
@@ -128,3 +130,23 @@ def test_two_launches_and_the_documented_workspace():
     rows = 4 * 6 // 2
     assert launches.grids == [("split_kernel", (-(-rows // DECODE.rows), 2, 4)), ("merge_kernel", (4, 6))]
     assert sorted(outputs(seen)) == sorted([4 * 6 * 16 * 2, 4 * 6 * 4 * 16 * 4, 4 * 6 * 4 * 4])
+
+
+def test_it_is_launched_on_the_queries_device(monkeypatch):
+    """As the operators are: where another device is current, its stream would be the wrong one."""
+    seen = []
+
+    @contextmanager
+    def guard(tensor):
+        assert tensor is call.q
+        seen.append("enter")
+        yield
+        seen.append("leave")
+
+    call = make([1], [5], 1, heads=(6, 2), dim=24, capacity=64, dtype=torch.float32)
+    monkeypatch.setattr(attention_triton, "on_device", guard)
+    with Launches() as launches:
+        launch = GridExecutor.__call__
+        monkeypatch.setattr(GridExecutor, "__call__", lambda *a, **k: (seen.append("launch"), launch(*a, **k))[1])
+        attention_triton.attend(**vars(call))
+    assert seen == ["enter", "launch", "launch", "leave"] and len(launches.grids) == 2

@@ -86,7 +86,7 @@ def resample_kernel(
         tl.store((at + ENTRY).to(tl.pointer_type(tl.int32)), entry, mask=inside & corner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def embed_kernel(
     patches,
     weight,

@@ -5,6 +5,7 @@ How a question is answered stands in `vpt_model.engine.loop`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -89,7 +90,8 @@ class Engine(ChatMixin):
         )
 
     def warm_up(self) -> dict[str, float]:
-        """Capture CUDA graphs for the steps that recur; the seconds each took. Nothing on a CPU.
+        """Capture CUDA graphs for the steps that recur, and run once what is in none; the seconds each took. Nothing on
+        a CPU.
 
         What fits no graph, and all that was begun before this call, runs without, and chooses the same tokens. Takes
         the memory of `vpt_model.engine.graphs.ROWS` caches.
@@ -100,6 +102,10 @@ class Engine(ChatMixin):
             graphs = Graphs(self.model.language, self.capacity)
             seconds = graphs.capture()
             model, towers = captured(self.model)
+            begin = time.perf_counter()
+            perception.rehearse(model, self.policy)
+            torch.cuda.current_stream().synchronize()
+            seconds["crop, embedding and projector"] = time.perf_counter() - begin
         self.use(model, graphs)
         return seconds | towers
 

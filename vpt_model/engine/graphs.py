@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vpt_kernels.launch import on_device
 from vpt_model.engine.requests import Append
 from vpt_model.engine.sampling import greedy
 from vpt_model.network.attention import Padded
@@ -96,11 +97,13 @@ class Step:
 
     def __call__(self, appends: Sequence[Append]) -> tuple[Tensor, ...]:
         """Feed the tokens: the last token's hidden states [R, H] and, if the bucket samples, logits and `greedy`."""
-        self.upload(appends)
-        if self.graph is None:
-            return self.run()
-        self.graph.replay()
-        return tuple(output.clone() for output in self.outputs)
+        # Copy, event and replay on one stream, that of the model's device, whichever device is current.
+        with on_device(self.given):
+            self.upload(appends)
+            if self.graph is None:
+                return self.run()
+            self.graph.replay()
+            return tuple(output.clone() for output in self.outputs)
 
     def upload(self, appends: Sequence[Append]) -> None:
         if self.copied is not None:

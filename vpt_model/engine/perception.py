@@ -99,3 +99,16 @@ def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tenso
     """
     rows = torch.arange(row, row + count, device=embeds.device)
     control_cross_attention_into(features, control, model.projector, embeds, rows)
+
+
+def rehearse(model: Model, policy: RegionPolicy) -> None:
+    """Run crop, embedding, towers and projector once, on no picture: nothing is then compiled inside a first look."""
+    image = torch.zeros(64, 64, 3, dtype=torch.uint8, device=model.device)
+    (features,), _ = model.vision.look([image], [(0, 0, 0, 64, 64)], policy)
+    if model.projector is None:
+        return
+    if model.encoder is not None:
+        features = model.encoder(_whole(model, image))
+    count = len(features) if model.encoder is None else model.encoder.tokens
+    embeds = torch.zeros(count, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    reencode_into(model, features, torch.zeros_like(embeds[:1]), embeds, 0, count)

@@ -68,10 +68,9 @@ class Sampler:
         return None if token < 0 else token
 
     def _draw(self, logits: Tensor) -> Tensor:
-        # A stable sort puts the lower id first on ties, as argmax does.
         scaled = (logits.nan_to_num() / self.sampling.temperature).nan_to_num()
-        values, tokens = scaled.sort(descending=True, stable=True)
-        probabilities = values[: self.sampling.top_k or None].softmax(0).double()
+        values, tokens = _likeliest(scaled, self.sampling)
+        probabilities = values.softmax(0).double()
         kept = probabilities.cumsum(0) - probabilities < self.sampling.top_p
         ends = torch.where(kept, probabilities, 0).cumsum(0)
         draw = torch.rand((), dtype=torch.float64, device="cpu", generator=self._generator).to(
@@ -79,3 +78,19 @@ class Sampler:
         )
         place = torch.minimum((ends <= draw * ends[-1]).sum(), kept.sum() - 1)
         return torch.where(logits.isnan().any(), -1, tokens.gather(0, place[None])[0])
+
+
+def _likeliest(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The scores that can be drawn and their tokens, the likeliest first and the lower id on ties; all as they stand
+    where their order does not matter. The whole vocabulary is sorted for top-p without top-k only."""
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return scores, torch.arange(len(scores), device=scores.device)
+    if sampling.top_k == 0:
+        return scores.sort(descending=True, stable=True)
+    # As integers float32 numbers keep their order; with the ids behind them there are no ties. -0.0 becomes 0.0.
+    bits = (scores + 0.0).view(torch.int32).long()
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ids = torch.arange(len(scores), device=scores.device)
+    keys = (ordered << 32) | (0xFFFFFFFF - ids)
+    tokens = 0xFFFFFFFF - (keys.topk(min(sampling.top_k, len(scores))).values & 0xFFFFFFFF)
+    return scores.gather(0, tokens), tokens

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vpt_kernels.launch import on_device
+
 
 class Launch(NamedTuple):
     """rows: of q in one program, a row being one query head of one token; keys: of one step; split: of one program."""
@@ -175,51 +177,52 @@ def attend(
     sums = torch.empty((conversations, tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
     weights = torch.empty((conversations, tokens, heads, splits), dtype=torch.float32, device=q.device)
     grid = (triton.cdiv(tokens * heads // kv_heads, launch.rows), conversations * kv_heads, splits)
-    split_kernel[grid](
-        q,
-        keys,
-        values,
-        starts,
-        past,
-        counts,
-        sums,
-        weights,
-        dim**-0.5 * 1.4426950408889634,
-        tokens,
-        splits,
-        capacity,
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
-        Q_HEADS=heads,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=dim,
-        BLOCK_M=launch.rows,
-        BLOCK_N=launch.keys,
-        BLOCK_D=triton.next_power_of_2(dim),
-        SPLIT=launch.split,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        enable_fp_fusion=True,
-    )
-    merge_kernel[(conversations * tokens, heads)](
-        sums,
-        weights,
-        past,
-        counts,
-        out,
-        tokens,
-        splits,
-        Q_HEADS=heads,
-        HEAD_DIM=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
-        SPLIT=launch.split,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
+    with on_device(q):
+        split_kernel[grid](
+            q,
+            keys,
+            values,
+            starts,
+            past,
+            counts,
+            sums,
+            weights,
+            dim**-0.5 * 1.4426950408889634,
+            tokens,
+            splits,
+            capacity,
+            q.stride(0),
+            q.stride(1),
+            q.stride(2),
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            Q_HEADS=heads,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=dim,
+            BLOCK_M=launch.rows,
+            BLOCK_N=launch.keys,
+            BLOCK_D=triton.next_power_of_2(dim),
+            SPLIT=launch.split,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            enable_fp_fusion=True,
+        )
+        merge_kernel[(conversations * tokens, heads)](
+            sums,
+            weights,
+            past,
+            counts,
+            out,
+            tokens,
+            splits,
+            Q_HEADS=heads,
+            HEAD_DIM=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_SPLITS=triton.next_power_of_2(splits),
+            SPLIT=launch.split,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
     return out

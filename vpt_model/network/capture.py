@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def record(run: Callable[[], tuple[Tensor, ...]], pool: Any) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """Capture `run` and its outputs. It runs twice before: kernels are compiled and libraries take their workspace."""
-    side = torch.cuda.Stream()
+def record(
+    run: Callable[[], tuple[Tensor, ...]], pool: Any, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """Capture `run` and its outputs. It runs twice before: kernels are compiled and libraries take their workspace.
+
+    stream: to capture on, by default the one that all such graphs share. Graphs captured on one stream also share
+    cuBLAS's workspace, whatever their pools: those that may be replayed at the same time need a stream each.
+    """
+    side = _warm_up_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         outputs = run()
     return graph, outputs
+
+
+@cache
+def _warm_up_stream(device: int) -> torch.cuda.Stream:
+    """One for all: every further stream would cost another workspace of cuBLAS."""
+    return torch.cuda.Stream(device)

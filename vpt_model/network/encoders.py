@@ -6,7 +6,8 @@ them there, the image processor and the patch convolution, is one `roi_patch_emb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -172,11 +173,24 @@ class SamEncoder(_Encoder):
         x = patch_embeds.unflatten(0, (-1, *self.grid)) + self.pos_embed
         for layer in self.layers:
             x = layer(x)
-        return self.neck(x)
+        with ieee_convolutions():
+            return self.neck(x)
 
     @property
     def _convolution(self) -> nn.Conv2d:
         return self.patch_embed.projection
+
+
+@contextmanager
+def ieee_convolutions() -> Iterator[None]:
+    """Inside, cuDNN multiplies float32 as float32: by default it takes TF32, whose ten bits are those of float16."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 class _Linear(nn.Linear):

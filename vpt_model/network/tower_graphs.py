@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpt_kernels.launch import on_device
 from vpt_model.network.attention import attend_padded
 from vpt_model.network.capture import record
 from vpt_model.network.encoders import DinoEncoder, SamEncoder
@@ -41,8 +42,8 @@ class _Replayed:
         self.graph.replay()
         return self.outputs[0].clone()
 
-    def capture(self, pool: object) -> None:
-        self.graph, self.outputs = record(self.run, pool)
+    def capture(self, pool: object, stream: torch.cuda.Stream | None = None) -> None:
+        self.graph, self.outputs = record(self.run, pool, stream)
 
 
 class PatchStep(_Replayed):
@@ -57,13 +58,14 @@ class PatchStep(_Replayed):
     def __call__(self, patch_embeds: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch embeddings [n, E] of one image → features [n / 4, H]."""
         count = len(patch_embeds)
-        self.x[:count] = patch_embeds
-        # Padding is masked, but what is masked must still be finite.
-        self.x[count:].zero_()
-        for angles, values in zip(self.angles, self.tower.rotary([grid])):
-            angles[:count] = values
-        self.count.fill_(count)
-        return self.result()[: count // self.tower.config.spatial_merge_size**2]
+        with on_device(self.x):
+            self.x[:count] = patch_embeds
+            # Padding is masked, but what is masked must still be finite.
+            self.x[count:].zero_()
+            for angles, values in zip(self.angles, self.tower.rotary([grid])):
+                angles[:count] = values
+            self.count.fill_(count)
+            return self.result()[: count // self.tower.config.spatial_merge_size**2]
 
     def run(self) -> tuple[Tensor]:
         cos, sin = self.angles
@@ -101,13 +103,15 @@ class CapturedEncoder(_Replayed):
     def __call__(self, patch_embeds: Tensor) -> Tensor:
         if len(patch_embeds) != len(self.patches):
             return self.encoder(patch_embeds)
-        if self.free is not None:
-            torch.cuda.current_stream().wait_event(self.free)
-        self.patches.copy_(patch_embeds)
-        features = self.result()
-        if self.free is not None:
-            self.free.record()
-        return features
+        # The streams meant are those of the buffers' device, whichever is current.
+        with on_device(self.patches):
+            if self.free is not None:
+                torch.cuda.current_stream().wait_event(self.free)
+            self.patches.copy_(patch_embeds)
+            features = self.result()
+            if self.free is not None:
+                self.free.record()
+            return features
 
     def run(self) -> tuple[Tensor]:
         return (self.encoder(self.patches),)
@@ -118,14 +122,14 @@ def captured(model: Model) -> tuple[Model, dict[str, float]]:
     tower, seconds = CapturedTower(model.vision), dict[str, float]()
     encoder: Any = model.encoder
     steps: dict[str, _Replayed] = {f"{patches} patches": step for patches, step in reversed(tower.steps.items())}
-    pools = dict.fromkeys(steps, torch.cuda.graph_pool_handle())
+    pools, streams = dict.fromkeys(steps, torch.cuda.graph_pool_handle()), {}
     if encoder is not None:
         encoder = steps["re-encoder"] = CapturedEncoder(encoder)
-        # It may run beside the others on a stream of its own: then it must not share their memory.
-        pools["re-encoder"] = torch.cuda.graph_pool_handle()
+        # It may run beside the others: then it must share neither their memory nor, by their stream, a workspace.
+        pools["re-encoder"], streams["re-encoder"] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     for name, step in steps.items():
         begin = time.perf_counter()
-        step.capture(pools[name])
+        step.capture(pools[name], streams.get(name))
         torch.cuda.current_stream().synchronize()
         seconds[name] = time.perf_counter() - begin
     return replace(model, vision=tower, encoder=encoder), seconds

@@ -4,10 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import SEED
 from tests.model.watch import Reads
-from vpt_model.engine.sampling import Sampler, Sampling, greedy
+from vpt_model.engine.sampling import Sampler, Sampling, _likeliest, greedy
 
 
 def logits(count: int, vocab: int = 200) -> torch.Tensor:
@@ -81,6 +82,39 @@ def test_one_number_is_read_per_token(sampling):
     with Reads() as reads:
         sampler(row)
     assert reads.names == ["_local_scalar_dense"]
+
+
+class Operators(TorchDispatchMode):
+    """Names and sizes of what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        size = args[0].numel() if args and isinstance(args[0], torch.Tensor) else 0
+        self.seen.append((function.overloadpacket.__name__, size))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.9, 20, 0.8), Sampling(1.0, 1), Sampling(0.7)])
+def test_the_vocabulary_is_not_sorted(sampling):
+    """On a GPU that is many launches over every token; after top-k only k numbers are left to draw from."""
+    (row,) = logits(1, 5000)
+    with Operators() as operators:
+        Sampler(sampling)(row)
+    assert not [name for name, _ in operators.seen if name == "sort"]
+    assert not sampling.top_k or ("cumsum", sampling.top_k) in operators.seen
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 50, 64])
+def test_top_k_keeps_what_a_stable_sort_would(k):
+    """Ties, zeros of both signs, negative and extreme numbers; the lower id first."""
+    pool = torch.tensor([0.0, -0.0, 1.5, -1.5, 3e38, -3e38, 1e-40, 2.0])
+    scores = pool[torch.randint(0, len(pool), (64,), generator=torch.Generator().manual_seed(SEED))]
+    values, tokens = scores.sort(descending=True, stable=True)
+    found = _likeliest(scores, Sampling(1.0, top_k=k))
+    assert torch.equal(found[1], tokens[:k]) and torch.equal(found[0], values[:k])
 
 
 @pytest.mark.parametrize(
