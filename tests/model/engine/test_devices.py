@@ -19,6 +19,13 @@ from vpt_model.network.tower_graphs import CapturedEncoder, PatchStep
 from vpt_model.text.tokens import Tokenizer
 
 
+@pytest.fixture(autouse=True)
+def _made():
+    """The shared models, whose weights other tests use too: not made in inference mode, nor on a pretended device."""
+    for kind in ("clip", "detection", "seg"):
+        tiny_model(kind)
+
+
 class Cuda:
     """Stands for torch.cuda where graphs are captured."""
 
@@ -50,8 +57,7 @@ class Cuda:
 
 
 @pytest.fixture
-def cuda(monkeypatch):
-    tiny_model("detection")  # transformers reads torch.cuda's classes when it is imported
+def cuda(_made, monkeypatch):
     yield Cuda(monkeypatch)
     capture._warm_up_stream.cache_clear()
 
@@ -143,9 +149,9 @@ def test_the_neck_of_sam_multiplies_float32_as_float32():
 
 @pytest.mark.parametrize("kind, kernel", [("clip", "identity_kernel"), ("detection", "project_kernel")])
 def test_nothing_is_compiled_inside_a_first_look(kind, kernel):
-    config = tiny_config(kind)
+    config, shapes = tiny_config(kind), {name: x.shape for name, x in tiny_state(kind).items()}
     with Pretended() as gpu:
-        state = {name: gpu.empty(x.shape, torch.bfloat16) for name, x in tiny_state(kind).items()}
+        state = {name: gpu.empty(shape, torch.bfloat16) for name, shape in shapes.items()}
         engine = Engine(Model.from_state(config, state), Tokenizer.byte_level(320, kind), capacity=512)
         seconds = engine.warm_up()
         assert {"resample_kernel", "embed_kernel", "condition_kernel", kernel} <= set(gpu.tally.launches)
