@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_kernels.launch import on_device
 from vpt_model.engine.requests import Append
 from vpt_model.engine.sampling import greedy
 from vpt_model.network.attention import Padded
 from vpt_model.network.cache import KVCache
-from vpt_model.network.capture import record
+from vpt_model.network.capture import on_device, record
 from vpt_model.network.language import LanguageModel
 
 

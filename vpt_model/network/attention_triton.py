@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vpt_kernels.launch import on_device
+from vpt_model.network.capture import on_device
 
 
 class Launch(NamedTuple):

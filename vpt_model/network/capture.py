@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -34,3 +35,10 @@ def record(
 def _warm_up_stream(device: int) -> torch.cuda.Stream:
     """One for all: every further stream would cost another workspace of cuBLAS."""
     return torch.cuda.Stream(device)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which the current stream is that of `tensor`'s device."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

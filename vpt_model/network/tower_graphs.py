@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt_kernels.launch import on_device
 from vpt_model.network.attention import attend_padded
-from vpt_model.network.capture import record
+from vpt_model.network.capture import on_device, record
 from vpt_model.network.encoders import DinoEncoder, SamEncoder
 from vpt_model.network.model import Model
 from vpt_model.network.vision import VisionTower
