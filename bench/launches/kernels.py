@@ -63,7 +63,8 @@ def of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[t
 def triton_inputs(name: str, given: dict[str, Any]) -> list[Tensor]:
     """The tensors that a launch of one of our Triton kernels reads."""
     read = _READ_BY.get(name, set())
-    return [x for key, x in given.items() if isinstance(x, Tensor) and (key in read or key not in _UNREAD)]
+    tensors = {key.removesuffix("_ptr"): x for key, x in given.items() if isinstance(x, Tensor)}
+    return [x for key, x in tensors.items() if key in read or key not in _UNREAD]
 
 
 def shaped(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

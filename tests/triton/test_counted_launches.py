@@ -12,17 +12,15 @@ from tests.kernels.append_inputs import make
 from tests.kernels.control_inputs import fold
 from tests.model.attention_inputs import make as make_attention
 from tests.triton.watch import Launches
-from vpt_kernels import plan_regions, qwen2_vl_policy, roi_patch_embed, roi_patches
-from vpt_kernels.append_visual_kv import triton as _append  # noqa: F401  (registers the implementations)
-from vpt_kernels.control_cross_attention import triton as _control  # noqa: F401
+from vpt_kernels import append_visual_kv, plan_regions, qwen2_vl_policy, roi_patch_embed, roi_patches
+from vpt_kernels.control_cross_attention import triton as _control  # noqa: F401  (registers the implementation)
 from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed
 from vpt_model.network import attention_triton
 
 
 def append(place) -> None:
     call = make(7)
-    tensors = [place(tensor) for tensor in call.tensors()]
-    torch.ops.vpt_kernels.append_visual_kv.triton(*tensors, *call.sections, False, False, None, None)
+    append_visual_kv(*map(place, call.tensors()), **call.options(), backend="triton")
 
 
 def control(place) -> None:
