@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vpt_kernels.append_visual_kv.api import append_visual_kv
 from vpt_kernels.control_cross_attention.api import ControlProjector, control_cross_attention, scored
+from vpt_kernels.patch.rules import folded, forget
 from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed, fold_patch_weight, roi_patch_embed
 from vpt_kernels.roi_patch_embed.geometry import RegionPolicy, plan_regions
 
@@ -70,36 +71,54 @@ class RoiPatchEmbed(nn.Module):
 
 
 class ControlCrossAttention(nn.Module):
-    """A published projector (`MinimalProjector`, `MinimalSamProjector`, `MinimalCLIPProjector`) with fixed weights.
+    """A published projector (`MinimalProjector`, `MinimalSamProjector`, `MinimalCLIPProjector`) with its own weights.
 
-    After weights were changed by hand, in place, call `.to()` or `load_state_dict`: what is folded from them follows.
+    They are copies of the given ones, under the names of `ControlProjector`. What is folded from them follows when they
+    are changed in place, replaced, converted, moved or loaded; only after a change through `.data`, which leaves no
+    trace, call `.to()`.
     """
 
-    _NAMES = tuple(ControlProjector.__dataclass_fields__)
+    _NAMES = tuple(name for name in ControlProjector.__dataclass_fields__ if not name.startswith("score"))
 
     def __init__(self, projector: ControlProjector) -> None:
         super().__init__()
         for name in self._NAMES:
-            # The score maps follow from the weights: they are folded again when those are moved, converted or loaded.
-            self.register_buffer(name, getattr(projector, name), persistent=not name.startswith("score"))
+            given = getattr(projector, name)
+            # A convolution's weight was copied when it was folded: beside it, aliases would follow another module.
+            self.register_buffer(name, None if given is None else given.detach().clone())
 
-    def _score(self) -> None:
-        projector = scored(ControlProjector(*(getattr(self, name) for name in self._NAMES)))
-        self.score_weight, self.score_bias = projector.score_weight, projector.score_bias
+    @property
+    def projector(self) -> ControlProjector:
+        """The weights as they are now, and what follows from them.
+
+        Raises:
+            ValueError: they have several dtypes or devices.
+        """
+        weights = [getattr(self, name) for name in self._NAMES]
+        present = [weight for weight in weights if weight is not None]
+        plain = ControlProjector(*(weight if weight is None else weight.contiguous() for weight in weights))
+        if torch.compiler.is_compiling():
+            # A graph outlives the weights that it was made with: what it folds it would keep, or fold in every call.
+            return scored(plain, score=False)
+        known = folded(self, present, lambda: scored(plain))
+        return replace(plain, score_weight=known.score_weight, score_bias=known.score_bias)
+
+    @property
+    def score_weight(self) -> Tensor | None:
+        return self.projector.score_weight
+
+    @property
+    def score_bias(self) -> Tensor | None:
+        return self.projector.score_bias
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> ControlCrossAttention:
         super()._apply(function, recurse)
-        self._score()
+        forget(self)
         return self
-
-    def _load_from_state_dict(self, *given: Any) -> None:
-        super()._load_from_state_dict(*given)
-        self._score()
 
     def forward(self, features: Tensor, control: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
         """[tokens, H]; arguments as of `control_cross_attention`."""
-        projector = ControlProjector(*(getattr(self, name) for name in self._NAMES))
-        return control_cross_attention(features, control, projector, cu_seqlens)
+        return control_cross_attention(features, control, self.projector, cu_seqlens)
 
 
 class AppendVisualKV(nn.Module):

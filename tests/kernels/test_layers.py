@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy, deepcopy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import conv2d
 
 from vpt_kernels import (
@@ -11,9 +15,11 @@ from vpt_kernels import (
     backends,
     control_cross_attention,
     fold_projector,
+    layers,
     qwen2_vl_policy,
     rotary_table,
 )
+from vpt_kernels.control_cross_attention.api import ControlProjector, scored
 from vpt_kernels.layers import AppendVisualKV, ControlCrossAttention, RoiPatchEmbed
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -104,3 +110,141 @@ def test_score_maps_follow_a_loaded_state(monkeypatch) -> None:
         other.load_state_dict(torch.nn.ModuleList([source]).state_dict(), assign=assign)
         assert torch.equal(other[0].score_weight, source.score_weight)
         assert torch.equal(other[0].score_bias, source.score_bias)
+
+
+def projecting(form: str = "linear", dtype: torch.dtype = torch.float32) -> ControlCrossAttention:
+    """A layer of its own weights, 4 channels to 8."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
+    given = {"condition_norm": (draw(8), draw(8)), "condition": (draw(8, 8), draw(8))}
+    if form != "identity":
+        feature = (draw(8, 4, 4, 4) if form == "conv" else draw(8, 4), draw(8))
+        given |= {"feature_norm": (draw(4), draw(4)), "feature": feature}
+    return ControlCrossAttention(fold_projector(form, **given))
+
+
+def features_of(form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shape = {"linear": (3, 5, 4), "conv": (3, 4, 8, 8), "identity": (3, 5, 8)}[form]
+    return torch.randn(shape, generator=generator), torch.randn(3, 8, generator=generator)
+
+
+class Doubled(nn.Module):
+    """A parametrisation with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.factor * weight
+
+
+def stepped(layer: ControlCrossAttention) -> None:
+    with torch.enable_grad():
+        layer.condition_weight = nn.Parameter(layer.condition_weight)
+        layer.condition_weight.sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.5).step()
+
+
+def parametrised(layer: ControlCrossAttention) -> None:
+    nn.utils.parametrize.register_parametrization(layer, "condition_weight", Doubled())
+    _ = layer(*features_of("linear"))
+    layer.parametrizations.condition_weight[0].factor.mul_(2)
+
+
+def offloaded(layer: ControlCrossAttention) -> None:
+    """As hooks that load a layer's weights for its call, and then other ones, at another address."""
+    held = {name: 2 * weight for name, weight in layer.named_buffers()}
+    layer.to("meta")
+    for name, weight in held.items():
+        setattr(layer, name, weight)
+
+
+def by_data(layer: ControlCrossAttention) -> None:
+    layer.condition_bias.data.mul_(2)
+    layer.to("cpu")
+
+
+CHANGES: dict[str, Callable[[ControlCrossAttention], object]] = {
+    "mul_": lambda layer: layer.condition_weight.mul_(2),
+    "copy_": lambda layer: layer.feature_bias.copy_(torch.ones(8)),
+    "a row": lambda layer: layer.feature_weight[3:4].zero_(),
+    "replaced": lambda layer: setattr(layer, "condition_bias", torch.ones(8)),
+    "data replaced": lambda layer: setattr(layer.condition_weight, "data", torch.ones(8, 8)),
+    "load": lambda layer: layer.load_state_dict({n: 2 * w for n, w in layer.state_dict().items()}),
+    "assigned": lambda layer: layer.load_state_dict({n: 2 * w for n, w in layer.state_dict().items()}, assign=True),
+    "dtype": lambda layer: layer.bfloat16().float(),
+    "empty": lambda layer: [weight.fill_(0.5) for weight in layer.to_empty(device="cpu").buffers()],
+    "optimiser": stepped,
+    "parametrisation": parametrised,
+    "offloading": offloaded,
+    "data": by_data,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_what_is_folded_follows_every_change(change: str, monkeypatch) -> None:
+    """What the operator is given are the weights of now, and the maps that are folded from just those."""
+    monkeypatch.setitem(backends.CAPABILITIES["control_cross_attention"], "triton", backends._CPP)
+    given: list[ControlProjector] = []
+
+    def operator(features, control, projector, cu_seqlens):
+        given.append(projector)
+        return features
+
+    layer = projecting()
+    monkeypatch.setattr(layers, "control_cross_attention", operator)
+    layer(*features_of("linear"))
+    CHANGES[change](layer)
+    # Torch refuses to copy what is parametrised.
+    for made in [layer] if nn.utils.parametrize.is_parametrized(layer) else [layer, copy(layer), deepcopy(layer)]:
+        made(*features_of("linear"))
+        want = scored(ControlProjector(*(getattr(layer, name) for name in list(ControlProjector.__annotations__)[:8])))
+        for found, expected in zip(given[-1].tensors(), want.tensors()):
+            assert torch.equal(found, expected)
+    maps = [torch.cat([found.score_weight, found.score_bias[:, None]], 1) for found in (given[0], given[-1])]
+    assert not torch.equal(*maps)
+
+
+@torch.no_grad()
+def test_what_is_folded_is_folded_once(monkeypatch) -> None:
+    monkeypatch.setitem(backends.CAPABILITIES["control_cross_attention"], "triton", backends._CPP)
+    layer = projecting()
+    first = layer.projector
+    assert layer.projector.score_weight is first.score_weight
+    layer.condition_weight.mul_(2)
+    assert layer.projector.score_weight is not first.score_weight
+
+
+@pytest.mark.parametrize("form", ("linear", "conv", "identity"))
+@torch.no_grad()
+def test_a_layer_has_weights_of_its_own(form: str) -> None:
+    """Of a convolution some were copies and some aliases: the layer was neither the old nor the new module."""
+    source = projecting(form)
+    layer, given = ControlCrossAttention(source.projector), features_of(form)
+    want = layer(*given)
+    for weight in source.buffers():
+        weight.mul_(3)
+    assert torch.equal(layer(*given), want) and not torch.equal(source(*given), want)
+
+
+@torch.no_grad()
+def test_a_transposed_weight_is_the_weight() -> None:
+    layer, given = projecting(), features_of("linear")
+    want = layer(*given)
+    layer.load_state_dict({"condition_weight": layer.condition_weight.T.contiguous().T}, assign=True, strict=False)
+    assert not layer.condition_weight.is_contiguous() and torch.equal(layer(*given), want)
+
+
+@pytest.mark.parametrize("name", ("feature_weight", "feature_norm_bias", "condition_norm_weight"))
+@pytest.mark.parametrize("change", (lambda t: t.to("meta"), lambda t: t.bfloat16()), ids=("meta", "bfloat16"))
+@torch.no_grad()
+def test_weights_apart_are_refused_in_words(name: str, change: Callable) -> None:
+    """One weight offloaded or converted: no result on meta, and no message of the inside."""
+    layer, given = projecting(), features_of("linear")
+    layer(*given)
+    setattr(layer, name, change(getattr(layer, name)))
+    with pytest.raises(ValueError, match="several dtypes or devices.*convert them to one"):
+        layer(*given)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.helpers import noise, normal
 from tests.patch import foreign, published
-from vpt_kernels import fold_projector, hub, patch, qwen2_vl_policy, rotary_table
+from vpt_kernels import backends, fold_projector, hub, patch, qwen2_vl_policy, rotary_table
 from vpt_kernels.layers import AppendVisualKV, ControlCrossAttention, RoiPatchEmbed
 
 BOUND = 1e-4
@@ -166,6 +166,23 @@ def test_layers_compile_once(kind: str) -> None:
     for _ in range(CALLS):
         assert (first(call(*given)) - want).abs().max() < BOUND
     assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_a_compiled_layer_follows_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its score is folded: a graph has no part in that, because nothing would tell it of a change."""
+    monkeypatch.setitem(backends.CAPABILITIES["control_cross_attention"], "triton", backends._CPP)
+    layer, given = ours("control")
+    assert layer.projector.score_weight is not None
+    monkeypatch.undo()
+    call, graphs = compiled(layer)
+    for _ in range(3):
+        layer.condition_weight.mul_(1.5)
+        want = layer(*given)
+        assert (call(*given) - want).abs().max() < BOUND * want.abs().max()
+    assert len(graphs) == 1
+    (op,) = (node for node in graphs[0].graph.nodes if "control_cross_attention" in str(node.target))
+    assert op.args[-2:] == (None, None)
 
 
 @pytest.mark.parametrize("kind", ("qwen2_vl", "dinov2", "sam", "detection", "seg", "clip"))

@@ -121,17 +121,21 @@ def fold_projector(
         *(t.contiguous() for t in condition_norm),
         *(t.contiguous() for t in condition),
     )
-    kinds = {(t.dtype, t.device) for t in projector.tensors() if t is not None}
-    if len(kinds) != 1:
-        raise ValueError(f"the projector's tensors have several dtypes or devices {kinds}; convert them to one")
     return scored(projector, score)
 
 
 def scored(projector: ControlProjector, score: bool | None = None) -> ControlProjector:
     """The projector with its score maps folded anew from its weights, or without them; `score` as in `fold_projector`.
 
-    For weights that were converted or moved after folding. Computed in float64, rounded once to float32.
+    For weights that were changed after folding. Computed in float64, rounded once to float32.
+
+    Raises:
+        ValueError: the weights have several dtypes or devices.
     """
+    *weights, _, _ = projector.tensors()
+    kinds = {(t.dtype, t.device) for t in weights if t is not None}
+    if len(kinds) != 1:
+        raise ValueError(f"the projector's tensors have several dtypes or devices {kinds}; convert them to one")
     weight = projector.condition_weight
     if score is None:
         score = weight.device.type in CAPABILITIES["control_cross_attention"]["triton"].devices
