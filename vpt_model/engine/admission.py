@@ -6,7 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from vpt_model.config import require_integer, require_type
+import torch
+
+from vpt_kernels import decode_image
+from vpt_model.config import require_integer, require_type, shown
+from vpt_model.engine import perception
 from vpt_model.engine.conversation import Picture, Question
 from vpt_model.engine.loop import Loop
 from vpt_model.engine.sampling import Sampler, Sampling
@@ -36,8 +40,8 @@ def admit(
         raise ValueError(f"{len(forced)} looks are forced but max_looks is {max_looks}: raise it or drop looks")
     if forced and picture is None:
         raise ValueError(f"look {looks[0]!r} needs an image and there is none: pass an image or drop the look")
-    shown = picture is not None and picture.features is None
-    user = loop.tokenizer.encode(loop.prompt.user_text(question, shown))
+    is_new = picture is not None and picture.features is None
+    user = loop.tokenizer.encode(loop.prompt.user_text(question, is_new))
     if reserved := sorted(loop.ids.stop.intersection(user)):
         raise ValueError(f"the question contains special tokens (ids {reserved}): remove them from the text")
     for spec, answer in zip(looks or (), forced, strict=True):
@@ -47,5 +51,28 @@ def admit(
                 f"look {spec!r} needs the picture's pixels, which were not kept: show it again, or use keep_pixels=True"
             )
     asked = Question(user, picture, forced, Sampler(sampling), max_new_tokens, max_looks, keep_logits)
-    asked.notices += picture.notices if shown else ()
+    asked.notices += picture.notices if is_new else ()
     return asked
+
+
+def uploaded(image: Any, device: torch.device) -> Picture:
+    """An image (what `decode_image` takes) on `device`, which no conversation has been shown yet."""
+    notices: list[str] = []
+    pixels = perception.upload(decode_image(image, notices=notices), device)
+    return Picture(pixels, tuple(pixels.shape[:2]), notices=tuple(notices))
+
+
+def paired(
+    images: Sequence[Any], questions: Sequence[str], looks: Sequence[Sequence[str] | None] | None
+) -> list[tuple[Any, str, Sequence[str] | None]]:
+    """The rows of a batch: image, question and forced looks of each; errors as in `Engine.ask_batch`."""
+    for name, rows in (("images", images), ("questions", questions), ("looks", looks)):
+        if not isinstance(rows, (list, tuple)) and (rows is not None or name != "looks"):
+            raise TypeError(f"{name} is {shown(rows)}; it must be a list, with one entry for every row")
+    looks = [None] * len(questions) if looks is None else looks
+    if not len(images) == len(questions) == len(looks):
+        raise ValueError(
+            f"{len(images)} images, {len(questions)} questions and {len(looks)} lists of looks were given: "
+            "give one of each for every row (None for no image, None for no forced looks)"
+        )
+    return list(zip(images, questions, looks, strict=True))

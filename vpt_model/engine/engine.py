@@ -5,27 +5,22 @@ How a question is answered stands in `vpt_model.engine.loop`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-import torch
-
-from vpt_kernels import decode_image, qwen2_vl_policy
-from vpt_model.config import require_integer, require_type, shown
-from vpt_model.engine import perception
-from vpt_model.engine.admission import admit
+from vpt_kernels import qwen2_vl_policy
+from vpt_model.config import require_integer, require_type
+from vpt_model.engine.admission import admit, paired, uploaded
 from vpt_model.engine.chat import ChatMixin
 from vpt_model.engine.conversation import CachePool, Picture, Question
 from vpt_model.engine.events import Answer, Clock, Done, Event
 from vpt_model.engine.executor import Captured, Eager, Executor
-from vpt_model.engine.graphs import Graphs
+from vpt_model.engine.graphs import Graphs, warmed
 from vpt_model.engine.loop import Loop
 from vpt_model.engine.sampling import Sampling
 from vpt_model.engine.scheduler import Row, Scheduler
 from vpt_model.network.model import Model
-from vpt_model.network.tower_graphs import captured
 from vpt_model.text.prompt import PromptFormat
 from vpt_model.text.tokens import Tokenizer
 
@@ -98,16 +93,9 @@ class Engine(ChatMixin):
         """
         if self.model.device.type != "cuda":
             return {}
-        with torch.inference_mode():
-            graphs = Graphs(self.model.language, self.capacity)
-            seconds = graphs.capture()
-            model, towers = captured(self.model)
-            begin = time.perf_counter()
-            perception.rehearse(model, self.policy)
-            torch.cuda.current_stream().synchronize()
-            seconds["crop, embedding and projector"] = time.perf_counter() - begin
+        model, graphs, seconds = warmed(self.model, self.capacity, self.policy)
         self.use(model, graphs)
-        return seconds | towers
+        return seconds
 
     def use(self, model: Model, graphs: Graphs) -> None:
         """Run questions that are asked from now on by these towers and graphs, in the graphs' caches."""
@@ -149,17 +137,8 @@ class Engine(ChatMixin):
         Raises ValueError or TypeError as `stream` does for any row, and if the lengths of the lists differ; an error
         ends the whole batch.
         """
-        for name, rows in (("images", images), ("questions", questions), ("looks", looks)):
-            if not isinstance(rows, (list, tuple)) and (rows is not None or name != "looks"):
-                raise TypeError(f"{name} is {shown(rows)}; it must be a list, with one entry for every row")
-        looks = [None] * len(questions) if looks is None else looks
-        if not len(images) == len(questions) == len(looks):
-            raise ValueError(
-                f"{len(images)} images, {len(questions)} questions and {len(looks)} lists of looks were given: "
-                "give one of each for every row (None for no image, None for no forced looks)"
-            )
         options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "sampling": sampling}
-        asked = [self.question(*row, **options) for row in zip(images, questions, looks, strict=True)]
+        asked = [self.question(*row, **options) for row in paired(images, questions, looks)]
         answers = {row: event.answer for row, event in self.events(asked) if isinstance(event, Done)}
         return [answers[row] for row in range(len(asked))]
 
@@ -200,9 +179,7 @@ class Engine(ChatMixin):
 
     def picture(self, image: Any) -> Picture:
         """An image (what `decode_image` takes) on the model's device, which no conversation has been shown yet."""
-        notices: list[str] = []
-        pixels = perception.upload(decode_image(image, notices=notices), self.model.device)
-        return Picture(pixels, tuple(pixels.shape[:2]), notices=tuple(notices))
+        return uploaded(image, self.model.device)
 
     def events(self, questions: Sequence[Question]) -> Iterator[tuple[int, Event]]:
         """Answer several questions side by side: every event with the number of its question, as they happen.

@@ -14,12 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vpt_kernels import RegionPolicy
+from vpt_model.engine import perception
 from vpt_model.engine.requests import Append
 from vpt_model.engine.sampling import greedy
 from vpt_model.network.attention import Padded
 from vpt_model.network.cache import KVCache
 from vpt_model.network.capture import on_device, record
 from vpt_model.network.language import LanguageModel
+from vpt_model.network.model import Model
+from vpt_model.network.tower_graphs import captured
 
 
 class Bucket(NamedTuple):
@@ -163,3 +167,19 @@ class Graphs:
             sampled = "" if bucket.sample else ", no logits"
             seconds[f"{bucket.rows} x {bucket.tokens} tokens{sampled}"] = time.perf_counter() - begin
         return seconds
+
+
+def warmed(model: Model, capacity: int, policy: RegionPolicy) -> tuple[Model, Graphs, dict[str, float]]:
+    """The model with its towers captured, the language model's captured steps, and the seconds of each capture.
+
+    What is in no graph is run once. Raises ValueError as `Graphs.capture` does.
+    """
+    with torch.inference_mode():
+        graphs = Graphs(model.language, capacity)
+        seconds = graphs.capture()
+        model, towers = captured(model)
+        begin = time.perf_counter()
+        perception.rehearse(model, policy)
+        torch.cuda.current_stream().synchronize()
+        seconds["crop, embedding and projector"] = time.perf_counter() - begin
+    return model, graphs, seconds | towers
