@@ -69,6 +69,11 @@ def tracked(*patterns: str) -> list[Path]:
     return [path for pattern in patterns for path in ROOT.rglob(pattern)]
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    named = {page for path in tracked("*.py") for page in re.findall(r"\bdocs/\w+\.md\b", path.read_text())}
+    assert named and not [page for page in sorted(named) if not (ROOT / page).is_file()]
+
+
 def test_every_environment_variable_is_listed() -> None:
     page = (ROOT / "docs" / "environment.md").read_text()
     listed = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))

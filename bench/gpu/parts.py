@@ -78,7 +78,7 @@ def tune() -> list[Part]:
 
 
 def parts(target: str) -> list[Part]:
-    """All, in their order; `group` is the row of the plan in docs/gpu.md."""
+    """All, in their order; `group` names the parts that answer one question, as `--only` takes it."""
     engine, rivals = "bench.gpu.engine", "bench.gpu.rivals"
     return [
         build(target),
