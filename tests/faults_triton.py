@@ -54,11 +54,11 @@ TRITON_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "part of a tile left over", "roi_patch_embed/triton_staging.py",
-        "tiles += -(-grid_w * unit // pitch_x)", "tiles += max(1, grid_w * unit // pitch_x)", PATCHES,
+        "-(-region.grid_width * unit // pitch_x)", "max(1, region.grid_width * unit // pitch_x)", PATCHES,
     ),
     (
         "table: box beyond the image", "roi_patch_embed/triton_staging.py",
-        "left <= shapes[image][1] - width", "left <= shapes[image][1]", PATCHES,
+        "region.left <= width - region.width", "region.left <= width", PATCHES,
     ),
     (
         "patches of a block in column order", RESAMPLE,
@@ -102,8 +102,8 @@ TRITON_ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "conv's axes swapped", CONTROL_FILE,
-        "tl.cast(group // 4, tl.int64) * x_height + tl.cast(group % 4, tl.int64) * x_width",
-        "tl.cast(group // 4, tl.int64) * x_width + tl.cast(group % 4, tl.int64) * x_height", CONTROL,
+        "cell // KERNEL * x_height + cell % KERNEL * x_width", "cell // KERNEL * x_width + cell % KERNEL * x_height",
+        CONTROL,
     ),
     ("rows ignored", CONTROL_FILE, "row = token\n    if SCATTER:\n        row = tl.load(rows + token * rows_stride, "
      "mask=is_token, other=-1).to(tl.int64)\n    is_stored = is_token & (row >= 0) & (row < out_rows)\n    place",

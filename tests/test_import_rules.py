@@ -119,6 +119,30 @@ def test_a_wing_imports_what_it_says(wing, path):
         assert target in stated(wing) | {wing.name}, f"{module(path)} imports {name}"
 
 
+KERNEL_WINGS = sorted(path.parent for path in KERNELS.glob("*/__init__.py"))
+KERNEL_WING_FILES = [(wing, path) for wing in KERNEL_WINGS for path in sorted(wing.rglob("*.py"))]
+OPERATOR = {"backends", "checks", "launch", "library"}
+KERNEL_RULES = {
+    "append_visual_kv": OPERATOR,
+    "control_cross_attention": OPERATOR,
+    "roi_patch_embed": OPERATOR,
+    "patch": {"append_visual_kv", "control_cross_attention", "roi_patch_embed", "caches", "checks", "guard"},
+    "live": {"patch", "roi_patch_embed", "images", "processor"},
+}
+
+
+@pytest.mark.parametrize("wing", KERNEL_WINGS, ids=module)
+def test_a_package_of_kernels_says_what_it_may_import(wing):
+    assert stated(wing) == KERNEL_RULES[wing.name]
+    assert stated(KERNELS) == {"nothing else of this project"}
+
+
+@pytest.mark.parametrize(("wing", "path"), KERNEL_WING_FILES, ids=[module(path) for _, path in KERNEL_WING_FILES])
+def test_a_package_of_kernels_imports_what_it_says(wing, path):
+    for name in {name for name in imports(path) if name.startswith("vpt_kernels.")}:
+        assert name.split(".")[1] in stated(wing) | {wing.name}, f"{module(path)} imports {name}"
+
+
 @pytest.mark.parametrize("path", sorted(MODEL.glob("*.py")), ids=module)
 def test_the_ground_floor_holds_config_and_aliases_only(path):
     assert path.stem in {"__init__", "config", "model", "tokens"}

@@ -1,4 +1,5 @@
-"""PyTorch operators for the second look: crop and embed a region, condition a projector, append to a KV cache."""
+"""PyTorch operators for the second look live here: crop and embed a region, condition a projector, append to a cache;
+it may import nothing else of this project."""
 
 from vpt_kernels.append_visual_kv import reference as _append_reference  # noqa: F401  (registers the backend)
 from vpt_kernels.append_visual_kv.api import append_visual_kv, append_visual_kv_, rotary_table

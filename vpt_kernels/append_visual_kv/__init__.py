@@ -1,1 +1,5 @@
-"""See README.md in this folder for the mathematics; the public functions are in `vpt_kernels`."""
+"""The rotation of new queries and keys and their append to a cache live here; it may import backends, checks, launch
+and library.
+
+See README.md in this folder for the mathematics; the public functions are in `vpt_kernels`.
+"""

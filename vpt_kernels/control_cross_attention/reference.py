@@ -61,9 +61,9 @@ def control_cross_attention(
     return f + a[:, None] * k
 
 
-def control_cross_attention_into(*arguments: Tensor | None) -> None:
-    *inputs, out, rows = arguments
-    result = control_cross_attention(*inputs)
+def control_cross_attention_into(features: Tensor, *others: Tensor | None) -> None:
+    *others, out, rows = others
+    result = control_cross_attention(features, *others)
     valid = (rows >= 0) & (rows < out.shape[0])
     out[rows[valid]] = result[valid]
 

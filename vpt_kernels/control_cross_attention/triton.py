@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,7 @@ IDENTITY_LAUNCHES = {
 NARROW, WIDEST = 2048, 16384
 
 EPS = tl.constexpr(1e-5)
-KERNEL = 4
+KERNEL = tl.constexpr(4)
 """The conv form's patch side and stride."""
 
 
@@ -131,7 +133,8 @@ def condition_kernel(
 def _features(base, channel, group, x_channel, x_height, x_width, mask, CONV: tl.constexpr):
     """float32 [tokens, channels] of the tokens' LayerNorm group (ky, kx), or of their rows."""
     if CONV:
-        base += tl.cast(group // 4, tl.int64) * x_height + tl.cast(group % 4, tl.int64) * x_width
+        cell = tl.cast(group, tl.int64)
+        base += cell // KERNEL * x_height + cell % KERNEL * x_width
         place = base[:, None] + channel.to(tl.int64)[None, :] * x_channel
     else:
         place = base[:, None] + channel[None, :]
@@ -154,12 +157,12 @@ def project_kernel(
     is_token = token < tokens
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = output < hidden
-    groups: tl.constexpr = 16 if CONV else 1
+    groups: tl.constexpr = KERNEL * KERNEL if CONV else 1
     chunks: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
     image = _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED)
     if CONV:
         cell = token % per_image
-        base = image * x_image + (cell // cells_across) * 4 * x_height + (cell % cells_across) * 4 * x_width
+        base = image * x_image + (cell // cells_across) * KERNEL * x_height + (cell % cells_across) * KERNEL * x_width
     elif RAGGED:
         base = token * x_token
     else:
@@ -267,9 +270,19 @@ def identity_kernel(
     )
 
 
-def _conditions(control: Tensor, weights: tuple[Tensor | None, ...], columns: int, pdl: bool) -> Tensor:
+class Condition(NamedTuple):
+    """What maps a control row to k, u and β; the score maps are None in the identity form."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+    score_weight: Tensor | None
+    score_bias: Tensor | None
+
+
+def _conditions(control: Tensor, maps: Condition, columns: int, pdl: bool) -> Tensor:
     """k, u and β of every image: float32 [images, H + columns], columns D + 1, or 0 in the identity form."""
-    norm_weight, norm_bias, weight, bias, score_weight, score_bias = weights
     images, hidden = control.shape
     out = torch.empty((images, hidden + columns), dtype=torch.float32, device=control.device)
     size = "one image" if images == 1 else "images"
@@ -279,8 +292,7 @@ def _conditions(control: Tensor, weights: tuple[Tensor | None, ...], columns: in
         triton.cdiv(images, block_images),
     )
     condition_kernel[grid](
-        control, norm_weight, norm_bias, weight, bias, score_weight, score_bias, out, images, hidden, columns,
-        control.stride(0), out.stride(0),
+        control, *maps, out, images, hidden, columns, control.stride(0), out.stride(0),
         PDL=pdl, BLOCK_IMAGES=block_images, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -297,13 +309,13 @@ def _project(
     feature_norm_bias: Tensor | None,
     feature_weight: Tensor | None,
     feature_bias: Tensor | None,
-    *condition_weights: Tensor | None,
+    maps: Condition,
 ) -> None:
-    hidden = condition_weights[2].shape[0]
+    hidden = maps.weight.shape[0]
     conv = features.dim() == 4
     channels = features.shape[1 if conv else -1]
-    cells_across = features.shape[3] // KERNEL if conv else 0
-    per_image = cells_across * (features.shape[2] // KERNEL) if conv else features.shape[-2]
+    cells_across = features.shape[3] // KERNEL.value if conv else 0
+    per_image = cells_across * (features.shape[2] // KERNEL.value) if conv else features.shape[-2]
     tokens = features.shape[0] * per_image if features.dim() > 2 else per_image
     images = features.shape[0] if features.dim() > 2 else 1
     if cu_seqlens is not None:
@@ -322,7 +334,7 @@ def _project(
         "launch_pdl": pdl,
     }  # fmt: skip
     with on_device(features):
-        condition = _conditions(control, condition_weights, columns, pdl) if conditioned else None
+        condition = _conditions(control, maps, columns, pdl) if conditioned else None
         condition_stride = condition.stride(0) if conditioned else 0
         cu_stride = cu_seqlens.stride(0) if cu_seqlens is not None else 0
         rows_stride = rows.stride(0) if scatter else 0
@@ -353,21 +365,43 @@ def _project(
         )  # fmt: skip
 
 
-def control_cross_attention(*arguments: Tensor | None) -> Tensor:
-    features, weight = arguments[0], arguments[5]
-    if features.dim() == 4:
-        tokens = features.shape[0] * (features.shape[2] // KERNEL) * (features.shape[3] // KERNEL)
-    else:
-        tokens = features.shape[0] * (features.shape[1] if features.dim() == 3 else 1)
-    width = features.shape[-1] if weight is None else weight.shape[0]
-    out = torch.empty((tokens, width), dtype=features.dtype, device=features.device)
-    _project(out, None, *arguments)
+def control_cross_attention(
+    features: Tensor,
+    control: Tensor | None,
+    cu_seqlens: Tensor | None,
+    feature_norm_weight: Tensor | None,
+    feature_norm_bias: Tensor | None,
+    feature_weight: Tensor | None,
+    feature_bias: Tensor | None,
+    condition_norm_weight: Tensor,
+    condition_norm_bias: Tensor,
+    condition_weight: Tensor,
+    condition_bias: Tensor,
+    score_weight: Tensor | None,
+    score_bias: Tensor | None,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Both forms: the tokens in `out` at `rows`, or in a new tensor."""
+    hidden = condition_weight.shape[0]
+    if out is None:
+        if features.dim() == 4:
+            tokens = features.shape[0] * (features.shape[2] // KERNEL.value) * (features.shape[3] // KERNEL.value)
+        else:
+            tokens = features[..., 0].numel()
+        out = torch.empty((tokens, hidden), dtype=features.dtype, device=features.device)
+    maps = Condition(
+        condition_norm_weight, condition_norm_bias, condition_weight, condition_bias, score_weight, score_bias
+    )
+    _project(
+        out, rows, features, control, cu_seqlens, feature_norm_weight, feature_norm_bias, feature_weight, feature_bias,
+        maps,
+    )  # fmt: skip
     return out
 
 
 def control_cross_attention_into(*arguments: Tensor | None) -> None:
-    *inputs, out, rows = arguments
-    _project(out, rows, *inputs)
+    control_cross_attention(*arguments)
 
 
 implement("control_cross_attention", "triton", control_cross_attention)

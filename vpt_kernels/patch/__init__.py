@@ -1,1 +1,2 @@
-"""Replace a foreign model's patch embedding, projectors and rotary + cache update, reversibly and with a report."""
+"""What replaces parts of a foreign model, reversibly and with a report, lives here; it may import append_visual_kv,
+control_cross_attention, roi_patch_embed, caches, checks and guard."""

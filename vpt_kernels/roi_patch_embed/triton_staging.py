@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,9 @@ PITCH = tl.constexpr(Column.COUNT + 5)
 RECORD = tl.constexpr(Column.COUNT + 7)
 """A record is int64: the plan's columns, the region's first tile, its image's address and byte strides (x, y, channel),
 and the distance (x, y) of its tiles."""
+
+Region = namedtuple("Region", [column.name.lower() for column in Column if column != Column.COUNT])
+"""A row of the plan, its columns by their names."""
 
 _BICUBIC = FILTERS.index("bicubic")
 _CAPTURED: list[Tensor] = []
@@ -42,41 +46,19 @@ def stage(
     """
     records: list[int] = []
     first_row = tiles = 0
-    shapes = [(*image.shape[:2], *image.stride(), image.data_ptr()) for image in images]
-    for number, region in enumerate(plan.tolist()):
-        # By position, in the order of `Column`: named look-ups would take most of the call.
-        (
-            image, _, _, left, top, width, height, w1, h1, w2, h2, w3, h3, out_w, out_h, kind, vertical_first,
-            window_left, window_top, grid_w, grid_h, patch, merge, row,
-        ) = region  # fmt: skip
+    for number, row in enumerate(plan.tolist()):
+        region = Region(*row)
         # The kernels follow the table without looking, so nothing may pass that leads beyond a tensor.
-        if not (
-            0 <= image < len(shapes)
-            and 0 <= left <= shapes[image][1] - width
-            and 0 <= top <= shapes[image][0] - height
-            and min(width, height, w1, h1, w2, h2, w3, h3, out_w, out_h, grid_w, grid_h, patch, merge) > 0
-            and max(w1, h1, w2, h2, w3, h3, out_w, out_h, grid_w * patch, grid_h * patch) <= MAX_SIZE
-            and grid_w % merge == grid_h % merge == 0
-            and 3 * patch * patch == row_bytes
-            and row == first_row
-            and 0 <= kind < len(FILTERS)
-            and 0 <= vertical_first <= 1
-            and 0 <= window_left < out_w
-            and 0 <= window_top < out_h
-        ):
-            raise ValueError(
-                f"plan: row {number} is not a region of these images and this patch size; use plan_regions"
-            )
-        _, _, stride_y, stride_x, channel, address = shapes[image]
-        if in_patches:
-            unit, pitch_x, pitch_y = 1, tile, tile
-        else:
-            support = 4 if kind == _BICUBIC else 2
-            unit, pitch_x, pitch_y = patch, _pitch(w3 / out_w, support, tile), _pitch(h3 / out_h, support, tile)
-        records += region
-        records += (tiles, address, stride_x, stride_y, channel, pitch_x, pitch_y)
-        tiles += -(-grid_w * unit // pitch_x) * -(-grid_h * unit // pitch_y)
-        first_row += grid_w * grid_h
+        _check_crop(number, region, images)
+        _check_sizes(number, region)
+        _check_rows(number, region, row_bytes, first_row)
+        image = images[region.image]
+        stride_y, stride_x, channel = image.stride()
+        unit, pitch_x, pitch_y = (1, tile, tile) if in_patches else (region.patch_size, *_pitches(region, tile))
+        records += row
+        records += (tiles, image.data_ptr(), stride_x, stride_y, channel, pitch_x, pitch_y)
+        tiles += -(-region.grid_width * unit // pitch_x) * -(-region.grid_height * unit // pitch_y)
+        first_row += region.grid_width * region.grid_height
     if rows >= 0 and rows != first_row:
         raise ValueError(f"the plan has {first_row} patches, not {rows}; use plan_regions")
     if tiles >= 1 << 31:
@@ -88,6 +70,57 @@ def stage(
     if torch.cuda.is_current_stream_capturing():
         _CAPTURED.append(pinned)
     return pinned.to(device, non_blocking=True), tiles
+
+
+def _check_crop(number: int, region: Region, images: Sequence[Tensor]) -> None:
+    """The crop lies inside its image."""
+    if not 0 <= region.image < len(images):
+        raise ValueError(f"plan: row {number} names image {region.image} of {len(images)}; use plan_regions")
+    height, width = images[region.image].shape[:2]
+    across = 0 <= region.left <= width - region.width and region.width > 0
+    down = 0 <= region.top <= height - region.height and region.height > 0
+    if not (across and down):
+        raise ValueError(
+            f"plan: row {number} crops {region.width}×{region.height} pixels at ({region.left}, {region.top}) of an "
+            f"image of {width}×{height}; plan again for these images"
+        )
+
+
+def _check_sizes(number: int, region: Region) -> None:
+    """Every step of the resampling has a size that the kernels can count, and the window begins inside the last."""
+    steps = region[Column.NEAREST_WIDTH_1 : Column.FILTER]
+    if min(steps) < 1 or max(steps) > MAX_SIZE:
+        raise ValueError(f"plan: row {number} resizes to {steps}; each must be 1…{MAX_SIZE}: use plan_regions")
+    if not (0 <= region.filter < len(FILTERS) and 0 <= region.vertical_first <= 1):
+        raise ValueError(
+            f"plan: row {number} has filter {region.filter} and order {region.vertical_first}; use plan_regions"
+        )
+    if not (0 <= region.window_left < region.resized_width and 0 <= region.window_top < region.resized_height):
+        raise ValueError(
+            f"plan: row {number} has a window at ({region.window_left}, {region.window_top}) of "
+            f"{region.resized_width}×{region.resized_height} pixels; use plan_regions"
+        )
+
+
+def _check_rows(number: int, region: Region, row_bytes: int, first_row: int) -> None:
+    """Its patches are whole blocks, of the bytes of a row, and follow those of the region before."""
+    patch, merge, grid = region.patch_size, region.merge_size, (region.grid_width, region.grid_height)
+    if min(patch, merge, *grid) < 1 or max(grid) * patch > MAX_SIZE or any(size % merge for size in grid):
+        raise ValueError(
+            f"plan: row {number} has a grid of {grid} patches of {patch} in blocks of {merge}; they must be whole "
+            f"blocks of at most {MAX_SIZE} pixels: use plan_regions"
+        )
+    if 3 * patch * patch != row_bytes:
+        raise ValueError(f"plan: row {number} has patches of {3 * patch * patch} bytes, the rows {row_bytes}")
+    if region.first_row != first_row:
+        raise ValueError(f"plan: row {number} begins at patch {region.first_row}, not {first_row}; use plan_regions")
+
+
+def _pitches(region: Region, tile: int) -> tuple[int, int]:
+    """Distance of tiles, (x, y), in pixels of the window."""
+    support = 4 if region.filter == _BICUBIC else 2
+    across, down = region.nearest_width_3 / region.resized_width, region.nearest_height_3 / region.resized_height
+    return _pitch(across, support, tile), _pitch(down, support, tile)
 
 
 def _pitch(scale: float, support: int, tile: int) -> int:
