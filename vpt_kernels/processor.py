@@ -40,6 +40,26 @@ def _installed_rgb(image: Image.Image) -> Image.Image | np.ndarray:
     return theirs(image, **{"return_numpy": True} if "return_numpy" in signature(theirs).parameters else {})
 
 
+def plain_patch_embed(model: nn.Module) -> nn.Module:
+    """The model's patch embedding, whose weight says all that it does.
+
+    Raises:
+        ValueError: there is none or several, or it does more than its weight says.
+    """
+    found = [module for module in model.modules() if type(module).__name__ in NORMALISATION]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} patch embeddings of {tuple(NORMALISATION)}; needed: one"
+        )
+    reason = "its forward was replaced" if has_foreign_forward(found[0]) else why_flat_called(found[0])
+    if reason is not None:
+        raise ValueError(
+            f"the patch embedding cannot be read from its weight: {reason}; make the processor before that, or "
+            "after adapters are merged and weights are in place"
+        )
+    return found[0]
+
+
 class QwenVLImageProcessor:
     """PIL images, file bytes or uint8 pixels, whole or cropped → patch embeddings and `image_grid_thw`.
 
@@ -100,20 +120,10 @@ class QwenVLImageProcessor:
                 says (hooks, an adapter, offloading); or the processor does something else.
         """
         require_type("model", model, nn.Module, "a torch.nn.Module")
-        found = [module for module in model.modules() if type(module).__name__ in NORMALISATION]
-        if len(found) != 1:
-            raise ValueError(
-                f"{type(model).__name__} has {len(found)} patch embeddings of {tuple(NORMALISATION)}; needed: one"
-            )
-        reason = "its forward was replaced" if has_foreign_forward(found[0]) else why_flat_called(found[0])
-        if reason is not None:
-            raise ValueError(
-                f"the patch embedding cannot be read from its weight: {reason}; make the processor before that, or "
-                "after adapters are merged and weights are in place"
-            )
-        projection = found[0].proj
+        embed = plain_patch_embed(model)
+        projection = embed.proj
         if image_processor is None:
-            kind = type(found[0]).__name__
+            kind = type(embed).__name__
             mean, std = NORMALISATION[kind]
             low, high = PUBLISHED_PIXELS.get(kind, QWEN2_VL_PIXELS)
             options = {"mean": mean, "std": std, "min_pixels": low, "max_pixels": high, "pass_order": pass_order}

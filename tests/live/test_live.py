@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     MaxLengthCriteria,
@@ -164,6 +164,49 @@ def test_conversations_over_one_model_do_not_meet(cache):
             chat.add(user(f"{turn}", picture(60 + 40 * number, 100, number)))
             chat.generate(**GREEDY)
         assert chat.ids == chats[number].ids
+
+
+def doubled(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+    return 2 * out
+
+
+CHANGES = {
+    "in place": lambda embed: embed.proj.weight.mul_(2),
+    "replaced": lambda embed: setattr(embed.proj, "weight", nn.Parameter(2 * embed.proj.weight)),
+    "loaded": lambda embed: embed.load_state_dict({name: 2 * weight for name, weight in embed.state_dict().items()}),
+    "hook": lambda embed: embed.proj.register_forward_hook(doubled),
+}
+
+
+@pytest.mark.parametrize("when", ("before the picture", "before the answer", "between pictures"))
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_pictures_are_seen_with_the_weights_of_the_call(change, when):
+    """Embeddings of a picture hold the model's weights, whenever those change while a conversation is open."""
+    shown = pictures(2)
+    with opened() as chat:
+        embed = chat.model.model.visual.patch_embed
+        if when == "between pictures":
+            chat.append("one", shown[0])
+        if when != "before the answer":
+            CHANGES[change](embed)
+        for image in shown if when != "between pictures" else shown[1:]:
+            chat.append("and", image)
+        if when == "before the answer":
+            CHANGES[change](embed)
+        chat.append("what is there?")
+        ids = list(chat.ids)
+        ours = chat.generate(**GREEDY)
+        theirs = anew(deepcopy(chat.model), chat.processor, ids, shown, **GREEDY)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert (steps(ours) - steps(theirs)).abs().max() <= 1e-4
+
+
+def test_pictures_fold_the_weights_once(monkeypatch):
+    with opened() as chat:
+        chat.append("one", picture(80, 80))
+        monkeypatch.setattr("vpt_kernels.processor.fold_patch_weight", None)
+        chat.append("two", picture(90, 70))
 
 
 def test_appended_crops_equal_generating_anew():

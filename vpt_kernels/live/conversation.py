@@ -42,7 +42,7 @@ _OURS += (
 class _Picture:
     """One image: decoded, uint8 [height, width, 3], its grid in patches, and where its tokens lie in `ids`.
 
-    inputs: the model's arguments for it, until they are fed.
+    inputs: the model's arguments for it, until they are fed; None also where they are made of the weights of then.
     """
 
     pixels: Tensor
@@ -195,8 +195,6 @@ class LiveConversation:
             self.ids, self._pictures = ids, pictures
             for picture, span in zip(pictures, spans, strict=True):
                 picture.span = span
-                if span.stop > self.length and picture.inputs is None:
-                    picture.inputs = self._look.inputs(picture.pixels)
             self._messages.accept(history, len(ids))
 
     def generate(self, **arguments: Any) -> Any:
@@ -215,7 +213,8 @@ class LiveConversation:
             pending = [picture for picture in self._pictures if picture.span.start >= self.length]
             names = ("pixel_values", "image_grid_thw") if pending else ()
             with self._shared.lock, self._fed.undone_on_error(), torch.no_grad():
-                pixels = {name: torch.cat([picture.inputs[name] for picture in pending]) for name in names}
+                inputs = [picture.inputs or self._look.inputs(picture.pixels) for picture in pending]
+                pixels = {name: torch.cat([given[name] for given in inputs]) for name in names}
                 # The last token is left to `generate`, which samples behind it.
                 self._fed.feed(self.ids[self.length : -1], [picture.grid for picture in pending], pixels)
                 out = self._fed.generate(self.ids, arguments)
@@ -247,8 +246,7 @@ class LiveConversation:
             self._busy.release()
 
     def _seen(self, pixels: Tensor) -> _Picture:
-        inputs = self._look.inputs(pixels)
-        return _Picture(pixels, tuple(inputs["image_grid_thw"][0].tolist()), inputs)
+        return _Picture(pixels, *self._look.prepared(pixels))
 
     def _take(self, pixels: Tensor) -> None:
         picture = self._seen(pixels)

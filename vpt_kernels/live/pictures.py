@@ -8,8 +8,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from vpt_kernels.processor import QwenVLImageProcessor
+from vpt_kernels.patch.rules import folded
+from vpt_kernels.processor import QwenVLImageProcessor, plain_patch_embed
 from vpt_kernels.roi_patch_embed.boxes import clip_boxes
+from vpt_kernels.roi_patch_embed.geometry import plan_regions
 
 
 class Pictures:
@@ -19,20 +21,36 @@ class Pictures:
     """
 
     def __init__(self, model: nn.Module, image_processor: Any, kernels: bool) -> None:
-        self._theirs, self._device = image_processor, model.device
-        self._ours = None
-        if kernels and type(image_processor).__name__.endswith("Pil"):
-            try:
-                self._ours = QwenVLImageProcessor.of(model, image_processor)
-            except ValueError:
-                pass  # another family, or a processor that does something else: its own code is right by definition
+        self._model, self._theirs = model, image_processor
+        self._kernels = kernels and type(image_processor).__name__.endswith("Pil")
+
+    def prepared(self, pixels: Tensor) -> tuple[tuple[int, ...], dict[str, Tensor] | None]:
+        """The grid (frames, rows, columns) of a picture, uint8 [height, width, 3], and its `inputs` where no weights
+        are in them: embeddings wait for the weights of the call that they are fed in."""
+        ours = self._ours()
+        if ours is not None:
+            height, width = pixels.shape[:2]
+            return (1, *plan_regions([(height, width)], [(0, 0, 0, width, height)], ours.policy).grids[0]), None
+        made = self.inputs(pixels)
+        return tuple(made["image_grid_thw"][0].tolist()), made
 
     def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
         """`pixel_values` and `image_grid_thw` int64 [1, 3] of one picture, uint8 [height, width, 3]."""
-        if self._ours is not None:
-            return self._ours(pixels)
+        ours = self._ours()
+        if ours is not None:
+            return ours(pixels)
         made = self._theirs(images=[Image.fromarray(pixels.cpu().numpy())], return_tensors="pt")
-        return {name: made[name].to(self._device) for name in ("pixel_values", "image_grid_thw")}
+        return {name: made[name].to(self._model.device) for name in ("pixel_values", "image_grid_thw")}
+
+    def _ours(self) -> QwenVLImageProcessor | None:
+        """Asked for every picture, because weights, hooks and adapters change while a conversation is open."""
+        if not self._kernels:
+            return None
+        try:
+            weights = list(plain_patch_embed(self._model).proj.parameters())
+            return folded(self, weights, lambda: QwenVLImageProcessor.of(self._model, self._theirs))
+        except ValueError:
+            return None  # another family, or a part that does something else: its own code is right by definition
 
     def resized(self, grid: Sequence[int]) -> tuple[int, int]:
         """(height, width) of a picture as the model saw it, from its grid (frames, rows, columns) in patches."""

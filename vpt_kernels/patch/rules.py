@@ -52,25 +52,25 @@ def lacks(module: nn.Module, *names: str) -> str | None:
     return f"it has no attribute {', '.join(missing)}" if missing else None
 
 
-_folded: WeakKeyDictionary[nn.Module, tuple[list[tuple], list[Tensor], Any]] = WeakKeyDictionary()
+_folded: WeakKeyDictionary[object, tuple[list[tuple], list[Tensor], Any]] = WeakKeyDictionary()
 
 
-def folded(module: nn.Module, tensors: list[Tensor], fold: Callable[[], Folded]) -> Folded:
-    """`fold()`, remembered until one of the module's `tensors` is changed in place, moved, converted or replaced.
+def folded(owner: object, tensors: list[Tensor], fold: Callable[[], Folded]) -> Folded:
+    """`fold()`, remembered for its owner until one of the `tensors` is changed in place, moved, converted or replaced.
 
-    A change through `.data` or another alias that autograd does not track is not seen: `forget` the module then.
+    A change through `.data` or another alias that autograd does not track is not seen: `forget` the owner then.
     """
     if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
         # A compiled graph folds by itself; inference tensors have no version, by which a change in place is seen.
         return fold()
     key = [(t.data_ptr(), t.dtype, t.device, t._version) for t in tensors]
-    known = _folded.get(module)
+    known = _folded.get(owner)
     if known is None or known[0] != key:
         # The tensors are kept so that their addresses are not given to others.
-        known = _folded[module] = (key, [t.detach() for t in tensors], fold())
+        known = _folded[owner] = (key, [t.detach() for t in tensors], fold())
     return known[2]
 
 
-def forget(module: nn.Module) -> None:
-    """Fold anew when the module is called next."""
-    _folded.pop(module, None)
+def forget(owner: object) -> None:
+    """Fold anew when the owner asks next."""
+    _folded.pop(owner, None)
