@@ -35,6 +35,7 @@ from tests.live.chats import (
 )
 from vpt_kernels import patch
 from vpt_kernels.live import LiveConversation
+from vpt_kernels.patch.swap import is_swapped
 
 each_family = pytest.mark.parametrize("kind", FAMILIES)
 each_qwen = pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -124,7 +125,7 @@ def at_once(network: Any, chat: Any, ids: list[int], images: list[Any], count: i
 
 
 def replaced(network: Any) -> bool:
-    return any("forward" in vars(module) for module in network.modules())
+    return any(map(is_swapped, network.modules()))
 
 
 def test_the_model_is_patched_while_a_conversation_is_open():
