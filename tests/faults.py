@@ -104,8 +104,8 @@ ROI: list[Row] = [
         "else std::fill_n(reinterpret_cast<char*>(&zero), sizeof(T), 1);", EMBED,
     ),
     (
-        "outlying weights in three digits", "cpu/int8_product.h",
-        "digits_ = outliers ? 4 : 3;", "digits_ = 3;", BYTES,
+        "outlying weights in three slices", "cpu/int8_product.h",
+        "slices_ = outliers ? 4 : 3;", "slices_ = 3;", BYTES,
     ),
     (
         "NaN of a weight lost", "cpu/int8_product.h",

@@ -1,6 +1,6 @@
 // float32 products of pixels in integer arithmetic. A centred pixel is a signed byte; a weight row is written as
-// scale·(d0·256^(L−1) + … + dL) with signed bytes d, so x·weightᵀ is L byte products with exact int32 sums, which
-// processors with VNNI run several times faster than float32. Three digits hold a row's weights to 2^-24 of the largest;
+// scale·(d0·256^(L−1) + … + dL) with signed bytes d, its slices, so x·weightᵀ is L byte products with exact int32 sums, which
+// processors with VNNI run several times faster than float32. Three slices hold a row's weights to 2^-24 of the largest;
 // rows whose largest weight stands out take four, or small weights would lose what float32 keeps.
 #pragma once
 
@@ -13,9 +13,9 @@ namespace vpt::cpu {
 
 class Int8Weight {
  public:
-  // weight: contiguous float32 [rows, columns]. The digits live in per-thread buffers until the next call.
+  // weight: contiguous float32 [rows, columns]. The slices live in per-thread buffers until the next call.
   explicit Int8Weight(const Tensor& weight) : rows_(weight.size(0)), columns_(weight.size(1)) {
-    static thread_local Workspace digit_space, scale_space;
+    static thread_local Workspace slice_space, scale_space;
     const float* w = data<float>(weight);
     scales_ = scale_space.reserve<float>(rows_);
     std::atomic<bool> outliers{false};
@@ -23,36 +23,36 @@ class Int8Weight {
       for (int64_t r = begin; r < end; ++r) {
         scales_[r] = simd().largest(w + r * columns_, columns_);
         const float square = simd().f32.dot(w + r * columns_, w + r * columns_, columns_);
-        if (square != square) scales_[r] = square;  // digits cannot hold a NaN: let the scale carry it
+        if (square != square) scales_[r] = square;  // bytes cannot hold a NaN: let the scale carry it
         if (scales_[r] * scales_[r] * static_cast<float>(columns_) > kOutlier * kOutlier * square) outliers = true;
       }
     });
-    digits_ = outliers ? 4 : 3;
-    const double top = digits_ == 4 ? 0x7F7F7F7F : 0x7F7F7F;
-    int8_t* out = digit_space.reserve<int8_t>(digits_ * rows_ * columns_);
+    slices_ = outliers ? 4 : 3;
+    const double top = slices_ == 4 ? 0x7F7F7F7F : 0x7F7F7F;
+    int8_t* out = slice_space.reserve<int8_t>(slices_ * rows_ * columns_);
     torch::stable::parallel_for(0, rows_, 64, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const double unit = scales_[r] / top;
         const double inverse = unit > 0 ? 1.0 / unit : 0.0;
-        simd().digits(w + r * columns_, columns_, inverse, digits_, out + r * columns_, rows_ * columns_);
+        simd().int8_slices(w + r * columns_, columns_, inverse, slices_, out + r * columns_, rows_ * columns_);
         scales_[r] = static_cast<float>(unit / kPixelScale);
       }
     });
-    matrix_ = wrap(out, digits_ * rows_, columns_, ScalarType::Char, weight);
+    matrix_ = wrap(out, slices_ * rows_, columns_, ScalarType::Char, weight);
   }
 
-  // Columns of a product row: the digits' products one after the other.
-  int64_t width() const { return digits_ * rows_; }
+  // Columns of a product row: the slices' products one after the other.
+  int64_t width() const { return slices_ * rows_; }
 
-  // product int32 [n, width()] = pixels [n, columns]·digitsᵀ
+  // product int32 [n, width()] = pixels [n, columns]·slicesᵀ
   void multiply(const Tensor& product, const Tensor& pixels) const {
     Tensor transposed = torch::stable::transpose(matrix_, 0, 1);
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(product.get(), pixels.get(), transposed.get()));
   }
 
-  // out [rows] = scale·(the digits' products of one product row) + bias
+  // out [rows] = scale·(the slices' products of one product row) + bias
   void combine(const int32_t* product, const float* bias, float* out) const {
-    simd().combine(product, rows_, digits_, scales_, bias, out);
+    simd().combine(product, rows_, slices_, scales_, bias, out);
   }
 
  private:
@@ -60,7 +60,7 @@ class Int8Weight {
   static constexpr double kPixelScale = 256.0;
 
   int64_t rows_, columns_;
-  int digits_ = 3;
+  int slices_ = 3;
   float* scales_ = nullptr;
   Tensor matrix_;
 };

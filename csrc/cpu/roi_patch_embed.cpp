@@ -197,12 +197,12 @@ class Embedding {
         static thread_local Workspace wide_space;
         float* wide = wide_space.reserve<float>(embed);
         for_each_bias(strip, [&](int64_t row, int64_t entry) {
-          const int32_t* digits = sums + row * weight.width();
+          const int32_t* products = sums + row * weight.width();
           const float* bias = biases + entry * embed;
           if constexpr (std::is_same_v<T, float>) {
-            weight.combine(digits, bias, target + row * stride);
+            weight.combine(products, bias, target + row * stride);
           } else {
-            weight.combine(digits, bias, wide);
+            weight.combine(products, bias, wide);
             for (int64_t i = 0; i < embed; ++i) target[row * stride + i] = from_float<T>(wide[i]);
           }
         });

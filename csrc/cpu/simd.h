@@ -54,10 +54,10 @@ struct Simd {
   // out = pixel − 128
   void (*centre)(const uint8_t* pixels, int64_t n, int8_t* out);
   float (*largest)(const float* x, int64_t n);
-  // Digits of round(x·inverse) in base 256, the highest first and `stride` apart
-  void (*digits)(const float* x, int64_t n, double inverse, int count, int8_t* out, int64_t stride);
-  // out = scale·(digits' products, n apart) + bias
-  void (*combine)(const int32_t* products, int64_t n, int digits, const float* scale, const float* bias, float* out);
+  // The signed bytes of round(x·inverse) in base 256, the highest first and `stride` apart
+  void (*int8_slices)(const float* x, int64_t n, double inverse, int count, int8_t* out, int64_t stride);
+  // out = scale·(slices' products, n apart) + bias
+  void (*combine)(const int32_t* products, int64_t n, int slices, const float* scale, const float* bias, float* out);
   // out = saturate(x / scale)
   void (*quantise)(const float* x, float scale, int64_t n, Float8E4M3* out);
   Loops<float> f32;

@@ -92,7 +92,7 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
 }  // namespace
 
 const Simd kAvx2 = {
-    "avx2", kWords, pack, horizontal, vertical, centre_bytes, largest, digits, combine, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
+    "avx2", kWords, pack, horizontal, vertical, centre_bytes, largest, int8_slices, combine, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
 };
 
 }  // namespace vpt

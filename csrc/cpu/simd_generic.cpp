@@ -53,7 +53,7 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
 }  // namespace
 
 const Simd kGeneric = {
-    "generic", kWords, pack, horizontal, vertical, centre_bytes, largest, digits, combine, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
+    "generic", kWords, pack, horizontal, vertical, centre_bytes, largest, int8_slices, combine, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
 };
 
 #ifdef __x86_64__

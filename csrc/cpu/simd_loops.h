@@ -120,7 +120,7 @@ float largest(const float* x, int64_t n) {
   return most;
 }
 
-void digits(const float* x, int64_t n, double inverse, int count, int8_t* out, int64_t stride) {
+void int8_slices(const float* x, int64_t n, double inverse, int count, int8_t* out, int64_t stride) {
   // Adding 1.5·2^52 leaves the rounded integer in the low bits of the double.
   constexpr double kRound = 6755399441055744.0;
 #pragma omp simd
@@ -131,20 +131,20 @@ void digits(const float* x, int64_t n, double inverse, int count, int8_t* out, i
     int32_t rest = static_cast<int32_t>(bits);
     for (int d = 3; d >= 0; --d) {
       if (d >= count) continue;
-      const int32_t digit = static_cast<int8_t>(rest & 0xFF);
-      out[d * stride + i] = static_cast<int8_t>(digit);
-      rest = (rest - digit) >> 8;
+      const int32_t slice = static_cast<int8_t>(rest & 0xFF);
+      out[d * stride + i] = static_cast<int8_t>(slice);
+      rest = (rest - slice) >> 8;
     }
   }
 }
 
-void combine(const int32_t* products, int64_t n, int digits, const float* scale, const float* bias, float* out) {
+void combine(const int32_t* products, int64_t n, int slices, const float* scale, const float* bias, float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     float sum = static_cast<float>(products[i]);
     sum = VPT_FMA(sum, 256.f, static_cast<float>(products[n + i]));
     sum = VPT_FMA(sum, 256.f, static_cast<float>(products[2 * n + i]));
-    if (digits == 4) sum = VPT_FMA(sum, 256.f, static_cast<float>(products[3 * n + i]));
+    if (slices == 4) sum = VPT_FMA(sum, 256.f, static_cast<float>(products[3 * n + i]));
     out[i] = VPT_FMA(sum, scale[i], bias[i]);
   }
 }

@@ -115,8 +115,8 @@ const char* compare_loops(const Loops<T>& ours, const Loops<T>& plain) {
   return nullptr;
 }
 
-// Digits must be identical and stand for the rounded number; sums of their products must be close.
-const char* compare_digits(const Simd& simd) {
+// Slices must be identical and stand for the rounded number; sums of their products must be close.
+const char* compare_int8_slices(const Simd& simd) {
   for (int n : {1, 7, 64, 588, 1000})
     for (int count : {3, 4}) {
       std::normal_distribution<float> normal;
@@ -127,9 +127,9 @@ const char* compare_digits(const Simd& simd) {
       if (largest != kGeneric.largest(x.data(), n)) return "largest differs";
       const double inverse = (count == 4 ? 0x7F7F7F7F : 0x7F7F7F) / static_cast<double>(largest);
       std::vector<int8_t> a(count * n), b(count * n);
-      simd.digits(x.data(), n, inverse, count, a.data(), n);
-      kGeneric.digits(x.data(), n, inverse, count, b.data(), n);
-      if (a != b) return "digits differ";
+      simd.int8_slices(x.data(), n, inverse, count, a.data(), n);
+      kGeneric.int8_slices(x.data(), n, inverse, count, b.data(), n);
+      if (a != b) return "slices differ";
       std::vector<int32_t> products(count * n);
       for (int i = 0; i < n; ++i) {
         double value = 0;
@@ -137,7 +137,7 @@ const char* compare_digits(const Simd& simd) {
           value = 256 * value + a[d * n + i];
           products[d * n + i] = uniform(-9000000, 9000000);
         }
-        if (std::abs(value - x[i] * inverse) > 0.5 + 1e-6) return "digits do not stand for the number";
+        if (std::abs(value - x[i] * inverse) > 0.5 + 1e-6) return "slices do not stand for the number";
       }
       simd.combine(products.data(), n, count, scale.data(), bias.data(), out.data());
       kGeneric.combine(products.data(), n, count, scale.data(), bias.data(), plain.data());
@@ -149,7 +149,7 @@ const char* compare_digits(const Simd& simd) {
 
 int check(const Simd& simd) {
   const char* problem = compare_resampling(simd);
-  if (!problem) problem = compare_digits(simd);
+  if (!problem) problem = compare_int8_slices(simd);
   if (!problem) problem = compare_loops(simd.f32, kGeneric.f32);
   if (!problem) problem = compare_loops(simd.bf16, kGeneric.bf16);
   if (!problem) problem = compare_loops(simd.f16, kGeneric.f16);
