@@ -6,8 +6,7 @@ import functools
 import io
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,8 @@ from vpt_model.app.demo import STAGES, Comparison, Report, Step
 from vpt_model.app.terminal import (
     MINI,
     byte_progress,
+    choose_device,
+    follow,
     load_model,
     print_model,
     print_notices,
@@ -42,7 +43,7 @@ from vpt_model.checkpoint.convert import convert as write_converted
 from vpt_model.checkpoint.hub import model_folder
 from vpt_model.config import PRESETS
 from vpt_model.engine import Engine
-from vpt_model.engine.events import Answer, Done, Event, Look, Reencode, Region, Token
+from vpt_model.engine.events import Answer
 from vpt_model.mini.evaluation import Line, plan
 from vpt_model.mini.evaluation import report as evaluation
 from vpt_model.mini.scenes import fingerprint, make_scene
@@ -68,6 +69,7 @@ MODEL = (
     "random:PRESET for random bfloat16 weights"
 )
 Looks = Annotated[list[str] | None, typer.Option("--look", help=LOOK, show_default=False)]
+Device = Annotated[str, typer.Option(help="auto (a GPU where torch sees one), cpu, cuda or cuda:N")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
@@ -112,6 +114,7 @@ def demo(
         Path | None, typer.Option(help="a photo for random weights; by default the Hubble deep field")
     ] = None,
     seed: Annotated[int, typer.Option(help="which picture of its test split vpt-mini is shown", min=0)] = SEED,
+    device: Device = "auto",
 ) -> None:
     """Look twice at a picture: vpt-mini answers; this engine and the published procedure are compared.
 
@@ -123,10 +126,10 @@ def demo(
         raise ValueError("the picture needs matplotlib: pip install 'vpt-kernels[demo]'") from error
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    looks = look or demonstration.default_looks(preset, seed)
+    looks, place = look or demonstration.default_looks(preset, seed), choose_device(device)
     with progress(demonstration.activities(preset, looks), quiet=as_json) as begin:
         report = demonstration.run(
-            preset, looks, image, max_new_tokens=tokens, inject=inject, seed=seed, progress=begin
+            preset, looks, image, max_new_tokens=tokens, inject=inject, seed=seed, progress=begin, device=place
         )
         figure.draw(report, out)
     if as_json:
@@ -149,6 +152,7 @@ def ask(
     as_json: Json = False,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="without --image: which picture of vpt-mini's test split", min=0)] = SEED,
+    device: Device = "auto",
 ) -> None:
     """Answer a question about an image, with the second looks that the model asks for."""
     # In a locale that is not UTF-8, Python hands on the bytes that it could not decode.
@@ -157,12 +161,15 @@ def ask(
     if image is None and model != MINI:
         raise ValueError("there is no image: give --image FILE")
     picture = make_scene(seed, "test").pixels if image is None else decode_image(image)
-    loaded, tokenizer, _ = load_model(model, quiet=as_json)
+    loaded, tokenizer, _ = load_model(model, choose_device(device), quiet=as_json)
     engine = Engine(loaded, tokenizer, max_looks=max(1, len(look or ())))
     console = Console(quiet=as_json)
-    answer = _follow(console, engine.stream(picture, question, looks=look, max_new_tokens=max_new_tokens))
+    warm = engine.warm_up()
+    if warm:
+        console.print(Text(f"warmed up on {loaded.device} in {sum(warm.values()):.1f} s", style="dim"))
+    answer = follow(console, engine.stream(picture, question, looks=look, max_new_tokens=max_new_tokens))
     if as_json:
-        typer.echo(json.dumps(_answer_as_json(answer)))
+        typer.echo(json.dumps(_answer_as_json(answer) | {"device": str(loaded.device), "warm_up_seconds": warm}))
         return
     for notice in answer.notices:
         console.print(Text(f"note: {notice}", style="yellow"))
@@ -185,13 +192,14 @@ def chat(
     image: Annotated[Path | None, typer.Option(help="an image file, shown with the first question")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 256,
     capacity: Annotated[int, typer.Option(help="tokens that the conversation may hold", min=1)] = 8192,
+    device: Device = "auto",
 ) -> None:
     """Talk with a model about pictures: further questions, pictures, looks, forks, undo. /help lists the commands."""
     if image is not None:
         decode_image(image)  # before the weights are loaded
     with suppress(ImportError):
         import readline  # noqa: F401  history and editing by the arrow keys
-    loaded, tokenizer, _ = load_model(model)
+    loaded, tokenizer, _ = load_model(model, choose_device(device))
     engine = Engine(loaded, tokenizer, capacity=min(capacity, loaded.config.max_position_embeddings))
     Session(engine, Console(), None if image is None else str(image), max_new_tokens).run(input)
 
@@ -242,6 +250,7 @@ def eval_mini(
         list[str] | None, typer.Option(help="bfloat16, float16 or float32; may be repeated; by default float32")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="other weights than the shipped ones", file_okay=False)] = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """How often vpt-mini is right on pictures that its training never saw, by kind of question and path.
@@ -251,14 +260,14 @@ def eval_mini(
     names = dtype or ["float32"]
     if unknown := [name for name in names if name not in DTYPES]:
         raise ValueError(f"--dtype {unknown[0]}: it must be one of {', '.join(DTYPES)}")
-    backends, dtypes = backend or ["cpp", "reference"], [DTYPES[name] for name in names]
+    backends, dtypes, place = backend or ["cpp", "reference"], [DTYPES[name] for name in names], choose_device(device)
     columns = ("backend", "dtype", "question", "path", "control state")
     table = Table(*columns, box=box.SIMPLE_HEAD, header_style="dim")
     for column in ("right", "right path", "same tokens"):
         table.add_column(column, justify="right")
     lines, total = [], len(plan(backends, dtypes)) * count
     with question_progress(total, quiet=as_json) as advance:
-        for line in evaluation(backends, dtypes, count, folder or mini.FOLDER, advance):
+        for line in evaluation(backends, dtypes, count, folder or mini.FOLDER, advance, place):
             lines.append(line)
             table.add_row(*_percentages(line))
     if as_json:
@@ -306,8 +315,10 @@ def env() -> None:
 def _print_report(console: Console, report: Report, out: Path) -> None:
     console.print(
         f"\npreset [bold]{report.preset}[/], photo {report.image.width}×{report.image.height}, "
-        f"question “{report.question}”"
+        f"question “{report.question}”, on {report.device}"
     )
+    if report.warm_up:
+        console.print(f"This engine was warmed up in {sum(report.warm_up.values()):.1f} s.", style="dim")
     if report.story:
         _print_story(console, report)
     else:
@@ -397,32 +408,6 @@ def _cells(step: Step | None) -> tuple[str, str]:
     return f"{step.milliseconds:,.1f}", ", ".join(counts)
 
 
-def _follow(console: Console, events: Iterator[Event]) -> Answer:
-    """Print what happens and when, one line for each event and each run of tokens; the final answer."""
-    start, said = time.perf_counter(), ""
-
-    def line(kind: str, text: str) -> None:
-        console.print(Text.assemble((f"{time.perf_counter() - start:8.2f} s  ", "dim"), (f"{kind:<10}", "cyan"), text))
-
-    for event in events:
-        if isinstance(event, Token):
-            said += event.text
-            continue
-        if said:
-            line("said", said)
-            said = ""
-        if isinstance(event, Region):
-            line("region", ", ".join(map(str, event.boxes)))
-        elif isinstance(event, Reencode):
-            line("re-encode", event.kind)
-        elif isinstance(event, Look):
-            line("looked", f"{event.tokens} visual tokens, {event.appended} tokens appended")
-        elif isinstance(event, Done):
-            line("done", event.answer.finish_reason)
-            return event.answer
-    raise RuntimeError("the stream ended without an answer")
-
-
 def _answer_as_json(answer: Answer) -> dict[str, Any]:
     return {
         "text": answer.text,
@@ -438,3 +423,7 @@ def _answer_as_json(answer: Answer) -> dict[str, Any]:
             {"stage": stage.name, "milliseconds": stage.milliseconds, "work": stage.work} for stage in answer.timings
         ],
     }
+
+
+if __name__ == "__main__":
+    main()

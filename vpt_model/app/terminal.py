@@ -1,7 +1,9 @@
-"""What several commands print: progress, notices, tables; and the model that a command line names."""
+"""What commands print: progress, events, notices, tables; and the device and model that a command line names."""
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,16 +25,40 @@ from rich.text import Text
 from vpt_model import mini
 from vpt_model.checkpoint import Checkpoint, random_state
 from vpt_model.checkpoint.hub import model_folder
+from vpt_model.checkpoint.load import moved
 from vpt_model.config import PRESETS
+from vpt_model.engine.events import Answer, Done, Event, Look, Reencode, Region, Token
 from vpt_model.network.model import Model
 from vpt_model.published.verify import TOLERANCE, Row, parameter_counts
 from vpt_model.text.tokens import Tokenizer
 
+CPU = torch.device("cpu")
 RANDOM, MINI = "random:", "mini"
 _TABLE_WIDTH = 160
 
 
-def load_model(model: str, quiet: bool = False) -> tuple[Model, Tokenizer, Checkpoint | None]:
+def choose_device(name: str) -> torch.device:
+    """The device that --device names, from now on the current one; auto: a GPU where torch sees one, else the CPU.
+
+    Raises ValueError for another name, and for a GPU that torch does not see.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise ValueError(f"--device {name}: it must be auto, cpu, cuda or cuda:N, where N is the number of a GPU")
+    if name == "cpu":
+        return torch.device("cpu")
+    count, index = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(name[5:] or 0)
+    if index >= count:
+        seen = f"GPUs 0 to {count - 1} only" if count else "no GPU"
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees {seen}; give --device cpu, or see `vpt env`")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def load_model(
+    model: str, device: torch.device = CPU, quiet: bool = False
+) -> tuple[Model, Tokenizer, Checkpoint | None]:
     """The model that a folder, a hub name, `mini` or `random:PRESET` names; progress and notices go to stderr.
 
     The tokenizer is checked before any weight is read. Random weights are bfloat16 and have no checkpoint; vpt-mini is
@@ -47,14 +73,14 @@ def load_model(model: str, quiet: bool = False) -> tuple[Model, Tokenizer, Check
         with progress(1, quiet) as begin:
             begin(f"making random weights for {preset}")
             state = random_state(config, dtype=torch.bfloat16)
-        return Model.from_state(config, state), tokenizer, None
+        return Model.from_state(config, moved(state, device)), tokenizer, None
     checkpoint = Checkpoint.open(mini.FOLDER if model == MINI else model_folder(model))
     tokenizer = checkpoint.tokenizer()
     if not quiet:
         print_notices(checkpoint.notices)
     with byte_progress("loading", quiet) as advance:
         state = checkpoint.load(torch.float32 if model == MINI else None, progress=advance)
-    return Model.from_state(checkpoint.config, state), tokenizer, checkpoint
+    return Model.from_state(checkpoint.config, moved(state, device)), tokenizer, checkpoint
 
 
 @contextmanager
@@ -101,6 +127,32 @@ def byte_progress(activity: str, quiet: bool = False) -> Iterator[Callable[[int,
                 console.print(f"{activity}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", style="dim")
 
         yield advance
+
+
+def follow(console: Console, events: Iterator[Event]) -> Answer:
+    """Print what happens and when, one line for each event and each run of tokens; the final answer."""
+    start, said = time.perf_counter(), ""
+
+    def line(kind: str, text: str) -> None:
+        console.print(Text.assemble((f"{time.perf_counter() - start:8.2f} s  ", "dim"), (f"{kind:<10}", "cyan"), text))
+
+    for event in events:
+        if isinstance(event, Token):
+            said += event.text
+            continue
+        if said:
+            line("said", said)
+            said = ""
+        if isinstance(event, Region):
+            line("region", ", ".join(map(str, event.boxes)))
+        elif isinstance(event, Reencode):
+            line("re-encode", event.kind)
+        elif isinstance(event, Look):
+            line("looked", f"{event.tokens} visual tokens, {event.appended} tokens appended")
+        elif isinstance(event, Done):
+            line("done", event.answer.finish_reason)
+            return event.answer
+    raise RuntimeError("the stream ended without an answer")
 
 
 def print_notices(notices: Sequence[str]) -> None:

@@ -312,6 +312,21 @@ def load_checkpoint(
     return checkpoint.config, checkpoint.load(dtype)
 
 
+def moved(state: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The state dict on a device; what shares memory or is adjacent in it still does and is."""
+    if all(tensor.device == device for tensor in state.values()):
+        return state
+    whole: dict[int, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in whole:
+            flat = tensor.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+            whole[storage.data_ptr()] = flat.to(device)
+        result[name] = whole[storage.data_ptr()].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return result
+
+
 def empty_state(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Uninitialised tensors of `expected_shapes`; those that `fused_groups` joins follow each other in one buffer."""
     shapes = expected_shapes(config)

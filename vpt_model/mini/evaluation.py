@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vpt_model import mini
+from vpt_model.checkpoint.load import moved
 from vpt_model.engine import Engine, perception
 from vpt_model.engine.events import Answer
 from vpt_model.engine.executor import Executor
@@ -29,6 +30,7 @@ from vpt_model.network import attention, vision
 from vpt_model.network.model import Model
 from vpt_model.text.prompt import PromptFormat
 
+CPU = torch.device("cpu")
 PATHS = ("free", "always look", "direct")
 CONTROLS = ("true", "zero", "another's")
 """Control states of a re-encoding: its own; none, k = 0; that of another question about another picture."""
@@ -95,7 +97,14 @@ class BorrowedControl:
         return self._last if previous is None else previous
 
 
-def make_engine(path: str, kind: str, dtype: torch.dtype, control: str = "true", folder: Path = mini.FOLDER) -> Engine:
+def make_engine(
+    path: str,
+    kind: str,
+    dtype: torch.dtype,
+    control: str = "true",
+    folder: Path = mini.FOLDER,
+    device: torch.device = CPU,
+) -> Engine:
     """vpt-mini, prompted to answer questions of `kind` by `path`.
 
     Raises ValueError for an unknown path or control.
@@ -110,7 +119,7 @@ def make_engine(path: str, kind: str, dtype: torch.dtype, control: str = "true",
     if control == "zero":
         for part in ("weight", "bias"):
             state[f"clip_projector.linear_condition.{part}"].zero_()
-    model, prompt = Model.from_state(config, state), PromptFormat(trigger=trigger)
+    model, prompt = Model.from_state(config, moved(state, device)), PromptFormat(trigger=trigger)
     engine = Engine(model, tokenizer, capacity=512, prompt=prompt)
     if control == "another's":
         engine.executor = BorrowedControl(engine.executor)
@@ -195,12 +204,14 @@ def report(
     count: int,
     folder: Path = mini.FOLDER,
     progress: Callable[[int], None] = lambda done: None,
+    device: torch.device = CPU,
 ) -> Iterator[Line]:
-    """The lines of `plan`, `count` questions each, as they are done."""
+    """The lines of `plan`, `count` questions each, as they are done on `device`."""
     first: dict[str, list[Result]] = {}
     for backend, dtype, kind, path, control in plan(backends, dtypes):
         with using(backend):
-            results = evaluate(make_engine(path, kind, dtype, control, folder), kind, count, progress=progress)
+            engine = make_engine(path, kind, dtype, control, folder, device)
+            results = evaluate(engine, kind, count, progress=progress)
         same = None
         if kind != READ and (path, control) == ("free", "true"):
             same = agreement(first[kind], results) if kind in first else None

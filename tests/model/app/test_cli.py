@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from tests.model.inputs import random_image, tiny_config, tiny_state
+from vpt_model.app import cli
 from vpt_model.app import demo as demonstration
 from vpt_model.app.cli import app
+from vpt_model.app.terminal import choose_device
+from vpt_model.checkpoint.load import moved
+from vpt_model.engine import Engine
+from vpt_model.network.model import Model
 from vpt_model.text.tokens import Tokenizer
 
 
@@ -206,3 +212,89 @@ def test_env_reports_the_machine() -> None:
 
 def test_without_a_command_there_is_help() -> None:
     assert all(command in vpt("--help").stdout for command in ("demo", "ask", "env"))
+
+
+def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let torch see so many GPUs; the numbers that are made the current one."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.mark.parametrize(
+    "name, count, chosen",
+    [("auto", 0, "cpu"), ("auto", 2, "cuda:0"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda:0"), ("cuda:1", 2, "cuda:1")],
+)
+def test_device_by_name(name: str, count: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = gpus(count, monkeypatch)
+    device = choose_device(name)
+    assert device == torch.device(chosen) and current == ([device.index] if device.type == "cuda" else [])
+
+
+@pytest.mark.parametrize("command", ["ask", "demo", "eval-mini", "chat"])
+@pytest.mark.parametrize(
+    "name, count, message",
+    [
+        ("gpu", 1, "--device gpu: it must be auto, cpu, cuda or cuda:N"),
+        ("cuda:-1", 1, "--device cuda:-1: it must be"),
+        ("cuda:2", 2, "GPUs 0 to 1 only"),
+        ("cuda", 0, "sees no GPU; give --device cpu"),
+    ],
+)
+def test_wrong_devices_end_with_one_line(
+    command: str, name: str, count: int, message: str, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(count, monkeypatch)
+    needed = {"ask": ["--question", "what?"], "demo": ["--out", photo.with_name("demo.png")]}.get(command, [])
+    result = vpt(command, *needed, "--device", name)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_ask_and_demo_tell_how_long_the_warm_up_took(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "warm_up", lambda self: {"decode": 1.5, "tower": 0.75})
+    asked = vpt("ask", "--question", "what?", "--max-new-tokens", 2, "--device", "cpu")
+    assert "warmed up on cpu in 2.2 s" in asked.stdout
+    answer = json.loads(vpt("ask", "--question", "what?", "--max-new-tokens", 2, "--json").stdout)
+    assert answer["warm_up_seconds"] == {"decode": 1.5, "tower": 0.75} and answer["device"] == "cpu"
+    shown = demo(photo, "--look", "clip")
+    assert "warmed up in 2.2 s" in shown.stdout and "on cpu" in shown.stdout
+
+
+def test_nothing_is_said_of_a_warm_up_on_a_cpu(photo: Path) -> None:
+    assert "warmed up" not in vpt("ask", "--question", "what?", "--max-new-tokens", 2, "--device", "cpu").stdout
+
+
+def test_commands_hand_the_device_on(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight goes where --device says, before a model is made of it."""
+    places: list[torch.device] = []
+
+    def refuse(config: object, state: dict[str, torch.Tensor]) -> None:
+        places.extend({tensor.device for tensor in state.values()})
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(cli, "choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(Model, "from_state", refuse)
+    for command in (["ask", "--question", "what?"], ["demo"], ["eval-mini", "--count", 1], ["chat"]):
+        result = vpt(*command, *(["--out", photo.with_name("demo.png")] if command == ["demo"] else []))
+        assert "far enough" in result.stderr, command
+    assert places == [torch.device("meta")] * 4
+
+
+def test_moved_weights_share_what_they_shared() -> None:
+    whole = torch.arange(12.0).view(4, 3)
+    state = {"q": whole[:1], "k": whole[1:], "embedding": torch.ones(2, 3)}
+    state["head"] = state["embedding"]
+    far = moved(state, torch.device("meta"))
+    assert {tensor.device.type for tensor in far.values()} == {"meta"}
+    assert all(far[name].shape == tensor.shape and far[name].dtype == tensor.dtype for name, tensor in state.items())
+    for one, other in (("q", "k"), ("embedding", "head")):
+        assert far[one].untyped_storage()._cdata == far[other].untyped_storage()._cdata
+    assert far["k"].storage_offset() == 3 and moved(state, torch.device("cpu")) is state
+
+
+def test_the_module_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "vpt_model.app.cli", "ask", "--question", "what?", "--device", "gpu"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "--device gpu" in result.stderr
