@@ -29,6 +29,7 @@ from vpt_model.engine.requests import Decode, Output, ReencodeAndAppend, Request
 from vpt_model.mini.scenes import make_question, make_scene
 from vpt_model.mini.story import Chapter, tell
 from vpt_model.network.cache import KVCache
+from vpt_model.network.encoders import ieee_convolutions
 from vpt_model.network.model import Model
 from vpt_model.published.procedure import PublishedProcedure
 from vpt_model.text.tokens import RegionSpan, Tokenizer, parse_look, parse_region_ids
@@ -196,7 +197,7 @@ def default_image() -> Image.Image:
     return Image.fromarray(data.hubble_deep_field())
 
 
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+@ieee_convolutions()
 def run(
     preset: str = TRAINED,
     looks: Sequence[str] | None = None,

@@ -184,7 +184,7 @@ class SamEncoder(_Encoder):
 @contextmanager
 def ieee_convolutions() -> Iterator[None]:
     """Inside, cuDNN multiplies float32 as float32: by default it takes TF32, whose ten bits are those of float16."""
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     try:
