@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +95,10 @@ class ControlCrossAttention(nn.Module):
         Raises:
             ValueError: they have several dtypes or devices.
         """
-        weights = [getattr(self, name) for name in self._NAMES]
+        weights: list[Any] = [getattr(self, name) for name in self._NAMES]
         present = [weight for weight in weights if weight is not None]
-        plain = ControlProjector(*(weight if weight is None else weight.contiguous() for weight in weights))
+        contiguous: list[Any] = [weight if weight is None else weight.contiguous() for weight in weights]
+        plain = ControlProjector(*contiguous)
         if torch.compiler.is_compiling():
             # A graph outlives the weights that it was made with: what it folds it would keep, or fold in every call.
             return scored(plain, score=False)
