@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-GUARD, LOOKUP, COMPILED, LEFT = (f"patch/test_{name}" for name in ("guard", "lookup", "compiled", "left_behind"))
+GUARD, LOOKUP, COMPILED, LEFT = (f"patch/test_{name}" for name in ("guard", "lookup", "patch_compiled", "left_behind"))
 
 PATCH_ROWS: list[tuple[str, str, str, str, str]] = [
     # name, file, old, new, test files

@@ -1,7 +1,7 @@
 // float32 products of pixels in integer arithmetic. A centred pixel is a signed byte; a weight row is written as
-// scale·(d0·256^(L−1) + … + dL) with signed bytes d, its slices, so x·weightᵀ is L byte products with exact int32 sums, which
-// processors with VNNI run several times faster than float32. Three slices hold a row's weights to 2^-24 of the largest;
-// rows whose largest weight stands out take four, or small weights would lose what float32 keeps.
+// scale·(d0·256^(L−1) + … + dL) with signed bytes d, its int8 slices, so x·weightᵀ is L byte products with exact int32
+// sums, which processors with VNNI run several times faster than float32. Three slices hold a row's weights to 2^-24 of
+// the largest; rows whose largest weight stands out take four, or small weights would lose what float32 keeps.
 #pragma once
 
 #include <atomic>
