@@ -146,8 +146,8 @@ def test_flashinfer_bad_tables() -> None:
         flashinfer_slots(indptr, **table, page_size=0, tokens=3)
     q, k, v, positions = tokens(3, "bad")
     for cache, reason in (
-        (torch.zeros(3, 4, KV_HEADS, DIM), "it has 4 parts"),
-        (torch.zeros(1, 2, 4, DIM), "3 dimensions"),
+        (torch.zeros(3, 4, KV_HEADS, DIM), "has 4 dimensions"),
+        (torch.zeros(1, 2, 4, DIM), "has 4 dimensions"),
     ):
         with pytest.raises(ValueError, match=reason):
             append_to_flashinfer_pages_(q, k, v, TABLE, positions, cache, indptr, **table, sections=SECTIONS)

@@ -219,7 +219,7 @@ def test_tensor_in_two_files(tmp_path):
 
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(ValueError, match="config.json does not exist"):
+    with pytest.raises(ValueError, match="config.json' does not exist"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(fields()))
     with pytest.raises(ValueError, match="has no weights"):

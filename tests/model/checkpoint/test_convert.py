@@ -173,7 +173,7 @@ def test_a_killed_conversion_does_not_load(tmp_path: Path) -> None:
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert partial.is_dir() and not (tmp_path / "target").exists()
-    with pytest.raises(ValueError, match="config.json does not exist"):
+    with pytest.raises(ValueError, match="config.json' does not exist"):
         Checkpoint.open(partial)
     with pytest.raises(ValueError, match="remove it if none is running"):
         convert.convert(Checkpoint.open(tmp_path / "source"), tmp_path / "target")
@@ -186,7 +186,7 @@ def test_a_killed_conversion_does_not_load(tmp_path: Path) -> None:
         (["source", "no/such/folder"], "there is no folder"),
         (["source", "target", "--dtype", "int8"], "--dtype int8"),
         (["nowhere", "target"], "there is no folder nowhere"),
-        (["empty", "target"], "config.json does not exist"),
+        (["empty", "target"], "config.json' does not exist"),
     ],
 )
 def test_bad_input_ends_with_one_line(

@@ -13,12 +13,19 @@ MODEL = tiny_model()
 POLICY = qwen2_vl_policy(longest_edge=512)
 
 
+def look(image, boxes, clock=None):
+    """Features and grids of boxes, by the two steps that the engine takes."""
+    clock = clock or Clock(MODEL.device)
+    regions = perception.plan(MODEL.vision, image, boxes, POLICY, clock)
+    return perception.look(MODEL, image, regions, clock), regions.grids
+
+
 def test_looks_at_several_boxes_equal_looks_at_each():
     image = random_image(120, 200)
     boxes = [(0, 0, 200, 120), (10, 20, 90, 61), (0, 0, 1, 1)]
-    features, grids = perception.look(MODEL, image, boxes, POLICY, Clock(MODEL.device))
+    features, grids = look(image, boxes)
     for box, feature, grid in zip(boxes, features, grids, strict=True):
-        (alone,), _ = perception.look(MODEL, image, [box], POLICY, Clock(MODEL.device))
+        (alone,), _ = look(image, [box])
         assert len(feature) == grid[0] * grid[1] // 4
         assert torch.allclose(feature, alone, atol=1e-5)
 
@@ -26,22 +33,20 @@ def test_looks_at_several_boxes_equal_looks_at_each():
 def test_a_crop_is_seen_as_the_image_it_would_be():
     image = random_image(120, 200)
     left, top, right, bottom = box = (37, 0, 163, 75)
-    (crop,), _ = perception.look(MODEL, image, [box], POLICY, Clock(MODEL.device))
-    (image_of_crop,), _ = perception.look(
-        MODEL, image[top:bottom, left:right].contiguous(), [(0, 0, 126, 75)], POLICY, Clock(MODEL.device)
-    )
+    (crop,), _ = look(image, [box])
+    (image_of_crop,), _ = look(image[top:bottom, left:right].contiguous(), [(0, 0, 126, 75)])
     assert torch.equal(crop, image_of_crop)
 
 
 @pytest.mark.parametrize("box", [(-1, 0, 10, 10), (0, 0, 201, 10), (0, 0, 10, 121), (10, 0, 10, 10), (20, 30, 10, 40)])
 def test_boxes_that_are_empty_or_outside(box):
     with pytest.raises(ValueError, match=str(box[0])):
-        perception.look(MODEL, random_image(120, 200), [box], POLICY, Clock(MODEL.device))
+        look(random_image(120, 200), [box])
 
 
 def test_stages_and_their_work():
     clock = Clock(MODEL.device)
-    _, grids = perception.look(MODEL, random_image(120, 200), [(0, 0, 200, 120), (0, 0, 56, 84)], POLICY, clock)
+    _, grids = look(random_image(120, 200), [(0, 0, 200, 120), (0, 0, 56, 84)], clock)
     patches = sum(height * width for height, width in grids)
     assert [stage.name for stage in clock.stages] == ["crop+embed", "ViT"]
     assert clock.stages[1].work == {"images": 2, "vit_patches": patches, "vit_calls": 1}

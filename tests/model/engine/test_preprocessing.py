@@ -127,7 +127,7 @@ def normalised(pixels: Tensor, mean: tuple, std: tuple) -> Tensor:
 
 def ours(path: Path, kind: str, box: tuple[int, int, int, int] | None) -> tuple[Tensor, tuple[int, int]]:
     """uint8 patches as the engine makes them, and their grid."""
-    image = decode_image(path)
+    image = decode_image(path, orient_files=False)  # the published code reads what is stored
     height, width, _ = image.shape
     plan = plan_regions([(height, width)], [(0, *(box or (0, 0, width, height)))], POLICIES[kind])
     return roi_patches([image], plan), plan.grids[0]
