@@ -50,9 +50,16 @@ struct AppendForms<append, void(Arguments...)> {
     const auto given = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
     require_disjoint(
         {{"k_cache", &c.k_cache}, {"v_cache", &c.v_cache}, {"q", q_out}},
-        {{"q", q_out == nullptr ? &c.q : nullptr}, {"k", &c.k}, {"v", &c.v}, {"cos_sin", &c.cos_sin},
-         {"positions", &c.positions}, {"slots", &c.slots}, {"k_scale", given(c.k_scale)},
-         {"v_scale", given(c.v_scale)}, {"q_norm", given(c.q_norm)}, {"k_norm", given(c.k_norm)}});
+        {{"q", q_out == nullptr ? &c.q : nullptr},
+         {"k", &c.k},
+         {"v", &c.v},
+         {"cos_sin", &c.cos_sin},
+         {"positions", &c.positions},
+         {"slots", &c.slots},
+         {"k_scale", given(c.k_scale)},
+         {"v_scale", given(c.v_scale)},
+         {"q_norm", given(c.q_norm)},
+         {"k_norm", given(c.k_norm)}});
   }
 };
 
@@ -62,8 +69,9 @@ inline int64_t head_dim(const AppendCall& c) { return c.k_cache.dim() - (c.heads
 
 inline CacheLayout cache_layout(const AppendCall& c, const Tensor& cache) {
   const bool paged = cache.dim() == 4;
-  return {paged ? cache.size(0) : 1, cache.size(row_dim(c)), paged ? cache.stride(0) : 0, cache.stride(row_dim(c)),
-          cache.stride(head_dim(c))};
+  return {
+      paged ? cache.size(0) : 1, cache.size(row_dim(c)), paged ? cache.stride(0) : 0, cache.stride(row_dim(c)),
+      cache.stride(head_dim(c))};
 }
 
 inline Indices position_row(const Tensor& positions, int axis) {

@@ -30,8 +30,7 @@ struct ControlCall {
   }
 };
 
-inline void require(
-    const ControlCall& c, const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+inline void require(const ControlCall& c, const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
   bool ok = t.device() == c.features.device() && t.scalar_type() == c.features.scalar_type() &&
       t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous();
   int64_t d = 0;
@@ -92,7 +91,8 @@ using ControlSignature = void(
     Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor);
 
 // rows: where token t goes in `out`; base null: to row t.
-template <void (*project)(const ControlCall&, const Tensor& out, const Indices& rows), typename Signature = ControlSignature>
+template <
+    void (*project)(const ControlCall&, const Tensor& out, const Indices& rows), typename Signature = ControlSignature>
 struct ControlForms;
 
 template <void (*project)(const ControlCall&, const Tensor& out, const Indices& rows), typename... Arguments>

@@ -95,7 +95,8 @@ inline void require_disjoint(std::initializer_list<Named> written, std::initiali
   for (const Named& target : written) {
     if (target.tensor == nullptr) continue;
     require_value(
-        !overlaps_itself(*target.tensor), target.name, " has strides by which some of its elements are one and the same "
+        !overlaps_itself(*target.tensor), target.name,
+        " has strides by which some of its elements are one and the same "
         "memory and would be written several times; pass a clone");
     const Extent extent(*target.tensor);
     const auto check = [&](const Named& other) {

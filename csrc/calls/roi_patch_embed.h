@@ -9,8 +9,8 @@ namespace vpt {
 
 inline void check_region(const Region& r, const std::vector<Tensor>& images, int64_t number, int64_t first_row) {
   STD_TORCH_CHECK(
-      r.image >= 0 && r.image < static_cast<int64_t>(images.size()), "plan: region ", number, " names image ",
-      r.image, " of ", images.size());
+      r.image >= 0 && r.image < static_cast<int64_t>(images.size()), "plan: region ", number, " names image ", r.image,
+      " of ", images.size());
   const Tensor& image = images[r.image];
   STD_TORCH_CHECK(
       image.size(0) == r.image_size.height && image.size(1) == r.image_size.width, "plan: region ", number,
@@ -58,8 +58,8 @@ inline void check_embed(const Tensor& weight, const Tensor& bias, const Tensor& 
   const int64_t embed = weight.size(0), columns = weight.size(1);
   STD_TORCH_CHECK(
       weight.dim() == 2 && weight.is_contiguous() && bias.device() == weight.device() && bias.dim() == 3 &&
-          bias.is_contiguous() && bias.size(0) == 2 && bias.size(2) == embed && 3 * (bias.size(1) - 1) * (bias.size(1) - 1) == columns &&
-          bias.scalar_type() == ScalarType::Float,
+          bias.is_contiguous() && bias.size(0) == 2 && bias.size(2) == embed &&
+          3 * (bias.size(1) - 1) * (bias.size(1) - 1) == columns && bias.scalar_type() == ScalarType::Float,
       "weight and bias must come from fold_patch_weight");
   STD_TORCH_CHECK(
       out.dim() == 2 && out.device() == weight.device() && out.size(1) == embed && (embed <= 1 || out.stride(1) == 1) &&

@@ -58,8 +58,7 @@ struct Store {
 
   T* row(int64_t slot, int64_t head) const { return static_cast<T*>(base) + layout.offset(slot, head); }
   void quantise(const float* x, int64_t n, int64_t slot, int64_t head) const {
-    simd().quantise(
-        x, scales[head * scale_stride], n, static_cast<Float8E4M3*>(base) + layout.offset(slot, head));
+    simd().quantise(x, scales[head * scale_stride], n, static_cast<Float8E4M3*>(base) + layout.offset(slot, head));
   }
 };
 

@@ -152,8 +152,8 @@ void identity(const ControlCall& c, const Conditions& k, const Target& target) {
     for (int64_t t = begin; t < end; ++t) {
       T* out = target.row<T>(t);
       if (out == nullptr) continue;
-      const T* f = data<T>(x) +
-          (x.dim() == 3 ? (t / x.size(1)) * x.stride(0) + (t % x.size(1)) * x.stride(1) : t * x.stride(0));
+      const T* f =
+          data<T>(x) + (x.dim() == 3 ? (t / x.size(1)) * x.stride(0) + (t % x.size(1)) * x.stride(1) : t * x.stride(0));
       if (k.k == nullptr)
         std::copy(f, f + k.hidden, out);
       else

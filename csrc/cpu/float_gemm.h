@@ -77,12 +77,12 @@ class FloatGemm {
       const Tensor right = wrap(chunk, outputs, width, ScalarType::Float, weight_);
       AtenTensorHandle next = nullptr;
       if (sum == nullptr) {
-        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
-            left.get(), right.get(), nullptr, "none", nullptr, 0, nullptr, &next));
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cpu__linear_pointwise(left.get(), right.get(), nullptr, "none", nullptr, 0, nullptr, &next));
       } else {
         const Tensor before(sum);
-        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise_binary(
-            left.get(), before.get(), right.get(), nullptr, "add", &next));
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cpu__linear_pointwise_binary(left.get(), before.get(), right.get(), nullptr, "add", &next));
       }
       sum = next;
     }

@@ -59,11 +59,11 @@ void Resampler::build(const Region& region, const Image& image, const Simd& simd
   valid_width_ = region.valid_width();
   valid_height_ = region.valid_height();
   across_.build(
-      Axis(steps[2].width, region.resized.width, region.filter), region.window_left,
-      region.window_left + valid_width_, simd);
+      Axis(steps[2].width, region.resized.width, region.filter), region.window_left, region.window_left + valid_width_,
+      simd);
   down_.build(
-      Axis(steps[2].height, region.resized.height, region.filter), region.window_top,
-      region.window_top + valid_height_, simd);
+      Axis(steps[2].height, region.resized.height, region.filter), region.window_top, region.window_top + valid_height_,
+      simd);
 }
 
 void Resampler::gather(int32_t y, uint8_t* out) const {

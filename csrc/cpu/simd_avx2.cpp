@@ -33,8 +33,7 @@ __m256i lanes(int32_t low, int32_t high) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi32(low)), _mm_set1_epi32(high), 1);
 }
 
-void horizontal(
-    const uint8_t* row, const int32_t* first, const int32_t* packed, int groups, int64_t n, uint8_t* out) {
+void horizontal(const uint8_t* row, const int32_t* first, const int32_t* packed, int groups, int64_t n, uint8_t* out) {
   // Four RGB pixels → 16-bit pairs (tap 0, tap 1) per channel in the low lane, (tap 2, tap 3) in the high lane.
   const __m256i pairs = _mm256_setr_epi8(
       0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,  //
@@ -72,8 +71,7 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
         const __m256i weight_low = _mm256_set1_epi32(packed[g * kWords + p]);
         const __m256i weight_high = _mm256_set1_epi32(packed[g * kWords + 2 + p]);
         for (int i = 0; i < 4; ++i) {
-          const __m256i wide =
-              i % 2 ? _mm256_unpackhi_epi8(ab[i / 2], zero) : _mm256_unpacklo_epi8(ab[i / 2], zero);
+          const __m256i wide = i % 2 ? _mm256_unpackhi_epi8(ab[i / 2], zero) : _mm256_unpacklo_epi8(ab[i / 2], zero);
           low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(wide, weight_low));
           high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(wide, weight_high));
         }
@@ -83,8 +81,7 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
     for (int i = 0; i < 4; ++i)
       sum[i] = _mm256_srai_epi32(_mm256_add_epi32(low[i], _mm256_slli_epi32(high[i], kLowBits)), kPrecisionBits);
     // The unpacks interleaved within 128-bit lanes; the packs undo exactly that.
-    const __m256i bytes =
-        _mm256_packus_epi16(_mm256_packs_epi32(sum[0], sum[1]), _mm256_packs_epi32(sum[2], sum[3]));
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(sum[0], sum[1]), _mm256_packs_epi32(sum[2], sum[3]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + x), bytes);
   }
 }
@@ -92,7 +89,19 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
 }  // namespace
 
 const Simd kAvx2 = {
-    "avx2", kWords, pack, horizontal, vertical, centre_bytes, largest, int8_slices, combine, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
+    "avx2",
+    kWords,
+    pack,
+    horizontal,
+    vertical,
+    centre_bytes,
+    largest,
+    int8_slices,
+    combine,
+    quantise,
+    make_loops<float>(),
+    make_loops<BFloat16>(),
+    make_loops<Float16>(),
 };
 
 }  // namespace vpt

@@ -32,8 +32,7 @@ void pack(const int32_t* weights, int32_t* words) {
   for (int limb = 0; limb < kWords; ++limb) words[limb] = static_cast<int32_t>(limbs[limb]);
 }
 
-void horizontal(
-    const uint8_t* row, const int32_t* first, const int32_t* packed, int groups, int64_t n, uint8_t* out) {
+void horizontal(const uint8_t* row, const int32_t* first, const int32_t* packed, int groups, int64_t n, uint8_t* out) {
   // Four RGB pixels → four taps of each channel.
   const __m128i planes = _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1);
   const __m128i zero = _mm_setzero_si128(), half = _mm_set1_epi32(1 << (kPrecisionBits - 1));
@@ -41,8 +40,7 @@ void horizontal(
     const uint8_t* source = row + 3 * static_cast<int64_t>(first[x]);
     __m128i d0 = half, d1 = zero, d2 = zero;
     for (int g = 0; g < groups; ++g, source += 12, packed += kWords) {
-      const __m128i taps =
-          _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)), planes);
+      const __m128i taps = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)), planes);
       d0 = _mm_dpbusd_epi32(d0, taps, _mm_set1_epi32(packed[0]));
       d1 = _mm_dpbusd_epi32(d1, taps, _mm_set1_epi32(packed[1]));
       d2 = _mm_dpbusd_epi32(d2, taps, _mm_set1_epi32(packed[2]));
@@ -76,13 +74,11 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
     }
     __m512i sum[4];
     for (int i = 0; i < 4; ++i) {
-      sum[i] = _mm512_add_epi32(
-          d0[i], _mm512_add_epi32(_mm512_slli_epi32(d1[i], 8), _mm512_slli_epi32(d2[i], 16)));
+      sum[i] = _mm512_add_epi32(d0[i], _mm512_add_epi32(_mm512_slli_epi32(d1[i], 8), _mm512_slli_epi32(d2[i], 16)));
       sum[i] = _mm512_srai_epi32(sum[i], kPrecisionBits);
     }
     // The unpacks interleaved within 128-bit lanes; the packs undo exactly that.
-    const __m512i bytes =
-        _mm512_packus_epi16(_mm512_packs_epi32(sum[0], sum[1]), _mm512_packs_epi32(sum[2], sum[3]));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(sum[0], sum[1]), _mm512_packs_epi32(sum[2], sum[3]));
     _mm512_storeu_si512(out + x, bytes);
   }
 }
@@ -90,7 +86,19 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
 }  // namespace
 
 const Simd kAvx512 = {
-    "avx512vnni", kWords, pack, horizontal, vertical, centre_bytes, largest, int8_slices, combine, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
+    "avx512vnni",
+    kWords,
+    pack,
+    horizontal,
+    vertical,
+    centre_bytes,
+    largest,
+    int8_slices,
+    combine,
+    quantise,
+    make_loops<float>(),
+    make_loops<BFloat16>(),
+    make_loops<Float16>(),
 };
 
 }  // namespace vpt

@@ -17,8 +17,7 @@ void pack(const int32_t* weights, int32_t* words) {
   for (int t = 0; t < kTapGroup; ++t) words[t] = weights[t];
 }
 
-void horizontal(
-    const uint8_t* row, const int32_t* first, const int32_t* packed, int groups, int64_t n, uint8_t* out) {
+void horizontal(const uint8_t* row, const int32_t* first, const int32_t* packed, int groups, int64_t n, uint8_t* out) {
   const int taps = groups * kTapGroup;
   for (int64_t x = 0; x < n; ++x) {
     const uint8_t* source = row + 3 * static_cast<int64_t>(first[x]);
@@ -53,7 +52,19 @@ void vertical(const uint8_t* const* rows, const int32_t* packed, int groups, int
 }  // namespace
 
 const Simd kGeneric = {
-    "generic", kWords, pack, horizontal, vertical, centre_bytes, largest, int8_slices, combine, quantise, make_loops<float>(), make_loops<BFloat16>(), make_loops<Float16>(),
+    "generic",
+    kWords,
+    pack,
+    horizontal,
+    vertical,
+    centre_bytes,
+    largest,
+    int8_slices,
+    combine,
+    quantise,
+    make_loops<float>(),
+    make_loops<BFloat16>(),
+    make_loops<Float16>(),
 };
 
 #ifdef __x86_64__
@@ -62,7 +73,7 @@ const Simd& simd() {
           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")
       ? kAvx512
       : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2
-                                                                         : kGeneric;
+                                                                        : kGeneric;
   return best;
 }
 

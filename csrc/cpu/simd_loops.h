@@ -50,8 +50,7 @@ inline double sum(int64_t n, Term term) {
 
 template <typename T>
 float dot(const T* x, const float* y, int64_t n) {
-  return static_cast<float>(
-      sum<512>(n, [=](int64_t i, float part) { return VPT_FMA(to_float(x[i]), y[i], part); }));
+  return static_cast<float>(sum<512>(n, [=](int64_t i, float part) { return VPT_FMA(to_float(x[i]), y[i], part); }));
 }
 
 template <typename T, typename U>
@@ -157,9 +156,9 @@ void quantise(const float* x, float scale, int64_t n, Float8E4M3* out) {
 template <typename T>
 constexpr Loops<T> make_loops() {
   return {
-      centre<T>,        add_bias<T, T>,       add_bias<float, T>, widen<T>,           dot<T>,
-      layer_norm<T, T>, layer_norm<T, float>, rms_norm<T>,        rank_one<T, T>,     rank_one<float, T>,
-      rotate<T, T>,     rotate<T, float>,
+      centre<T>,      add_bias<T, T>,     add_bias<float, T>,   widen<T>,
+      dot<T>,         layer_norm<T, T>,   layer_norm<T, float>, rms_norm<T>,
+      rank_one<T, T>, rank_one<float, T>, rotate<T, T>,         rotate<T, float>,
   };
 }
 

@@ -32,7 +32,7 @@ struct AppendParams {
   int32_t k_scale_stride, v_scale_stride;
   int32_t q_heads, kv_heads, dim, half;
   Sections sections;
-  bool in_place;  // q_out is q
+  bool in_place;       // q_out is q
   const void* q_norm;  // [dim], of T; null: heads are rotated as they are
   const void* k_norm;
   float norm_eps;

@@ -24,11 +24,16 @@ Tensor conditions(const Device& device, const ControlCall& c) {
   const int64_t images = c.images(), hidden = c.hidden();
   Tensor k = torch::stable::new_empty(c.features, {images, hidden}, ScalarType::Float);
   const ConditionParams p{
-      c.control->const_data_ptr(),      c.condition_norm_weight.const_data_ptr(),
-      c.condition_norm_bias.const_data_ptr(), c.condition_weight.const_data_ptr(),
-      c.condition_bias.const_data_ptr(), mutable_data<float>(k), c.control->stride(0), images, hidden};
-  const bool wide =
-      aligned({p.control, p.norm_weight, p.norm_bias, p.weight}, {p.control_stride, hidden}, sizeof(T));
+      c.control->const_data_ptr(),
+      c.condition_norm_weight.const_data_ptr(),
+      c.condition_norm_bias.const_data_ptr(),
+      c.condition_weight.const_data_ptr(),
+      c.condition_bias.const_data_ptr(),
+      mutable_data<float>(k),
+      c.control->stride(0),
+      images,
+      hidden};
+  const bool wide = aligned({p.control, p.norm_weight, p.norm_bias, p.weight}, {p.control_stride, hidden}, sizeof(T));
   const int64_t blocks = images == 0 ? 0 : (hidden + kOutputs - 1) / kOutputs;
   device.launch(wide ? condition_kernel<T, true> : condition_kernel<T, false>, blocks, kConditionThreads, 0, p);
   return k;
@@ -59,18 +64,18 @@ void run(const ControlCall& c, const Tensor& out, const Indices& rows) {
     p.k = data<float>(*k);
     if (c.cu_seqlens.has_value()) p.ends = indices(*c.cu_seqlens, c.cu_seqlens->stride(0));
   }
-  const bool wide =
-      aligned({p.features, p.out}, {p.image_stride, p.token_stride, p.out_stride, p.hidden}, sizeof(T));
+  const bool wide = aligned({p.features, p.out}, {p.image_stride, p.token_stride, p.out_stride, p.hidden}, sizeof(T));
   device.launch(
-      wide ? rank_one_kernel<T, true> : rank_one_kernel<T, false>, (p.tokens + kTokens - 1) / kTokens, kRankOneThreads, 0,
-      p, c.control.has_value());
+      wide ? rank_one_kernel<T, true> : rank_one_kernel<T, false>, (p.tokens + kTokens - 1) / kTokens, kRankOneThreads,
+      0, p, c.control.has_value());
 }
 
 }  // namespace
 
 void project(const ControlCall& c, const Tensor& out, const Indices& rows) {
   STD_TORCH_CHECK(
-      !c.weight.has_value(), "control_cross_attention: the cuda backend has the identity form only; the linear and conv "
+      !c.weight.has_value(),
+      "control_cross_attention: the cuda backend has the identity form only; the linear and conv "
       "forms need a GEMM with an epilogue: use backend 'triton'");
   if (c.tokens() == 0 || c.hidden() == 0) return;
   dispatch(c.features.scalar_type(), "control_cross_attention", [&](auto zero) { run<decltype(zero)>(c, out, rows); });

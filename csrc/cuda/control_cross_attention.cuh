@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kRankOneThreads) rank_one_kernel(const __grid_
   if (token >= p.tokens) return;
   const int64_t row = p.rows.base == nullptr ? token : p.rows[token];
   if (row < 0 || row >= p.out_rows) return;
-  const T* f = static_cast<const T*>(p.features) + token / p.per_image * p.image_stride +
-      token % p.per_image * p.token_stride;
+  const T* f =
+      static_cast<const T*>(p.features) + token / p.per_image * p.image_stride + token % p.per_image * p.token_stride;
   T* out = static_cast<T*>(p.out) + row * p.out_stride;
   if (p.k == nullptr) {
     for (int64_t i = lane * V; i < p.hidden; i += kWarp * V)

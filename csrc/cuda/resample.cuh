@@ -26,7 +26,8 @@ struct WindowAxis {
 
   __host__ __device__ WindowAxis(const Region& r, bool vertical)
       : axis(
-            vertical ? r.nearest[2].height : r.nearest[2].width, vertical ? r.resized.height : r.resized.width, r.filter),
+            vertical ? r.nearest[2].height : r.nearest[2].width, vertical ? r.resized.height : r.resized.width,
+            r.filter),
         offset(vertical ? r.window_top : r.window_left),
         valid(vertical ? r.valid_height() : r.valid_width()),
         sizes{
@@ -69,8 +70,8 @@ struct PatchRows {
   void* base;
   int64_t first_row, stride;
   int32_t pixel_columns, columns;
-  int32_t entries;               // of the bias table that are in use; 0: no bias columns
-  int16_t used[kBiasEntries];    // which; if there are more than that, all are, in order
+  int32_t entries;             // of the bias table that are in use; 0: no bias columns
+  int16_t used[kBiasEntries];  // which; if there are more than that, all are, in order
 };
 
 // The folded weight followed by columns that hold the biases.
@@ -126,7 +127,8 @@ __device__ __forceinline__ int32_t entry_columns(const PatchRows& rows) { return
 
 // Pixel (y, x) of the window: three columns of its patch's row, and at the patch's corner its bias columns.
 template <typename T>
-__device__ __forceinline__ void put(const PatchRows& rows, const Region& r, int32_t y, int32_t x, const int32_t rgb[3]) {
+__device__ __forceinline__ void put(
+    const PatchRows& rows, const Region& r, int32_t y, int32_t x, const int32_t rgb[3]) {
   const int32_t p = r.patch_size, patch_y = y / p, patch_x = x / p;
   const int32_t in_y = y - patch_y * p, in_x = x - patch_x * p;
   T* row = static_cast<T*>(rows.base) + (r.first_row + patch_row(r, patch_y, patch_x) - rows.first_row) * rows.stride;

@@ -158,8 +158,7 @@ void embed_rows(
   check_embed(weight, bias, out, row, total);
   const int64_t embed = weight.size(0), pixel_columns = weight.size(1);
   if (total == 0 || embed == 0) return;
-  STD_TORCH_CHECK(
-      images[0].device() == weight.device(), "roi_patch_embed: images and weight are on different devices");
+  STD_TORCH_CHECK(images[0].device() == weight.device(), "roi_patch_embed: images and weight are on different devices");
   const std::vector<Work> works = split(images, plan, kGroupRows);
   std::vector<size_t> groups{0};
   int64_t group_rows = 0, most_rows = 0;
@@ -184,8 +183,7 @@ void embed_rows(
   Tensor matrix = torch::stable::new_empty(weight, {embed, target.stride});
   const Tensor transposed = torch::stable::transpose(matrix, 0, 1);
   target.base = patches.mutable_data_ptr();
-  const BiasColumns bias_columns{
-      weight.const_data_ptr(), data<float>(bias), matrix.mutable_data_ptr(), embed};
+  const BiasColumns bias_columns{weight.const_data_ptr(), data<float>(bias), matrix.mutable_data_ptr(), embed};
   for (size_t g = 0; g + 1 < groups.size(); ++g) {
     const Work* begin = works.data() + groups[g];
     const Work* end = works.data() + groups[g + 1];

@@ -6,7 +6,7 @@
 namespace vpt {
 
 struct CacheLayout {
-  int64_t pages, page_size;  // a contiguous cache is one page
+  int64_t pages, page_size;                      // a contiguous cache is one page
   int64_t page_stride, row_stride, head_stride;  // in elements
 
   VPT_HD int64_t capacity() const { return pages * page_size; }

@@ -47,7 +47,8 @@ Packed pack(const Simd& simd, const Axis& axis) {
 std::vector<uint8_t> random_bytes(size_t n) {
   std::vector<uint8_t> bytes(n);
   const int kind = uniform(0, 2);  // noise, saturated, flat
-  for (uint8_t& b : bytes) b = static_cast<uint8_t>(kind == 0 ? uniform(0, 255) : kind == 1 ? 255 * uniform(0, 1) : 255);
+  for (uint8_t& b : bytes)
+    b = static_cast<uint8_t>(kind == 0 ? uniform(0, 255) : kind == 1 ? 255 * uniform(0, 1) : 255);
   return bytes;
 }
 
@@ -78,7 +79,9 @@ const char* compare_resampling(const Simd& simd) {
   return nullptr;
 }
 
-bool close(float a, float b, float scale) { return std::abs(a - b) <= 1e-5f * scale || (std::isnan(a) && std::isnan(b)); }
+bool close(float a, float b, float scale) {
+  return std::abs(a - b) <= 1e-5f * scale || (std::isnan(a) && std::isnan(b));
+}
 
 template <typename T>
 const char* compare_loops(const Loops<T>& ours, const Loops<T>& plain) {
@@ -171,7 +174,8 @@ int main(int, char** arguments) {
   int failures = check(kGeneric);
 #ifdef __x86_64__
   failures += __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? check(kAvx2) : absent(kAvx2);
-  failures += __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") ? check(kAvx512) : absent(kAvx512);
+  failures +=
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") ? check(kAvx512) : absent(kAvx512);
 #endif
   return failures;
 }

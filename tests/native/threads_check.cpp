@@ -28,7 +28,8 @@ std::vector<std::pair<int64_t, int64_t>> ranges(int64_t begin, int64_t end, int6
 
 // In the place of libtorch's: as many threads as asked for, however little there is to do. A loop inside a loop runs in
 // its caller's thread, as there.
-extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc call, void* context) {
+extern "C" AOTITorchError torch_parallel_for(
+    int64_t begin, int64_t end, int64_t grain, ParallelFunc call, void* context) {
   static thread_local bool inside = false;
   if (inside || threads == 1) {
     if (begin < end) call(begin, end, context);
@@ -104,7 +105,8 @@ std::vector<Case> cases() {
   const Tensor features = floats({tokens, width}), control = floats({2, hidden});
   const Tensor norm = floats({width}), shift = floats({width}), inner = floats({hidden, width}), add = floats({hidden});
   const Tensor scale = floats({hidden}), offset = floats({hidden}), condition = floats({hidden, hidden});
-  const Tensor stack = floats({hidden}), ends = tensor<int64_t>({3}, ScalarType::Long, [n = 0]() mutable {
+  const Tensor stack = floats({hidden});
+  const Tensor ends = tensor<int64_t>({3}, ScalarType::Long, [n = 0]() mutable {
     const int64_t values[3] = {0, 33, 70};
     return values[n++];
   });
@@ -135,7 +137,8 @@ std::vector<Case> cases() {
 
 bool equal(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
   for (size_t i = 0; i < a.size(); ++i)
-    if (std::memcmp(a[i].const_data_ptr(), b[i].const_data_ptr(), a[i].numel() * a[i].element_size()) != 0) return false;
+    if (std::memcmp(a[i].const_data_ptr(), b[i].const_data_ptr(), a[i].numel() * a[i].element_size()) != 0)
+      return false;
   return true;
 }
 
