@@ -11,6 +11,7 @@
 # make test-dist   the wheel in an empty environment, without the source tree: every operator, `vpt env`, `vpt demo`
 # make aarch64     the wheel for aarch64, cross-built into dist-aarch64/, and the native tests under emulation (needs qemu-user)
 # make sanitize    the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+# make lint        ruff's rules and format, clang-format over C++ and CUDA
 # make types       both packages under mypy, their public API under mypy and pyright
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       operators and engine against their alternatives on this machine, quick set (4 minutes)
@@ -78,6 +79,8 @@ evidence: $(VENV)/.ready
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
 mutate: $(VENV)/.ready
 	$(BIN)/python -m tests.mutate

@@ -83,3 +83,10 @@ def test_every_environment_variable_is_listed() -> None:
     for path in tracked("*.cpp", "*.h", "*.cuh", "*.cu"):
         read |= set(re.findall(r"getenv\(\"([A-Z_]+)\"\)", path.read_text()))
     assert read and listed == read, f"not listed: {sorted(read - listed)}; not read: {sorted(listed - read)}"
+
+
+def test_commits_are_checked_by_the_tools_of_make_lint() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pinned = set(re.findall(r'"((?:ruff|clang-format)==[^"]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert len(pinned) == 2
+    assert set(re.findall(r"additional_dependencies: \[(.+)\]", hooks)) == pinned
