@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import vpt_kernels
 from tests.helpers import assert_same_bits, normal, require
 from tests.patch import foreign, published
-from vpt_kernels import hub
+from vpt_kernels import hub, layers
 
 # The folder tests/kernels, which pytest puts on the path, has no origin.
 INSTALLED = getattr(find_spec("kernels"), "origin", None) is not None
@@ -98,3 +100,9 @@ def test_the_repository_lists_every_layer() -> None:
     assert metadata["license"] == "Apache-2.0" and metadata["version"] == 0
     for name in hub.__all__:
         assert LocalLayerRepository(REPOSITORY, layer_name=name).load() is getattr(hub, name)
+
+
+def test_loading_takes_no_packages_place() -> None:
+    """The loader imports the repository under its id: as "vpt_kernels" it would be found instead of the package."""
+    LocalLayerRepository(REPOSITORY, layer_name="QwenVLPatchEmbed").load()
+    assert sys.modules["vpt_kernels"] is vpt_kernels and sys.modules["vpt_kernels.layers"] is layers
