@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bench.cases import Alternative, Case, WrongResult, require_close, smooth_pixels
-from bench.cases.engine import procedures
+from bench.cases import Alternative, Case, WrongResult, absent, require_close, smooth_pixels
+from bench.cases.engine import procedures, transformers_twin
+from bench.cases.live import END, OPTIONS, START, conversation, forget
 from bench.workloads import ChatTurn
 from vpt_model.engine import Answer, Chat
 
@@ -28,6 +31,7 @@ class Turn:
         self.before = self.chat.length
         self.answer = self.take(self.chat)
         self.after = self.chat.length
+        self.ids = list(self.chat.conversation.tokens)
         self.chat.rewind()
 
     def _first(self) -> Chat:
@@ -64,12 +68,49 @@ class Turn:
             raise WrongResult(f"the turn fed {fed} tokens and {towers} pictures, not the {new} and {pictures} new ones")
 
 
+class Live:
+    """The turn with a model of transformers; what a look says, and the crop that it sees, is appended as it stands."""
+
+    def __init__(self, turn: Turn) -> None:
+        new = {"image": turn.other, "zoom": turn.photo}.get(turn.workload.turn)
+        for look in turn.answer.looks:
+            left, top, right, bottom = look.boxes[0]
+            new = turn.photo[top:bottom, left:right]
+        self.chat = conversation(transformers_twin(turn.workload.preset, "clip", str(turn.engine.model.device)))
+        self._append(turn.ids[: turn.before], turn.photo)
+        self.chat.generate(**OPTIONS)
+        del self.chat.ids[turn.before :]  # what it says there is not what the engine says
+        self.before, self.rest, self.picture = turn.before, turn.ids[turn.before :], new
+
+    def ours(self) -> Tensor:
+        """Logits of the first answer token."""
+        self._append(self.rest, self.picture)
+        logits = self.chat.generate(**OPTIONS).logits[0][0]
+        forget(self.chat, self.before)
+        return logits
+
+    def _append(self, ids: list[int], picture: Any) -> None:
+        """ids: of one picture at most, which stands between its start and its end token."""
+        if picture is not None:
+            start, end = ids.index(START), ids.index(END) + 1
+            self.chat.append(" ".join(map(str, ids[:start])))
+            self.chat.append(" ".join(map(str, ids[end:])), picture)
+        else:
+            self.chat.append(" ".join(map(str, ids)))
+
+
 ANEW = Alternative(
     "this engine, the conversation anew",
     "the first turn and this one over an empty cache, what `Engine.ask` without a chat would have to do",
     lambda turn: turn.anew,
 )
-ALTERNATIVES = (ANEW,)
+LIVE = Alternative(
+    "`LiveConversation`",
+    "the same ids and pictures appended to transformers' Qwen2-VL over the same weights, patched",
+    lambda turn: Live(turn).ours,
+    available=lambda turn: absent("transformers"),
+)
+ALTERNATIVES = (ANEW, LIVE)
 
 
 def build(workload: ChatTurn, device: str) -> Case:
@@ -79,7 +120,9 @@ def build(workload: ChatTurn, device: str) -> Case:
 
     def check() -> None:
         turn.check_tokens()
-        require_close(ANEW.name, turn.anew(), turn.ours(), TOLERANCE)
+        for name, calls in others.items():
+            if not isinstance(calls, str):
+                require_close(name, calls[0](), turn.ours(), TOLERANCE)
 
     def timeline() -> dict[str, dict[str, float]]:
         stages = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from bench.cases import Alternative, Case, WrongResult, absent, require_close, s
 from bench.transformers_model import transformers_model
 from bench.workloads import LiveTurn
 
+if TYPE_CHECKING:
+    from vpt_kernels.live import LiveConversation
+
 TOLERANCE = 1e-4
+OPTIONS = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 QUESTION, BOX = 12, (120, 80, 392, 304)
 IMAGE, START, END = 151655, 151652, 151653
 
@@ -25,6 +29,24 @@ class _Words:
         return {"input_ids": [int(word) for word in text.split()]}
 
 
+def conversation(model: Any) -> LiveConversation:
+    """A live conversation whose texts are numbers, the ids themselves; it stops at no token."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from vpt_kernels.live import LiveConversation
+
+    model.config.vision_end_token_id = END
+    model.generation_config.eos_token_id = None
+    images = Qwen2VLImageProcessorPil(max_pixels=12_845_056)
+    return LiveConversation(model, SimpleNamespace(tokenizer=_Words(), image_processor=images))
+
+
+def forget(chat: LiveConversation, length: int) -> None:
+    """Go back to a first turn of `length` tokens, whose last one `generate` has not fed, and one picture."""
+    del chat.ids[length:], chat._pictures[1:]
+    chat._fed.truncate(length - 1)
+
+
 class Turn:
     """Two models over the same weights behind the same first turn: a photo and `behind` tokens of text.
 
@@ -33,22 +55,16 @@ class Turn:
 
     def __init__(self, workload: LiveTurn, device: str) -> None:
         from PIL import Image
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        from vpt_kernels.live import LiveConversation
 
         self.workload, self.device = workload, device
         config, state = _weights(workload.preset)
         self.plain, patched = (transformers_model(config, state, IMAGE, START).to(device) for _ in range(2))
-        for model in (self.plain, patched):
-            model.config.vision_end_token_id = END
-            model.generation_config.eos_token_id = None
-        self.images = Qwen2VLImageProcessorPil(max_pixels=12_845_056)
+        self.plain.generation_config.eos_token_id = None
         self.photo, self.other = (Image.fromarray(smooth_pixels(384, 512 - 28 * shift)) for shift in (0, 1))
-        self.chat = LiveConversation(patched, SimpleNamespace(tokenizer=_Words(), image_processor=self.images))
+        self.chat = conversation(patched)
+        self.images = self.chat.processor.image_processor
         self.chat.append(" ".join(str(1000 + i % 97) for i in range(workload.behind + 8)), image=self.photo)
-        self.options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-        self.chat.generate(**self.options)
+        self.chat.generate(**OPTIONS)
         self.before = len(self.chat.ids)
         self.seen = self.images(images=[self.photo], return_tensors="pt")
         self.question = " ".join(str(2000 + i) for i in range(QUESTION))
@@ -58,8 +74,8 @@ class Turn:
     def ours(self) -> Tensor:
         """Logits of the first answer token."""
         self._extend()
-        out = self.chat.generate(**self.options)
-        self._forget()
+        out = self.chat.generate(**OPTIONS)
+        forget(self.chat, self.before)
         return out.logits[0][0]
 
     def anew(self) -> Tensor:
@@ -68,7 +84,7 @@ class Turn:
         pixels = [self.seen, *([new] if new else [])]
         given = {name: torch.cat([one[name] for one in pixels]).to(self.device) for name in self.seen}
         kinds = {"mm_token_type_ids": (ids == IMAGE).int(), "attention_mask": torch.ones_like(ids)}
-        return self.plain.generate(ids, **kinds, **given, **self.options).logits[0][0]
+        return self.plain.generate(ids, **kinds, **given, **OPTIONS).logits[0][0]
 
     def by_hand(self) -> Tensor:
         """One forward call over its own cache with explicit positions."""
@@ -85,10 +101,6 @@ class Turn:
             self.chat.crop(BOX)
         self.chat.append(self.question, self.other if self.workload.turn == "image" else None)
 
-    def _forget(self) -> None:
-        del self.chat.ids[self.before :], self.chat._pictures[1:]
-        self.chat._fed.truncate(self.before - 1)
-
     def _pixels(self) -> dict[str, Tensor]:
         picture = {"image": self.other, "zoom": self.photo.crop(BOX)}.get(self.workload.turn)
         return {} if picture is None else dict(self.images(images=[picture], return_tensors="pt"))
@@ -97,7 +109,7 @@ class Turn:
         self._extend()
         ids, grids = list(self.chat.ids), [picture.grid for picture in self.chat._pictures]
         self.positions, _ = self.chat._family.positions(ids, grids, 0)
-        self._forget()
+        forget(self.chat, self.before)
         return ids
 
     @torch.no_grad()
