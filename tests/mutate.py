@@ -1,9 +1,10 @@
 """Applies one-line faults to a copy of the kernels, one at a time, and demands that the tests notice each.
 
-    python -m tests.mutate [--only NAME] [--backend reference|cpp|cuda|triton|both]
+    python -m tests.mutate [--only NAME] [--backend reference|cpp|cuda|triton|shared]
 
-Every result goes into `tests/mutations.md` at once; what is not tried keeps its line. The exit status is 1 if a fault
-survives, does not build, or breaks the collection of the tests: only a test that fails has caught it.
+What is broken, and where, stands in `tests/faults`. Every result goes into `tests/mutations.md` at once; what is not
+tried keeps its line. The exit status is 1 if a fault survives, does not build, or breaks the collection of the tests:
+only a test that fails has caught it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults import FAULTS, Fault
+from tests.faults.planted import FAULTS, Fault, Misplaced
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests/mutations.md"
 LINE = re.compile(r"^(\|.+\| .+ \| .+ \| )(.*) \|$", re.MULTILINE)
 LEFT_OUT = (".*", "*venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
-FILTERS = {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"], "cuda": [], "triton": [], "both": []}
+FILTERS = {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"], "cuda": [], "triton": [], "shared": []}
 BUILD_SECONDS, TEST_SECONDS = 900, 900
 # pytest's exit status when tests failed; a crash, a usage error or a collection error has another.
 TESTS_FAILED = 1
@@ -68,9 +69,9 @@ class Tree:
     @contextmanager
     def broken(self, fault: Fault) -> Iterator[None]:
         """The fault's file has the new text inside, and the old again afterwards."""
-        path = self.root / fault.file
+        path, begin, end = fault.place(self.root)
         sound = path.read_text()
-        path.write_text(sound.replace(fault.old, fault.new))
+        path.write_text(sound[:begin] + fault.new + sound[end:])
         try:
             yield
         finally:
@@ -78,15 +79,14 @@ class Tree:
 
 
 def misplaced(tree: Tree, faults: Iterable[Fault]) -> list[str]:
-    """The faults whose old text is not found exactly once, or whose test files do not exist."""
+    """What is said of the faults whose place or whose tests are not found."""
     problems = []
     for fault in faults:
-        count = (tree.root / fault.file).read_text().count(fault.old)
-        if count != 1:
-            problems.append(f"{fault.name} ({fault.backend}): {fault.old!r} occurs {count} times in {fault.file}")
-        problems += [
-            f"{fault.name}: no file {test}" for test in fault.tests if not (tree.root / test.split("::")[0]).is_file()
-        ]
+        try:
+            fault.place(tree.root)
+            fault.test_files(tree.root)
+        except Misplaced as problem:
+            problems.append(str(problem))
     return problems
 
 
@@ -97,8 +97,8 @@ def sound(tree: Tree, faults: Iterable[Fault]) -> str | None:
     if result.stdout.strip() != f"{tree.root / 'vpt_kernels/backends.py'} None":
         return result.stdout
     for backend in ("reference", "cpp", "cuda", "triton"):
-        mine = (backend, "both") if backend in ("reference", "cpp") else (backend,)
-        files = dict.fromkeys(test for fault in faults if fault.backend in mine for test in fault.tests)
+        mine = (backend, "shared") if backend in ("reference", "cpp") else (backend,)
+        files = dict.fromkeys(test for fault in faults if fault.backend in mine for test in fault.test_files(tree.root))
         result = tree.test(files, backend) if files else result
         if result.returncode:
             return result.stdout
@@ -110,9 +110,9 @@ def caught_by(tree: Tree, fault: Fault) -> tuple[bool, str]:
     try:
         with tree.broken(fault):
             build = tree.build_cuda if fault.backend == "cuda" else tree.build
-            if fault.file.startswith("csrc/") and (problem := build()):
+            if fault.is_compiled and (problem := build()):
                 return False, f"does not build: {problem[-1500:]}"
-            result = tree.test(fault.tests, fault.backend)
+            result = tree.test(fault.test_files(tree.root), fault.backend)
     except subprocess.TimeoutExpired as error:
         return False, f"did not end in {error.timeout} s"
     if result.returncode == 0:
@@ -128,12 +128,12 @@ def record(fault: Fault, note: str) -> None:
     known = dict(LINE.findall(TABLE.read_text())) if TABLE.exists() else {}
     known[_place(fault)] = note
     lines = [f"{_place(fault)}{known.get(_place(fault), 'not tried')} |" for fault in FAULTS]
-    head = "# Faults and the tests that catch them\n\n| fault | backend | file | caught by |\n|---|---|---|---|"
+    head = "# Faults and the tests that catch them\n\n| fault | backend | in | caught by |\n|---|---|---|---|"
     TABLE.write_text("\n".join([head, *lines]) + "\n")
 
 
 def _place(fault: Fault) -> str:
-    return f"| {fault.name} | {fault.backend} | {fault.file} | "
+    return f"| {fault.name} | {fault.backend} | {fault.within} | "
 
 
 def main() -> int:
@@ -154,7 +154,7 @@ def main() -> int:
             print(problem, "The tree fails without a fault; nothing was tried.", sep="\n")
             return 1
         # C++ last: the library keeps a fault until the next build. By file: what one fault touched is built once more.
-        for number, fault in enumerate(sorted(faults, key=lambda f: (f.file.startswith("csrc/"), f.file)), 1):
+        for number, fault in enumerate(sorted(faults, key=lambda f: (f.is_compiled, f.place(ROOT))), 1):
             caught, note = caught_by(tree, fault)
             survivors += not caught
             print(f"[{number}/{len(faults)}] {fault.name} | {fault.backend} | {note}", flush=True)

@@ -169,7 +169,7 @@ def test_no_test_module_is_imported(path):
 def test_every_helper_is_in_the_index():
     index = (ROOT / "tests" / "README.md").read_text()
     helpers = [path for path in TESTS if not path.stem.startswith(("test_", "__", "conftest"))]
-    folders = ("aot", "cuda", "kernels", "model", "patch", "triton")
+    folders = ("aot", "cuda", "faults", "kernels", "model", "patch", "triton")
     missing = [
         path.name
         for path in helpers
