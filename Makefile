@@ -5,6 +5,7 @@
 # make test-hub    the layers that the Hugging Face `kernels` library maps, with its own loader (part of test-full)
 # make test-latest  the suite on the newest of everything, in an environment of its own (SETS_ARGS=--subset: a part)
 # make test-oldest  the suite on the lower bounds that pyproject.toml declares
+# make test-pythons  the wheel of `make test-dist` with every Python from 3.10 on that is found here
 # make evidence    every suite whole, each run recorded in docs/evidence.jsonl, and docs/versions.md from them
 # make docs        the pages of docs/ that follow from the code
 # make dist        sdist, and from it the wheel of this platform, with a manylinux tag, in dist/
@@ -37,8 +38,8 @@ GPU_ARGS ?=
 SETS_ARGS ?=
 EVIDENCE_ARGS ?=
 
-.PHONY: help demo test interpret test-full test-hub test-latest test-oldest evidence docs dist test-dist aarch64
-.PHONY: sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
+.PHONY: help demo test interpret test-full test-hub test-latest test-oldest test-pythons evidence docs dist test-dist
+.PHONY: aarch64 sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -72,7 +73,9 @@ test-hub: $(VENV)/hub-kernels/.ready
 test-latest test-oldest:
 	$(PYTHON) -m tests.sets $(@:test-%=%) $(SETS_ARGS)
 
-# A suite that another task brings is run and recorded as soon as the Makefile has it.
+test-pythons: dist
+	$(BIN)/python -m pytest tests/wheel/pythons.py $(TEST_ARGS)
+
 evidence: $(VENV)/.ready
 	$(BIN)/python -m tests.evidence $(EVIDENCE_ARGS)
 	$(BIN)/python docs/generate.py

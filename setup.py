@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
@@ -45,6 +46,10 @@ def extensions() -> dict:
 
         def run(self) -> None:
             modules, compiler, inplace, built = self.extensions, self.compiler, self.inplace, []
+            # What an earlier build has left would be taken for this one's, in the build folder and beside the sources.
+            for self.inplace in {False, bool(inplace)}:
+                for name in (CPU_LIBRARY, CUDA_LIBRARY):
+                    Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
             for module in modules:
                 # A run leaves its own in these, and a failed one does not put them back.
                 self.extensions, self.compiler, self.inplace = [module], compiler, inplace

@@ -10,6 +10,7 @@ the CUDA sources, is built there. Needs Python 3.11 and nothing else.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tomllib
@@ -27,10 +31,14 @@ KEPT = 2
 """Environments kept of a set; each has several gigabytes."""
 VOCABULARY = "dashscope==2.0.2"
 """As the Makefile's QWEN_VOCABULARY: one of its files is read, its dependencies are not wanted."""
+BESIDE = {"latest": ("accelerate", "peft"), "oldest": ()}
+"""What users of `patch` bring along; the tests that need it skip elsewhere."""
+HUB = ("kernels", "kernels-data", "tomlkit")
+"""As the Makefile's HUB_KERNELS, apart for its reason: transformers behaves differently where it finds the first."""
 SUBSET = (
     "tests/contracts",
     "tests/patch",
-    "tests/hub",
+    "tests/live",
     "tests/model/network/test_encoders.py",
     "tests/model/network/test_sam_attention.py",
     "tests/model/checkpoint",
@@ -59,42 +67,66 @@ def requirements(kind: str, project: dict) -> list[str]:
     return list(found.values())
 
 
-def pip(python: Path, *arguments: str) -> None:
-    # A machine may cap versions for everyone; the newest set is the newest, so that here the cap does not hold.
-    environment = os.environ | {"PIP_CONSTRAINT": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+def pip(kind: str, python: Path, *arguments: str) -> None:
+    """Run pip of `python`; a cap that the machine sets for everyone holds for the oldest set alone."""
+    lifted = {"PIP_CONSTRAINT": os.devnull} if kind == "latest" else {}
+    environment = os.environ | lifted | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     subprocess.run([str(python), "-m", "pip", *arguments], env=environment, check=True)
 
 
-def resolve(wanted: list[str]) -> list[str]:
+def resolve(kind: str, wanted: list[str]) -> list[str]:
     """name==version of all that pip would install into an empty environment."""
     folder = ENVIRONMENTS / "resolver"
     if not (folder / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    report = folder / f"report-{os.getpid()}.json"
-    pip(folder / "bin" / "python", "install", "-q", "--dry-run", "--report", str(report), *wanted)
-    items = json.loads(report.read_text())["install"]
-    report.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        pip(kind, folder / "bin" / "python", "install", "-q", "--dry-run", "--report", report.name, *wanted)
+        items = json.load(report)["install"]
     return sorted(f"{item['metadata']['name'].lower()}=={item['metadata']['version']}" for item in items)
 
 
-def environment(kind: str) -> Path:
-    """The Python of the set's environment, made where what pip resolves has changed."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    resolved = resolve(requirements(kind, project))
+def folder_of(kind: str, resolved: list[str]) -> Path:
+    """Where the environment with these packages lies: another version of anything is another folder."""
     state = "\n".join((*resolved, VOCABULARY, sys.version))
-    folder = ENVIRONMENTS / f"{kind}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    return ENVIRONMENTS / f"{kind}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time makes or removes environments."""
+    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    with (ENVIRONMENTS / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def environment(kind: str) -> Path:
+    """The folder of the set's environment, made where what pip resolves has changed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    resolved = resolve(kind, [*requirements(kind, project), *BESIDE[kind], HUB[0]])
+    folder = folder_of(kind, resolved)
     python, ready = folder / "bin" / "python", folder / "resolved.txt"
     if not ready.exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        pip(python, "install", "-q", *resolved)
-        pip(python, "install", "-q", "--no-deps", VOCABULARY)
+        apart = [line for line in resolved if line.split("==")[0] in HUB]
+        pip(kind, python, "install", "-q", *(line for line in resolved if line not in apart))
+        pip(kind, python, "install", "-q", "--no-deps", VOCABULARY)
+        pip(kind, python, "install", "-q", "--no-deps", "--target", str(folder / "hub"), *apart)
         ready.write_text("\n".join(resolved) + "\n")
     os.utime(ready)
-    others = sorted(ENVIRONMENTS.glob(f"{kind}-*/resolved.txt"), key=lambda path: path.stat().st_mtime)
-    for old in others[:-KEPT]:
-        shutil.rmtree(old.parent)
-    return python
+    remove_all_but(KEPT, kind)
+    return folder
+
+
+def remove_all_but(kept: int, kind: str) -> None:
+    """Remove a set's environments, but for those used last; one that was never finished is no environment."""
+    folders = list(ENVIRONMENTS.glob(f"{kind}-*"))
+    whole = [folder for folder in folders if (folder / "resolved.txt").exists()]
+    whole.sort(key=lambda folder: (folder / "resolved.txt").stat().st_mtime)
+    for folder in folders:
+        if folder not in whole[-kept:]:
+            shutil.rmtree(folder)
 
 
 def copy_tree(kind: str, python: Path) -> Path:
@@ -131,28 +163,41 @@ def copy_tree(kind: str, python: Path) -> Path:
     return target
 
 
+def runs(kind: str, arguments: tuple[str, ...], tree: Path, hub: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """Arguments of pytest and settings of each process, divided as `make test` and `make test-hub` divide them."""
+    named = [*filter(None, os.environ.get("VPT_REQUIRE", "").split(",")), "triton", "ninja", *BESIDE[kind]]
+    settings = {"VPT_REQUIRE": ",".join(named), "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(tree)}
+    with_hub = {"VPT_REQUIRE": ",".join((*named, HUB[0])), "PYTHONPATH": f"{tree}{os.pathsep}{hub}"}
+    of_hub = (["tests/hub"], with_hub)
+    if arguments == ("--subset",):
+        parts = [(list(SUBSET), {}), of_hub]
+    elif arguments:
+        parts = [(list(arguments), {})]
+    else:
+        parts = [(["--ignore=tests/triton", "--ignore=tests/hub"], {})]
+        parts += [(["tests/triton"], {"TRITON_INTERPRET": "1"}), of_hub]
+    return [([*FEW, *chosen], settings | changes) for chosen, changes in parts]
+
+
 def main(kind: str, *arguments: str) -> int:
-    """Run pytest twice, as `make test` does: on the compiled kernels and, in a process of its own, interpreted."""
-    python = environment(kind)
+    """Run pytest in the set's environment; the worst exit status of its processes."""
+    with alone():
+        folder = environment(kind)
+    python = folder / "bin" / "python"
     tree = copy_tree(kind, python)
     said = "import importlib.metadata as m; print('Python', sys.version.split()[0]); "
     said += "print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ', flush=True)"
     names = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
-    subprocess.run([str(python), "-c", f"import sys; {said}", *names], check=True)
-    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    settings = os.environ | {"PATH": path, "PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "passive"}
-    pytest = [str(python), "-m", "pytest", *FEW]
-    if arguments and arguments != ("--subset",):
-        return subprocess.run([*pytest, *arguments], cwd=tree, env=settings).returncode
-    if arguments:
-        chosen = [name for name in SUBSET if (tree / name).exists()]
-        return subprocess.run([*pytest, *chosen], cwd=tree, env=settings).returncode
-    whole = subprocess.run([*pytest, "--ignore=tests/triton", "--ignore=tests/hub"], cwd=tree, env=settings)
-    interpreted = subprocess.run([*pytest, "tests/triton"], cwd=tree, env=settings | {"TRITON_INTERPRET": "1"})
-    return whole.returncode or interpreted.returncode
+    subprocess.run([str(python), "-c", f"import sys; {said}", *names, *BESIDE[kind]], check=True)
+    path = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    codes = [
+        subprocess.run([str(python), "-m", "pytest", *chosen], cwd=tree, env=os.environ | path | settings).returncode
+        for chosen, settings in runs(kind, arguments, tree, folder / "hub")
+    ]
+    return next(filter(None, codes), 0)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("latest", "oldest"):
+    if len(sys.argv) < 2 or sys.argv[1] not in BESIDE:
         raise SystemExit(__doc__)
     raise SystemExit(main(*sys.argv[1:]))

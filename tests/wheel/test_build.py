@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from tests.cuda import nvcc
 from vpt_kernels import toolkit
 
 ROOT = Path(__file__).resolve().parents[2]
-# For a torch that was built with CUDA 13.0, whatever this one is.
+# For a torch that was built with the first argument's CUDA or, where it is empty, without, whatever this one is.
 SETUP = """
 import runpy, sys, torch
-torch.version.cuda, torch.cuda._is_compiled, torch.cuda.is_available = "13.0", lambda: True, lambda: False
-sys.argv = ["setup.py", *sys.argv[1:]]
+torch.version.cuda, torch.cuda._is_compiled = sys.argv[1] or None, lambda: bool(torch.version.cuda)
+torch.cuda.is_available = lambda: False
+sys.argv = ["setup.py", *sys.argv[2:]]
 runpy.run_path("setup.py", run_name="__main__")
 """
 SAYS_13 = "echo 'Cuda compilation tools, release 13.0, V13.0.88'"
@@ -45,8 +47,8 @@ def make_toolkit(folder: Path, script: str | None, headers: bool) -> Path:
     return folder
 
 
-def build(folder: Path, home: Path, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    """setup.py in a project of the same shape, with one function in each library."""
+def make_project(folder: Path) -> Path:
+    """A project of the same shape, with one function in each library."""
     for name in ("csrc/cuda", "vpt_kernels"):
         (folder / name).mkdir(parents=True)
     shutil.copy(ROOT / "setup.py", folder)
@@ -57,10 +59,16 @@ def build(folder: Path, home: Path, *command: str, **extra: str) -> subprocess.C
     )
     (folder / "csrc/cuda/register.cpp").write_text("#include <cuda_runtime.h>\nint two() { return 2; }\n")
     (folder / "csrc/cuda/kernel.cu").write_text("__global__ void kernel() {}\n")
+    return folder
+
+
+def build(
+    folder: Path, home: Path, *command: str, torch_cuda: str | None = "13.0", **extra: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "9.0a", **extra}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
-        [sys.executable, "-c", SETUP, "-q", *command],
+        [sys.executable, "-c", SETUP, torch_cuda or "", "-q", *command],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -69,14 +77,37 @@ def build(folder: Path, home: Path, *command: str, **extra: str) -> subprocess.C
 def test_an_unusable_toolkit_costs_the_cuda_library_alone(tmp_path, name):
     script, headers, reason = NVCC[name]
     home = make_toolkit(tmp_path / "toolkit", script, headers)
-    done = build(tmp_path / "project", home, "build_ext", "--inplace")
+    project = make_project(tmp_path / "project")
+    done = build(project, home, "build_ext", "--inplace")
     assert done.returncode == 0, done.stderr
-    built = sorted(path.name for path in (tmp_path / "project/vpt_kernels").glob("*.so"))
-    assert built == ["_C.so"], done.stdout + done.stderr
+    assert libraries(project) == ["_C.so"], done.stdout + done.stderr
     (line,) = [
         line for line in done.stderr.splitlines() if line.startswith("vpt-kernels: vpt_kernels._C_cuda is left out")
     ]
     assert reason in line or (toolkit_accepts(home) and reason in done.stdout + done.stderr), line
+
+
+def libraries(project: Path) -> list[str]:
+    return sorted(path.name for path in (project / "vpt_kernels").glob("*.so"))
+
+
+@pytest.mark.parametrize("torch_cuda", ("13.0", None))
+@pytest.mark.parametrize("command", (("build_ext", "--inplace"), ("bdist_wheel",)))
+def test_a_library_of_an_earlier_build_does_not_outlive_a_failed_one(tmp_path, torch_cuda, command):
+    """Not for want of a toolkit, and not beside a torch that has no CUDA; a wheel leaves the tree's own alone."""
+    home = make_toolkit(tmp_path / "toolkit", *NVCC["no nvcc"][:2])
+    project = make_project(tmp_path / "project")
+    in_tree = project / "vpt_kernels"
+    in_build = project / f"build/lib.{sysconfig.get_platform()}-cpython-{sys.version_info[0]}{sys.version_info[1]}"
+    for folder in (in_tree, in_build / "vpt_kernels"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("_C.so", "_C_cuda.so"):
+            (folder / name).write_text("of an earlier build")
+    (project / "csrc/register.cpp").write_text("this does not compile")
+    done = build(project, home, *command, torch_cuda=torch_cuda)
+    assert done.returncode == 0 and "vpt_kernels._C is left out" in done.stderr, done.stdout + done.stderr
+    assert libraries(in_build) == []
+    assert libraries(project) == ([] if "--inplace" in command else ["_C.so", "_C_cuda.so"])
 
 
 def toolkit_accepts(home: Path) -> bool:
@@ -108,10 +139,10 @@ def test_a_usable_toolkit_builds_both(tmp_path, monkeypatch):
     nvcc.stub(tmp_path)
     for name in ("libc10_cuda.so", "libcudart.so"):
         shutil.copy(tmp_path / "libtorch_cuda.so", tmp_path / name)
-    done = build(tmp_path / "project", home, "bdist_wheel", LIBRARY_PATH=str(tmp_path))
+    project = make_project(tmp_path / "project")
+    done = build(project, home, "bdist_wheel", LIBRARY_PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    folder = next((tmp_path / "project/build").glob("lib*/vpt_kernels"))
-    assert sorted(path.name for path in folder.glob("*.so")) == ["_C.so", "_C_cuda.so"], done.stdout + done.stderr
+    assert libraries(next((project / "build").glob("lib*"))) == ["_C.so", "_C_cuda.so"], done.stdout + done.stderr
     assert "left out" not in done.stderr
 
 

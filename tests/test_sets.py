@@ -1,0 +1,148 @@
+"""What `tests.sets` resolves, keeps and runs; pip itself is replaced, the environments are not made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tomllib
+
+from tests import sets
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = {
+    "dependencies": ["torch>=2.11", "numpy>=2.0", "rich"],
+    "optional-dependencies": {
+        "encoders": ["transformers>=5.17"],
+        "gpu": ["triton>=3.6; platform_system == 'Linux'"],
+        "demo": ["scikit-image"],
+        "test": ["transformers==5.17.0", "numpy<2.4", "setuptools>=64"],
+    },
+}
+
+
+def test_latest_asks_for_names_alone():
+    wanted = sets.requirements("latest", PROJECT)
+    assert wanted == ["torch", "numpy", "rich", "transformers", "triton; platform_system == 'Linux'", "scikit-image",
+                      "setuptools"]  # fmt: skip
+
+
+def test_oldest_asks_for_every_lower_bound():
+    wanted = sets.requirements("oldest", PROJECT)
+    assert wanted == ["torch==2.11", "numpy==2.0", "rich", "transformers==5.17",
+                      "triton==3.6; platform_system == 'Linux'", "scikit-image", "setuptools==64"]  # fmt: skip
+
+
+def test_every_bound_of_the_project_is_run():
+    """What a user may install is a bound that test-oldest pins, each dependency with one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = sets.requirements("oldest", project)
+    for requirement in project["dependencies"] + sum(project["optional-dependencies"].values(), []):
+        bound = re.fullmatch(r"([\w-]+)>=([\d.]+)(;.*)?", requirement)
+        assert bound is None or f"{bound[1]}=={bound[2]}{bound[3] or ''}" in wanted, requirement
+    assert all(">=" in requirement for requirement in project["dependencies"])
+
+
+def test_the_folder_is_that_of_what_resolved(monkeypatch):
+    one = sets.folder_of("latest", ["torch==2.15.0", "rich==15.0"])
+    assert one == sets.folder_of("latest", ["torch==2.15.0", "rich==15.0"])
+    others = [sets.folder_of("oldest", ["torch==2.15.0", "rich==15.0"])]
+    others += [sets.folder_of("latest", ["torch==2.15.1", "rich==15.0"])]
+    monkeypatch.setattr(sets.sys, "version", "another")
+    others += [sets.folder_of("latest", ["torch==2.15.0", "rich==15.0"])]
+    assert len({one, *others}) == 4
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path) -> list[tuple[list[str], dict[str, str]]]:
+    """Commands with their environments, in the place of running them; pip's report names three packages."""
+    found = []
+
+    def run(command: list[str], env: dict[str, str] | None = None, **options: object) -> SimpleNamespace:
+        found.append((command, env or {}))
+        if "--report" in command:
+            names = {"torch": "2.15.0", "Pillow": "13.0.0", "kernels": "0.16.2"}
+            items = [{"metadata": {"name": name, "version": version}} for name, version in names.items()]
+            Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": items}))
+        elif "venv" in command:
+            (Path(command[-1]) / "bin").mkdir(parents=True)
+            (Path(command[-1]) / "bin" / "python").touch()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sets, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setenv("PIP_CONSTRAINT", "cap.txt")
+    return found
+
+
+@pytest.mark.parametrize("kind, constraint", [("latest", os.devnull), ("oldest", "cap.txt")])
+def test_an_environment_is_made_once(calls, kind, constraint):
+    folder = sets.environment(kind)
+    assert (folder / "resolved.txt").read_text().split() == ["kernels==0.16.2", "pillow==13.0.0", "torch==2.15.0"]
+    pips = [(command[3:], env) for command, env in calls if command[1:3] == ["-m", "pip"]]
+    # A machine's cap is lifted for the newest set alone.
+    assert {env["PIP_CONSTRAINT"] for _, env in pips} == {constraint}
+    asked, main, vocabulary, hub = (command for command, _ in pips)
+    assert ("peft" in asked) == (kind == "latest") and "kernels" in asked
+    assert main[2:] == ["pillow==13.0.0", "torch==2.15.0"] and vocabulary[-1] == sets.VOCABULARY
+    assert hub[-2:] == [str(folder / "hub"), "kernels==0.16.2"]
+    calls.clear()
+    assert sets.environment(kind) == folder
+    assert len(calls) == 1 and "--dry-run" in calls[0][0]
+
+
+def test_an_environment_that_was_not_finished_is_made_anew(calls):
+    folder = sets.environment("latest")
+    (folder / "resolved.txt").unlink()
+    (folder / "torn").touch()
+    calls.clear()
+    assert sets.environment("latest") == folder and not (folder / "torn").exists()
+    assert any(command[1:3] == ["-m", "venv"] for command, _ in calls)
+
+
+def test_the_two_used_last_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(sets, "ENVIRONMENTS", tmp_path)
+    for age, name in enumerate(("latest-c", "latest-a", "latest-b", "oldest-d")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "resolved.txt").touch()
+        os.utime(tmp_path / name / "resolved.txt", (100 - age, 100 - age))
+    (tmp_path / "latest-unfinished").mkdir()
+    sets.remove_all_but(2, "latest")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest-a", "latest-c", "oldest-d"]
+
+
+def test_the_subset_is_there():
+    assert [name for name in sets.SUBSET if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("kind", sets.BESIDE)
+def test_what_runs_and_what_must_be_there(monkeypatch, kind):
+    monkeypatch.setenv("VPT_REQUIRE", "nvcc")
+    tree, hub = Path("tree"), Path("hub")
+    for arguments in ((), ("--subset",)):
+        runs = sets.runs(kind, arguments, tree, hub)
+        *others, (of_hub, settings) = runs
+        assert of_hub[-1] == "tests/hub" and settings["PYTHONPATH"].split(os.pathsep) == ["tree", "hub"]
+        assert settings["VPT_REQUIRE"].split(",")[-1] == "kernels"
+        for chosen, settings in others:
+            named = settings["VPT_REQUIRE"].split(",")
+            assert named[:3] == ["nvcc", "triton", "ninja"] and ("peft" in named) == (kind == "latest")
+            assert settings["PYTHONPATH"] == "tree" and chosen[: len(sets.FEW)] == list(sets.FEW)
+    whole = sets.runs(kind, (), tree, hub)
+    assert [settings.get("TRITON_INTERPRET") for _, settings in whole] == [None, "1", None]
+    ((chosen, _),) = sets.runs(kind, ("tests/patch", "-x"), tree, hub)
+    assert chosen[-2:] == ["tests/patch", "-x"]
+
+
+def test_one_process_that_fails_fails_the_set(monkeypatch):
+    monkeypatch.setattr(sets, "environment", lambda kind: Path("environment"))
+    monkeypatch.setattr(sets, "copy_tree", lambda kind, python: Path("tree"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: SimpleNamespace(returncode=2 * ("tests/triton" in command))
+    )
+    assert sets.main("latest") == 2 and sets.main("latest", "--subset") == 0
