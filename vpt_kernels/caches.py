@@ -244,7 +244,10 @@ def append_to_layer_(
 
 
 def page_slots(batch: int, start: int | Tensor, count: int, page: int, device: torch.device) -> Tensor:
-    """Slots of tokens start…start + count of every row of a batch whose row b is page b, int64 [batch · count]."""
+    """Slots of tokens start…start + count of every row of a batch whose row b is page b, int64 [batch · count].
+
+    Starts of several caches, a tensor [n, 1], give [n, batch · count].
+    """
     if isinstance(start, int):
         token = torch.arange(start, start + count, device=device)
         if batch == 1:
@@ -253,7 +256,7 @@ def page_slots(batch: int, start: int | Tensor, count: int, page: int, device: t
         token = torch.arange(count, device=device) + start
         # A token that does not fit must not reach the next page.
         token = torch.where(token < page, token, -batch * page)
-    return (torch.arange(0, batch * page, page, device=device)[:, None] + token).flatten()
+    return (torch.arange(0, batch * page, page, device=device)[:, None] + token.unsqueeze(-2)).flatten(-2)
 
 
 def append_rows_(
@@ -285,7 +288,7 @@ def append_rows_(
         start = _check_capacity(layer, k, v) if static else layer.get_seq_length()
         _require_fitting(layer, k, start)
         keys, values = (layer.keys, layer.values) if static else _reserve(layer, k, v, start)
-        slots = (page_slots if isinstance(start, Tensor) else slots_of)(batch, start, count, keys.shape[2], k.device)
+        slots = slots_of(batch, start, count, keys.shape[2], k.device)
         append_visual_kv_(*rows, *rotation, slots, keys, values, sections, layout="HND", **options)
     except Exception:
         # A static layer takes the shape of its first tokens, even of those that it then refuses.

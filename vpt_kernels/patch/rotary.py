@@ -14,6 +14,8 @@ of the function that looks its names up where the original does, but for the one
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from types import CellType, FunctionType
 from typing import Any
 from weakref import ref
@@ -43,13 +45,30 @@ class Angles:
         self._places = cos.shape[:-1]
         self._table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
         self._slots: dict[tuple, Tensor] = {}
+        self._ahead: dict[int, tuple] = {}
         self._rows: dict[tuple[int, int], Tensor] = {}
 
-    def slots(self, *place: Any) -> Tensor:
-        """`page_slots`, whose arguments are the same in every layer."""
-        if place not in self._slots:
-            self._slots[place] = page_slots(*place)
-        return self._slots[place]
+    def slots(self, behind: Sequence[Any], batch: int, start: int | Tensor, *place: Any) -> Tensor:
+        """`page_slots` for one layer of a cache and, at the same time, for those behind it.
+
+        A length on the host is the same in every layer. Lengths on a device may differ, and to ask would be to wait:
+        the first layer computes the slots of all, and each takes its own once, if its length is what it was.
+        """
+        key = (batch, start, *place)
+        if not isinstance(start, Tensor):
+            if key not in self._slots:
+                self._slots[key] = page_slots(*key)
+            return self._slots[key]
+        count, page, device = place
+        length, *facts, slots = self._ahead.pop(id(start), (None, None))
+        if length is start and facts == [_stamp(start), batch, *place]:
+            return slots
+        alike = [start, *(layer.cumulative_length for layer in behind if _static(layer, page, device))]
+        rows = page_slots(batch, torch.stack(alike)[:, None], *place)
+        # Aligned as a tensor of its own, for which kernels are compiled.
+        rows = nn.functional.pad(rows, (0, -rows.shape[1] % 2))[:, : batch * count]
+        self._ahead = {id(own): (own, _stamp(own), batch, *place, row) for own, row in zip(alike, rows)}
+        return self._ahead.pop(id(start))[-1]
 
     def of(self, batch: int, count: int) -> tuple[Tensor, Tensor]:
         """The kernel's table, one row per angle, and the positions [3, batch · count] that read it.
@@ -66,12 +85,18 @@ class Angles:
         return self._table, self._rows[shape]
 
 
+def _static(layer: Any, page: int, device: torch.device) -> bool:
+    """Whether a layer of a cache counts its tokens on this device and has pages of this size."""
+    ready = type(layer).__name__ == "StaticLayer" and layer.is_initialized
+    return ready and layer.max_cache_len == page and layer.cumulative_length.device == device
+
+
 _angles: dict[int, tuple[ref[Tensor], ref[Tensor], Angles]] = {}
 
 
-def _stamp(cos: Tensor, sin: Tensor) -> tuple[int, ...]:
-    """What tells that neither was changed in place; inference tensors cannot say it."""
-    return tuple(0 if t.is_inference() else t._version for t in (cos, sin))
+def _stamp(*tensors: Tensor) -> tuple[int, ...]:
+    """What tells that none was changed in place; inference tensors cannot say it."""
+    return tuple(0 if t.is_inference() else t._version for t in tensors)
 
 
 def angles_of(cos: Tensor, sin: Tensor) -> Angles:
@@ -112,9 +137,10 @@ class AppendingCache:
         held = self._held
         query, held.query = held.query, None
         q = query.transpose(1, 2).contiguous()
+        behind = getattr(self._cache, "layers", [])[layer_idx + 1 :]
         kv = append_rows_(
             self._layer, (q, key.transpose(1, 2), value.transpose(1, 2)), self._angles.of(*q.shape[:2]),
-            held.sections, {}, self._angles.slots,
+            held.sections, {}, partial(self._angles.slots, behind),
         )  # fmt: skip
         if q.data_ptr() != query.data_ptr():
             query.copy_(q.transpose(1, 2))
