@@ -15,8 +15,8 @@
 # make lint        ruff's rules and format, clang-format over C++ and CUDA
 # make types       both packages under mypy, their public API under mypy and pyright
 # make mutate      one-line faults in the kernels, each of which the tests must catch
-# make bench       operators and engine against their alternatives on this machine, quick set (4 minutes)
-# make bench-full  all workloads
+# make bench       operators and engine against their alternatives on this machine, quick set, in 5 minutes where set-up allows
+# make bench-full  all workloads (40 minutes); both go on where an interrupted run stopped
 # make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python; within 570 seconds
 # make gpu-rehearsal  the same on a CPU: every part, tiny models, no number that means anything
 PYTHON ?= python3

@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from bench import goals, scaling
 from bench import report as reports
-from bench.environment import ROOT, machine
+from bench.budget import expected_setup, further_processes
+from bench.environment import ROOT, commit, machine
 from bench.gpu import report as gpu_report
+from bench.loops import Loops
 from bench.rows import merge
 
 RESULTS = ROOT / "bench" / "results"
 PAGES = ("README.md", "docs/results.md")
 SUITES = sorted((ROOT / "bench" / "suite").glob("test_*.py"))
 SLOW = ("test_engine", "test_live", "test_chat")
+OPERATORS = 0.4
+"""Of the time, for the operators' first process; of what is then left, for their further ones."""
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 # Wide enough for every column where the output is a file.
 console = Console(width=None if sys.stdout.isatty() else 200)
 
 
-def _measure(rows: str, files: list[Path], only: str, processes: int) -> tuple[list[reports.Result], bool]:
-    """The results of several fresh processes, empty if `only` picks nothing, and whether anything was wrong."""
-    found, failed = [], False
+def _measure(rows: str, files: list[Path], only: str, path: Path, seconds: float) -> tuple[reports.Result | None, bool]:
+    """What a fresh process measured, None if `only` picks nothing, and whether anything was wrong.
+
+    path: where it writes each row as it is measured, and finds those that a run before it has measured. seconds: for
+    the rows that are still to be measured.
+    """
+    if path.is_file() and (found := reports.load(path))["complete"]:
+        return found, False
     options = ["--rows", rows, "-p", "no:cacheprovider", "--benchmark-quiet", "--no-header", "-q"]
-    with tempfile.TemporaryDirectory(prefix="vpt-bench-") as folder:
-        for number in range(processes):
-            path = Path(folder) / f"{number}.json"
-            command = [sys.executable, "-m", "pytest", *files, *options, "--results", path]
-            command += ["-k", only] if only else []
-            console.print(f"process {number + 1} of {processes}: {', '.join(file.stem for file in files)}")
-            status = subprocess.run(list(map(str, command)), cwd=ROOT, check=False).returncode
-            if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-                break
-            failed |= status != 0
-            if path.is_file():
-                found.append(reports.load(path))
-    return found, failed
+    command = [sys.executable, "-m", "pytest", *files, *options, "--results", path, "--seconds", max(0.0, seconds)]
+    command += ["-k", only] if only else []
+    status = subprocess.run(list(map(str, command)), cwd=ROOT, check=False).returncode
+    nothing = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    return reports.load(path) if path.is_file() else None, status not in nothing
 
 
 @app.command()
@@ -53,16 +57,37 @@ def run(
     full: Annotated[bool, typer.Option("--full", help="All workloads, not only the quick ones.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default bench/results/<machine>.")] = None,
     only: Annotated[str, typer.Option(help="A pytest -k expression that picks rows.")] = "",
-    processes: Annotated[int, typer.Option(min=1, help="Fresh processes whose rows are merged.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes at most, whose rows are merged.")] = 3,
+    minutes: Annotated[float | None, typer.Option(min=0, help="For the whole run; default 5, with --full 40.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run has measured.")] = False,
 ) -> None:
-    """Measure, print and save; the exit status is 1 if a result was wrong."""
+    """Measure, print and save; the exit status is 1 if a result was wrong.
+
+    Every row is kept as soon as it is measured: the same command goes on where an interrupted one stopped, as long as
+    neither code nor machine has changed.
+    """
     if only and out is None:
         raise typer.BadParameter("--only measures a part, which must not replace a whole result: give --out as well")
-    rows = "full" if full else "quick"
+    rows, begin = "full" if full else "quick", time.monotonic()
+    seconds = 60 * (minutes if minutes is not None else 40 if full else 5)
+    kept = _kept(rows, only)
+    if fresh:
+        shutil.rmtree(kept, ignore_errors=True)
+    _announce(rows, only, seconds, kept)
     # A look or a turn takes seconds: one process has to be enough, and its rows say so.
-    ops = _measure(rows, [file for file in SUITES if file.stem not in SLOW], only, processes)
-    slow = _measure(rows, [file for file in SUITES if file.stem in SLOW], only, 1)
-    suites = [runs for runs, _ in (ops, slow) if runs]
+    fast, slow = ([file for file in SUITES if (file.stem in SLOW) == is_slow] for is_slow in (False, True))
+    first = _measure(rows, fast, only, kept / "operators-1.json", seconds * OPERATORS)
+    left = begin + seconds - time.monotonic()
+    looks = _measure(rows, slow, only, kept / "engine-1.json", left * (1 - OPERATORS))
+    ops = [first]
+    while ops[-1][0] and len(ops) < processes:
+        left = begin + seconds - time.monotonic()
+        more = further_processes(left, ops[0][0]["rows"], processes - len(ops))
+        if not more:
+            console.print(f"{len(ops)} of {processes} processes: no more fit into the time")
+            break
+        ops.append(_measure(rows, fast, only, kept / f"operators-{len(ops) + 1}.json", left / more))
+    suites = [found for runs in (ops, [looks]) if (found := [result for result, _ in runs if result])]
     if not suites:
         console.print("no row was measured; see above")
         raise typer.Exit(1)
@@ -71,8 +96,35 @@ def run(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(reports.terminal(result))
-    console.print(f"saved: {path}")
-    raise typer.Exit(int(ops[1] or slow[1]))
+    failed = any(wrong for _, wrong in (*ops, looks))
+    if not failed:
+        shutil.rmtree(kept, ignore_errors=True)
+    console.print(f"saved: {path}, after {(time.monotonic() - begin) / 60:.1f} minutes")
+    raise typer.Exit(int(failed))
+
+
+def _kept(rows: str, only: str) -> Path:
+    """Where a run's processes write; a run of the same rows of the same code on the same machine finds it again."""
+    of = [rows, only, machine(), commit(), torch.__version__]
+    return ROOT / "build" / "bench" / hashlib.sha256("\n".join(of).encode()).hexdigest()[:12]
+
+
+def _announce(rows: str, only: str, seconds: float, kept: Path) -> None:
+    """Say how long the run will take, and what is measured already."""
+    known = [RESULTS / machine() / f"{rows}.json", *sorted(RESULTS.glob(f"*/{rows}.json"))]
+    setup = None
+    if not torch.cuda.is_available() and not only:
+        flops = Loops.compiled().multiplied(torch.get_num_threads())["float32"]
+        setup = expected_setup((reports.load(file) for file in known if file.is_file()), flops)
+    # A tenth of its set-up is the least that a row's samples take.
+    expected = seconds if setup is None else max(seconds, 1.1 * setup)
+    console.print(
+        f"about {expected / 60:.0f} minutes for the {rows} rows"
+        + ("" if setup is None else f", {setup / 60:.1f} of them to build and check what is timed")
+        + ("" if expected <= seconds else f": this machine needs more than the {seconds / 60:.0f} that are asked for")
+    )
+    if done := [row for file in sorted(kept.glob("*.json")) for row in reports.load(file)["rows"]]:
+        console.print(f"{len(done)} measurements of an interrupted run are kept; --fresh forgets them")
 
 
 @app.command()
@@ -182,15 +234,19 @@ def with_results(page: str, text: str) -> str:
     """
     results = committed()
     quick = {machine: found["quick"] for machine, found in results.items() if "quick" in found}
-    # The goals are for CPUs; there is one such machine.
-    on_cpu = [list(results[machine].values()) for machine, found in quick.items() if "gpu" not in found["environment"]]
+    # The goals are for CPUs.
+    on_cpu = {
+        machine: list(results[machine].values())
+        for machine, found in quick.items()
+        if "gpu" not in found["environment"]
+    }
     headline = {row.name for row in goals.HEADLINE}
     blocks = {
         "README.md": {"headline": lambda: reports.summary(quick, "bench/results", headline)},
         "docs/results.md": {
             "measured": lambda: reports.summary(quick, "../bench/results"),
-            "goals": lambda: goals.table(on_cpu[0]),
-            "misses": lambda: goals.reasons(on_cpu[0]),
+            "goals": lambda: goals.table(on_cpu),
+            "misses": lambda: goals.reasons(on_cpu),
         },
     }
     for name, block in blocks[page].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -21,6 +22,13 @@ def _output(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def commit() -> str:
+    """The commit of the tree and, where it was changed, a sign of the changes."""
+    changes = _output("git", "status", "--short") + _output("git", "diff", "HEAD")
+    sign = f"+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else ""
+    return _output("git", "rev-parse", "--short", "HEAD") + sign
 
 
 def _version(package: str) -> str:
@@ -50,7 +58,7 @@ def environment() -> dict[str, object]:
     """What a reader needs to judge or to repeat a run."""
     found: dict[str, object] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "--short", "HEAD") + ("+" if _output("git", "status", "--short") else ""),
+        "commit": commit(),
         "cpu": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,32 +114,50 @@ def _reached(goal: Goal, row: Row, limit: float, rows: dict[str, dict[str, Any]]
     return (f"{value:.3g}×", value < limit) if value else ("not measured", False)
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown; a row's number is from the first of the results that has it, and says so where it misses its goal."""
-    rows = _by_name(results)
-    lines = ["| CPU call | against | goal | reached |", "|---|---|---|---|"]
+def table(machines: Mapping[str, Sequence[Result]]) -> str:
+    """Markdown, a column a machine; a row's number is from the first of the machine's results that has it.
+
+    A number that misses its goal says so.
+    """
+    rows = [_by_name(results) for results in machines.values()]
+    reached = "".join(f" reached, {where(results[0])} |" for results in machines.values())
+    lines = [f"| CPU call | against | goal |{reached}", f"|---|---|---|{'---|' * len(machines)}"]
     for goal in GOALS:
         wanted = [f"{limit:g}×" if goal.against else duration(limit / 1e3) for _, limit in goal.rows]
         wanted = wanted[:1] if len(set(wanted)) == 1 else wanted
-        found = [_reached(goal, row, limit, rows) for row, limit in goal.rows]
-        reached = ", ".join(f"**{shown}: missed**" if missed else shown for shown, missed in found)
-        against = goal.against.name if goal.against else ""
-        lines.append(f"| {goal.call} | {against} | {' / '.join(wanted)} | {reached} |")
+        cells = [goal.call, goal.against.name if goal.against else "", " / ".join(wanted)]
+        for found in rows:
+            shown = [_reached(goal, row, limit, found) for row, limit in goal.rows]
+            cells.append(", ".join(f"**{text}: missed**" if missed else text for text, missed in shown))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def reasons(results: Sequence[Result]) -> str:
-    """Markdown: why each goal is missed that is.
+def reasons(machines: Mapping[str, Sequence[Result]]) -> str:
+    """Markdown: why each goal is missed that is, and where.
 
     Raises:
         ValueError: a goal is missed and states no reason.
     """
-    rows, lines = _by_name(results), []
+    lines = []
     for goal in GOALS:
-        missed = [row.name for row, limit in goal.rows if _reached(goal, row, limit, rows)[1]]
+        missed: dict[str, list[str]] = {}
+        for results in machines.values():
+            rows = _by_name(results)
+            for row, limit in goal.rows:
+                if _reached(goal, row, limit, rows)[1]:
+                    missed.setdefault(row.name.replace(" |", ","), []).append(where(results[0]))
         if missed and not goal.reason:
             raise ValueError(
-                f"{missed} miss the goal {goal.call!r}, which states no reason: write it into bench/goals.py"
+                f"{list(missed)} miss the goal {goal.call!r}, which states no reason: write it into bench/goals.py"
             )
-        lines += [f"- {', '.join(missed).replace(' |', ',')}: {goal.reason}"] if missed else []
+        named = [name if len(machines) == 1 else f"{name} ({', '.join(on)})" for name, on in missed.items()]
+        lines += [f"- {', '.join(named)}: {goal.reason}"] if missed else []
     return "\n".join(lines) + "\n"
+
+
+def where(result: Result) -> str:
+    """A machine in three words: processor, vector unit, threads."""
+    e = result["environment"]
+    processor = e["cpu"].replace("(R)", "").replace(" Processor", "")
+    return f"{processor}, {e['capability']}, {e['threads']} threads"

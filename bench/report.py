@@ -63,6 +63,15 @@ def _facts(row: dict[str, Any]) -> str:
     return ", ".join(facts)
 
 
+def in_a_line(row: dict[str, Any]) -> str:
+    """What a row shows before it is merged: our time, and the ratio of its strongest alternative."""
+    if "wrong" in row:
+        return f"WRONG, {row['wrong']}"
+    name, other = strongest(row)
+    against = f", {other['ratio']:.2f}× {name}" if name else ""
+    return f"{duration(row['ours_ms'])}{against} ({row['rounds']} rounds)"
+
+
 def terminal(result: Result) -> Table:
     """Every row, wrong ones first of all said to be wrong."""
     title = "  ".join(f"{key} {value}" for key, value in result["environment"].items() if value != "not installed")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from bench.budget import SAMPLING
 from bench.cases import Case, WrongResult
 from bench.report import is_ceiling
 from bench.rooflines import Ceilings, Work
@@ -26,8 +27,7 @@ from bench.timers import (
     prepare,
 )
 
-SECONDS_PER_ROW = 0.5
-ROUNDS = (9, 101)
+ROUNDS = (FEWEST_ROUNDS, 101)
 
 Row = dict[str, Any]
 
@@ -41,13 +41,17 @@ def _identity(case: Case) -> Row:
     return {"name": case.name, "op": case.op, "shape": case.shape, "dtype": case.dtype, "device": case.device}
 
 
-def _rounds(units: list[Repeated]) -> int:
+def _seconds_of(call: Callable[[], object]) -> float:
     torch.cuda.synchronize() if torch.cuda.is_available() else None
     begin = time.perf_counter()
-    for unit in units:
-        unit.call()
+    call()
     torch.cuda.synchronize() if torch.cuda.is_available() else None
-    return min(ROUNDS[1], max(ROUNDS[0], int(SECONDS_PER_ROW / (time.perf_counter() - begin))))
+    return time.perf_counter() - begin
+
+
+def _rounds(seconds: float, of_one: float) -> int:
+    """As many rounds as fit into `seconds`, within `ROUNDS`."""
+    return min(ROUNDS[1], max(ROUNDS[0], int(seconds / of_one)))
 
 
 @contextmanager
@@ -61,16 +65,16 @@ def _no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def measure(case: Case, benchmark: Any) -> Row:
+def measure(case: Case, benchmark: Any, seconds: float = SAMPLING) -> Row:
     """Check `case`, time it in rounds through pytest-benchmark's `benchmark` fixture, and return the row.
 
     Every round times each alternative first, beginning with another one each time, and ours last. The fixture's timer
-    must be `clock(case.device)`.
+    must be `clock(case.device)`. seconds: for all rounds; where the fewest that bound a median take longer, those.
 
     Raises:
         WrongResult: ours or an alternative gives another result; nothing was timed.
     """
-    case.check()
+    checked = _seconds_of(case.check)
     absent = {name: calls for name, calls in case.alternatives.items() if isinstance(calls, str)}
     # Calls that time themselves take seconds, were warmed up by the check, and are no kernels to be put into a graph.
     device, warm_up = "cpu" if case.self_timed else case.device, not case.self_timed
@@ -84,7 +88,7 @@ def measure(case: Case, benchmark: Any) -> Row:
     series: dict[str, list[float]] = {name: [] for name in others}
     own: list[float] = []
 
-    def seconds(unit: Repeated) -> float:
+    def timed(unit: Repeated) -> float:
         begin = now()
         result = unit.call()
         return result if case.self_timed else now() - begin
@@ -93,9 +97,12 @@ def measure(case: Case, benchmark: Any) -> Row:
         names = list(others)
         turn = len(series[names[0]]) % len(names) if names else 0
         for name in names[turn:] + names[:turn]:
-            series[name].append(seconds(others[name]) / others[name].count)
+            series[name].append(timed(others[name]) / others[name].count)
 
-    rounds = FEWEST_ROUNDS if case.self_timed else _rounds([ours, *others.values()])
+    # A check runs every call once; of calls that take seconds, no further round is spent on learning how long.
+    one = checked if case.self_timed else _seconds_of(lambda: [unit.call() for unit in (ours, *others.values())])
+    rounds = _rounds(seconds, one)
+    begin = time.perf_counter()
     with _no_collections():
         if case.self_timed:
             benchmark.pedantic(lambda: own.append(ours.call()), setup=time_others, rounds=rounds, iterations=1)
@@ -106,6 +113,7 @@ def measure(case: Case, benchmark: Any) -> Row:
     row: Row = {
         **_identity(case),
         "rounds": rounds,
+        "sampling_s": time.perf_counter() - begin,
         "graph": ours.graph,
         "ours_ms": statistics.median(own) * 1e3,
         "ours_low": low * 1e3,
@@ -165,6 +173,8 @@ def _merge_row(rows: list[Row], processes: int, ceilings: Ceilings) -> Row:
     }
     if row["host_us"] is not None:
         row["host_us"] = statistics.median(row["host_us"] for row in rows)
+    if all("setup_s" in row for row in rows):
+        row["setup_s"] = statistics.median(row["setup_s"] for row in rows)
     for name in row["alternatives"]:
         others = [row["alternatives"][name] for row in rows]
         if "absent" in others[0]:
@@ -186,7 +196,7 @@ def judge(row: Row, ceilings: Ceilings) -> Row:
     """
     work, seconds = Work(**row["work"]), row["ours_ms"] / 1e3
     floor = ceilings.floor(work, row["dtype"])
-    bound = "bytes" if floor == work.bytes / ceilings.bandwidth(work.bytes) else "operations"
+    bound = "bytes" if floor == ceilings.moving(work) else "operations"
     parts = [other["ms"] / 1e3 for name, other in row["alternatives"].items() if is_ceiling(name) and "ms" in other]
     floor = min([floor, *parts])
     return {

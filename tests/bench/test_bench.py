@@ -21,54 +21,17 @@ from bench.rooflines import Ceilings, Work, append_work
 from bench.rows import measure, merge, wrong_row
 from bench.timers import Ratio, median_interval, paired_ratio
 from bench.workloads import DROP_IN_IMAGES
+from tests.bench.made_up import TIME, Pedantic, case
 from tests.helpers import numbers
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {"cpu": "made up", "capability": "AVX2", "threads": 2}
 CEILINGS = Ceilings("cpu", {1 << 20: 1e9, 1 << 28: 1e8}, {"float32": 1e10})
-
-
-class Pedantic:
-    """What `measure` uses of pytest-benchmark's fixture, without its report."""
-
-    def __init__(self) -> None:
-        self.stats, self.extra_info = self, {}
-        self.data: list[float] = []
-        self.calls = 0
-
-    def pedantic(self, function: Any, setup: Any, rounds: int, iterations: int) -> None:
-        self.stats = type("Stats", (), {"stats": self})
-        for _ in range(rounds):
-            setup()
-            begin = TIME.now
-            function()
-            self.data.append(TIME.now - begin)
-            self.calls += 1
-
-
-class VirtualTime:
-    """A clock that only the made-up calls move, each by its seconds and up to 5 % more."""
-
-    def __init__(self) -> None:
-        self.now, self.noise = 0.0, numbers("virtual time")
-
-    def call(self, seconds: float) -> Any:
-        def pass_time() -> None:
-            self.now += seconds * (1 + 0.05 * self.noise.random())
-
-        return pass_time
-
-
-TIME = VirtualTime()
 
 
 @pytest.fixture(autouse=True)
 def _virtual_time(monkeypatch) -> None:
     monkeypatch.setattr(rows, "clock", lambda device: lambda: TIME.now)
-
-
-def case(ours: float = 1e-3, check: Any = lambda: None, **others: float) -> Case:
-    calls = {name: [TIME.call(seconds)] for name, seconds in others.items()}
-    return Case("append_visual_kv", "made up", "float32", "cpu", [TIME.call(ours)], calls, check, Work(1 << 20, 0))
 
 
 def result(*made: Case) -> dict[str, Any]:
@@ -219,6 +182,21 @@ def test_floors() -> None:
     assert append_work(workloads.Append(10, "2b", "float32")).bytes == 10 * per_token
 
 
+def test_reads_writes_and_copies_have_ceilings_of_their_own() -> None:
+    ways = {"read": {1 << 20: 4e9}, "written": {1 << 20: 1e9}, "copied": {1 << 20: 2e9}}
+    ceilings = Ceilings("cpu", {1 << 20: 4e9}, {"float32": 1e10}, ways)
+    assert ceilings.floor(Work(4_000_000, 0), "float32") == pytest.approx(1e-3)
+    assert ceilings.floor(Work(4_000_000, 0, written=2_000_000), "float32") == pytest.approx(2e-3)  # a copy
+    assert ceilings.floor(Work(4_000_000, 0, written=1_000_000), "float32") == pytest.approx(1e-3 + 2e-3 / 4)
+    assert ceilings.floor(Work(4_000_000, 0, written=4_000_000), "float32") == pytest.approx(4e-3)
+    ways["copied"][1 << 20] = 1e9  # slower than its halves one after the other
+    assert ceilings.floor(Work(4_000_000, 0, written=2_000_000), "float32") == pytest.approx(0.5e-3 + 2e-3)
+    best = Ceilings.best_of(
+        [ceilings.as_dict(), Ceilings("cpu", {1 << 20: 5e9}, {}, {"read": {1 << 20: 5e9}}).as_dict()]
+    )
+    assert best.ways["read"] == {1 << 20: 5e9} and best.ways["copied"] == {1 << 20: 1e9}
+
+
 def test_everything_is_drawn_and_written(tmp_path: Path) -> None:
     made = merge([[result(case(1e-3, eager=4e-3)), result(case(1e-3, eager=4e-3))]])
     made["environment"] |= {"threads": 2, "torch": "2", "date": "2026-01-01", "transformers": "5", "commit": "c"}
@@ -261,8 +239,8 @@ def test_goals_are_rows_and_alternatives_that_exist() -> None:
 
 
 def test_every_alternative_has_one_description() -> None:
-    for case in CASES:
-        for one in case.ALTERNATIVES:
+    for module in CASES:
+        for one in module.ALTERNATIVES:
             assert ALTERNATIVES[one.name].description == one.description
 
 
@@ -276,19 +254,37 @@ def test_a_missed_goal_is_called_missed() -> None:
                 row["alternatives"][goal.against and goal.against.name] = {"ratio": limit * change}
         return list(found.values())
 
-    assert "missed" not in goals.table([{"rows": rows(1.01)}])
-    assert goals.table([{"rows": rows(0.99)}]).count("missed") == sum(len(goal.rows) for goal in goals.GOALS)
-    assert "not measured" in goals.table([{"rows": []}]) and "missed" not in goals.table([{"rows": []}])
-    assert goals.table([{"rows": rows(1.01)}, {"rows": rows(0.99)}]) == goals.table([{"rows": rows(1.01)}])
+    good, bad, empty = ({"environment": ENVIRONMENT, "rows": found} for found in (rows(1.01), rows(0.99), []))
+    assert "missed" not in goals.table({"a": [good]})
+    assert goals.table({"a": [bad]}).count("missed") == sum(len(goal.rows) for goal in goals.GOALS)
+    assert "not measured" in goals.table({"a": [empty]}) and "missed" not in goals.table({"a": [empty]})
+    assert goals.table({"a": [good, bad]}) == goals.table({"a": [good]})
+
+
+def test_machines_stand_side_by_side(monkeypatch) -> None:
+    goal = goals.GOALS[0]
+    monkeypatch.setattr(goals, "GOALS", (goal,))
+    wide, narrow = (
+        {
+            "environment": ENVIRONMENT | {"capability": capability},
+            "rows": [{"name": row.name, "alternatives": {goal.against.name: {"ratio": ratio}}} for row, _ in goal.rows],
+        }
+        for capability, ratio in (("AVX512", 7.0), ("AVX2", 6.0))
+    )
+    head, _, line, *_ = goals.table({"wide": [wide], "narrow": [narrow]}).splitlines()
+    assert head.endswith("| reached, made up, AVX512, 2 threads | reached, made up, AVX2, 2 threads |")
+    assert line.endswith("| 7×, 7× | 6×, 6× |")
 
 
 def test_a_missed_goal_states_its_reason(monkeypatch) -> None:
     goal = goals.GOALS[0]
     row = {"name": goal.rows[0][0].name, "ours_ms": 1.0, "alternatives": {goal.against.name: {"ratio": 0.5}}}
     with pytest.raises(ValueError, match="states no reason"):
-        goals.reasons([{"rows": [row]}])
+        goals.reasons({"a": [{"environment": ENVIRONMENT, "rows": [row]}]})
     monkeypatch.setattr(goals, "GOALS", (dataclasses.replace(goal, reason="It snowed."),))
-    assert "512×384" in goals.reasons([{"rows": [row]}]) and "It snowed." in goals.reasons([{"rows": [row]}])
+    both = {name: [{"environment": ENVIRONMENT | {"cpu": name}, "rows": [row]}] for name in ("a", "b")}
+    for text in ("512×384", "It snowed.", "(a, AVX2, 2 threads, b, AVX2, 2 threads)"):
+        assert text in goals.reasons(both)
 
 
 def test_an_alternative_says_why_it_cannot_run() -> None:
