@@ -3,10 +3,14 @@
 
 #include "calls/append_visual_kv.h"
 #include "calls/control_cross_attention.h"
+#include "calls/packed_linear.h"
 #include "stable.h"
 
 namespace vpt::cpu {
 #include "signatures.inc"
+
+// Both forms of `packed_linear`, which has no other backend.
+void multiply_packed(const PackedCall& call, const Tensor& out);
 }
 
 namespace vpt::cuda {

@@ -20,6 +20,9 @@ from vpt_kernels.control_cross_attention.api import (
     fold_projector,
 )
 from vpt_kernels.images import decode_image
+from vpt_kernels.packed_linear import reference as _packed_reference  # noqa: F401
+from vpt_kernels.packed_linear.api import packed_linear
+from vpt_kernels.packed_linear.weights import PackedWeight, pack_weight
 from vpt_kernels.patch.api import patch
 from vpt_kernels.patch.report import PatchReport
 from vpt_kernels.processor import QwenVLImageProcessor
@@ -48,6 +51,7 @@ __all__ = [
     "ClippedBoxes",
     "ControlProjector",
     "FoldedPatchEmbed",
+    "PackedWeight",
     "PatchReport",
     "QwenVLImageProcessor",
     "RegionPlan",
@@ -68,6 +72,8 @@ __all__ = [
     "flashinfer_slots",
     "fold_patch_weight",
     "fold_projector",
+    "pack_weight",
+    "packed_linear",
     "patch",
     "plan_regions",
     "qwen2_vl_policy",

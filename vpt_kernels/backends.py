@@ -48,6 +48,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "roi_patch_embed": {"triton": _TRITON, "cuda": _CUDA, "cpp": _CPP, "reference": _REFERENCE},
     "control_cross_attention": {"cuda": _CUDA, "triton": _TRITON, "cpp": _CPP, "reference": _REFERENCE},
     "append_visual_kv": {"cuda": _CUDA, "triton": _TRITON, "cpp": _CPP, "reference": _REFERENCE},
+    "packed_linear": {"cpp": _CPP, "reference": _REFERENCE},
 }
 """`CAPABILITIES[operator][backend]`, in the order in which `backend="auto"` tries them; the `_into` and in-place forms
 share their operator's row. What a call's other arguments rule out is for the operator to decline, see `bind`."""
@@ -101,7 +102,9 @@ if (_missing := _notice()) is not None:
 
 def _reason(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `operator`, or None; the cheap questions first."""
-    capability = CAPABILITIES[operator][backend]
+    capability = CAPABILITIES[operator].get(backend)
+    if capability is None:
+        return f"{operator} is for CPUs: it has no such implementation"
     if capability.devices is not None and device.type not in capability.devices:
         return f"it runs on {'/'.join(capability.devices)}, the tensors are on {device.type}"
     if dtype not in capability.dtypes:
@@ -124,7 +127,8 @@ def reasons(
     operator: str, device: torch.device, dtype: torch.dtype, declined: Mapping[str, str] = _NOTHING
 ) -> dict[str, str | None]:
     """For each backend of `operator`: None if it can run on `device` in `dtype`, else why not."""
-    return {name: _reason(operator, name, device, dtype) or declined.get(name) for name in CAPABILITIES[operator]}
+    names = dict.fromkeys((*CAPABILITIES[operator], *BACKENDS))
+    return {name: _reason(operator, name, device, dtype) or declined.get(name) for name in names}
 
 
 def select(
@@ -212,8 +216,9 @@ def explain(operator: str, *tensors: torch.Tensor, backend: str = "auto") -> str
     """Print, and return, which backend would run `operator` on these tensors, and why the others would not.
 
     Args:
-        operator: "roi_patches", "roi_patch_embed", "control_cross_attention" or "append_visual_kv". What only a
-            call's other arguments rule out (a form of a projector, float8 caches) is not known here; the call says it.
+        operator: "roi_patches", "roi_patch_embed", "control_cross_attention", "append_visual_kv" or "packed_linear".
+            What only a call's other arguments rule out (a form of a projector, float8 caches) is not known here; the
+            call says it.
         tensors: the call's tensors, or any one on the same device and of the same dtype; default: a float32
             CPU tensor (uint8 for `roi_patches`).
         backend: as given to the operator.

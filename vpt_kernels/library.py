@@ -25,6 +25,9 @@ _APPEND = (
     "int section_t, int section_h, int section_w, bool interleaved, bool heads_first, Tensor? k_scale, "
     "Tensor? v_scale, Tensor? q_norm, Tensor? k_norm, float norm_eps"
 )
+_PACKED = (
+    "Tensor x, Tensor data, Tensor? scales, SymInt features, bool gated, Tensor? bias, Tensor? residual, int activation"
+)
 SCHEMAS = {
     "roi_patches": "(Tensor[] images, Tensor plan, SymInt rows, SymInt row_bytes) -> Tensor",
     "roi_patch_embed": "(Tensor[] images, Tensor plan, SymInt rows, Tensor weight, Tensor bias) -> Tensor",
@@ -35,6 +38,8 @@ SCHEMAS = {
     "control_cross_attention_into": f"({_CONTROL}, Tensor(a!) out, Tensor rows) -> ()",
     "append_visual_kv": f"(Tensor q, {_APPEND}) -> Tensor",
     "append_visual_kv_": f"(Tensor(c!) q, {_APPEND}) -> ()",
+    "packed_linear": f"({_PACKED}) -> Tensor",
+    "packed_linear_into": f"({_PACKED}, Tensor(a!) out) -> ()",
 }
 
 
@@ -69,6 +74,10 @@ def _append_visual_kv(q: Tensor, *others: object) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
+def _packed_linear(x: Tensor, data: Tensor, scales: Tensor | None, features: int, *others: object) -> Tensor:
+    return x.new_empty((x.shape[0], features))
+
+
 def _mutates(*others: object) -> None:
     return None
 
@@ -81,6 +90,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "control_cross_attention_into": _mutates,
     "append_visual_kv": _append_visual_kv,
     "append_visual_kv_": _mutates,
+    "packed_linear": _packed_linear,
+    "packed_linear_into": _mutates,
 }
 
 _LIBRARY = torch.library.Library("vpt_kernels", "DEF")

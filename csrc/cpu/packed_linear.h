@@ -1,0 +1,78 @@
+// x·Wᵀ over weights packed in panels: the job that the driver hands to the kernels of one instruction set. The
+// translation units that define those include neither torch nor the standard library, for the reason in simd.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../math/rounding.h"
+
+namespace vpt {
+
+// A panel holds 16 rows of W, its columns two by two: [⌈K/2⌉][32], zero where W ends.
+constexpr int64_t kPanel = 16;
+// Columns of W that one sum in float32 runs over: longer ones are added up block by block, as exact as a pairwise sum.
+constexpr int64_t kDepth = 128;
+// Panels whose expanded blocks stay in the second-level cache together.
+constexpr int64_t kPanelGroup = 8;
+
+struct Int8 {
+  int8_t value;
+};
+
+enum class Element { f32, bf16, f16, int8 };
+enum class Activation { none, silu, quick_gelu, gelu, gelu_tanh };
+
+// Rows of float32, bfloat16 or float16, `stride` elements apart.
+struct Rows {
+  void* base;
+  int64_t stride;
+  Element type;
+};
+
+struct PackedJob {
+  Rows x;
+  int64_t rows, columns;  // of x
+  const void* data;       // panels of `stored`
+  Element stored;
+  const float* scales;     // int8: [panels][groups][16], else null
+  int64_t group;           // columns of W that share a scale, even
+  int64_t features;        // columns of out
+  bool gated;              // a panel holds eight rows of the gate, then the same eight of what it gates
+  Activation activation;
+  const float* bias;  // null, [features], or gated [2·features]
+  Rows residual, out;  // base null: none
+  float* arranged;     // x in float32, [blocks of kDepth columns][tiles of rows][columns][rows of the tile]
+
+  [[gnu::always_inline]] int64_t pairs() const { return (columns + 1) / 2; }
+  [[gnu::always_inline]] int64_t columns_per_panel() const { return gated ? kPanel / 2 : kPanel; }
+  [[gnu::always_inline]] int64_t panels() const { return (features + columns_per_panel() - 1) / columns_per_panel(); }
+};
+
+struct PackedKernels {
+  const char* name;
+  int64_t tile_rows;
+  // Tiles [first, last) of x into `arranged`.
+  void (*arrange)(const PackedJob& job, int64_t first, int64_t last);
+  // Panels [first, last) of the product.
+  void (*multiply)(const PackedJob& job, int64_t first, int64_t last, float* scratch);
+};
+
+// Rows are dealt to as few tiles as hold them, evenly: no tile is a narrow rest.
+struct Tiling {
+  int64_t rows, count;
+
+  [[gnu::always_inline]] Tiling(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
+  [[gnu::always_inline]] int64_t begin(int64_t tile) const { return tile * (rows / count) + (tile < rows % count ? tile : rows % count); }
+};
+
+// Floats of scratch memory that `multiply` needs.
+[[gnu::always_inline]] inline int64_t scratch_floats(int64_t rows) { return kPanelGroup * kPanel * (kDepth + rows); }
+
+extern const PackedKernels kPackedGeneric;
+#ifdef __x86_64__
+extern const PackedKernels kPackedAvx2;
+extern const PackedKernels kPackedAvx512;
+#endif
+
+}  // namespace vpt

@@ -1,0 +1,68 @@
+// AVX2: tiles of 6 rows and 16 columns, one panel.
+#ifdef __x86_64__
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include <immintrin.h>
+
+#include "packed_linear_loops.h"
+
+namespace vpt {
+namespace {
+
+struct Vector {
+  using Float = __m256;
+  static constexpr int kLanes = 8, kTileRows = 6, kTilePanels = 1, kFewRows = 18;
+
+  static Float zero() { return _mm256_setzero_ps(); }
+  static Float broadcast(float x) { return _mm256_set1_ps(x); }
+  static Float load(const float* x) { return _mm256_loadu_ps(x); }
+  static void store(float* x, Float v) { _mm256_storeu_ps(x, v); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float multiply_add(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  static __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+
+  static void load_pair(const float* from, Float even[2], Float odd[2]) {
+    for (int w = 0; w < 2; ++w) {
+      even[w] = load(from + 8 * w);
+      odd[w] = load(from + 16 + 8 * w);
+    }
+  }
+  static void load_pair(const BFloat16* from, Float even[2], Float odd[2]) {
+    for (int w = 0; w < 2; ++w) {
+      const __m256i words = load_bytes(from + 16 * w);
+      even[w] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+      odd[w] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    }
+  }
+  static void load_pair(const Float16* from, Float even[2], Float odd[2]) {
+    for (int w = 0; w < 2; ++w) {
+      even[w] = _mm256_cvtph_ps(load_half(from + 8 * w));
+      odd[w] = _mm256_cvtph_ps(load_half(from + 16 + 8 * w));
+    }
+  }
+  static void load_pair(const Int8* from, Float even[2], Float odd[2]) {
+    for (int w = 0; w < 2; ++w) {
+      const __m256i words = _mm256_cvtepi8_epi16(load_half(from + 16 * w));
+      even[w] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16));
+      odd[w] = _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16));
+    }
+  }
+};
+
+}  // namespace
+
+const PackedKernels kPackedAvx2 = packed_kernels<Vector>("avx2");
+
+}  // namespace vpt
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__

@@ -1,0 +1,233 @@
+"""Weights of linear layers in panels of 16 rows, in the precision in which they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vpt_kernels.checks import require_choice, require_flag, require_tensor, require_type
+
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+"""Precisions of a packed weight."""
+FLOATS = tuple(dtype for dtype in STORED.values() if dtype.is_floating_point)
+PANEL = 16
+"""Rows of a weight that lie side by side; `kPanel` in csrc/cpu/packed_linear.h."""
+GROUP = 32
+"""Columns that share a scale where not the whole row does."""
+_GATE = PANEL // 2
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+_ROWS_AT_ONCE = 64 * PANEL
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """The weight of a linear layer as `packed_linear` reads it; made by `pack_weight`.
+
+    Attributes:
+        data: [panels, ⌈K/2⌉, 32] in the stored dtype. A panel holds 16 rows; float32 and float16 have column 2i of all,
+            then column 2i + 1 of all, bfloat16 and int8 both columns of a row side by side. Zero where the weight ends.
+        scales: float32 [panels, 1 or ⌈K/32⌉, 16] of int8 weights, one number per row or per 32 columns of a row; else
+            None.
+        in_features: K, columns of the weight.
+        out_features: columns of the product: rows of the weight, half of them where it is gated.
+        gated: Every panel holds eight rows of the gate and the same eight rows of what it multiplies.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    in_features: int
+    out_features: int
+    gated: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype."""
+        return self.data.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the panels and scales."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on another device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return PackedWeight(self.data.to(device), scales, self.in_features, self.out_features, self.gated)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers that the product is made of, in the order of the weight's rows: [rows, K] in `dtype`.
+
+        A gated weight gives the gate's rows first. int8 weights are the integer times its scale, rounded to float32.
+        """
+        rows = _values(self, self.data, self.scales).to(dtype).flatten(0, 1)[..., : self.in_features]
+        if not self.gated:
+            return rows[: self.out_features].contiguous()
+        halves = rows.unflatten(0, (-1, 2, _GATE)).transpose(0, 1).flatten(1, 2)
+        return halves[:, : self.out_features].flatten(0, 1)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows `ids`, int64 of any shape, of a weight that is not gated: [*ids.shape, K] in `dtype`.
+
+        An embedding table that is also the head needs no second copy.
+
+        Raises:
+            TypeError: ids are no integers.
+            ValueError: The weight is gated.
+            IndexError: An id is no row.
+        """
+        require_tensor("ids", ids, None, self.data.device, None)
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"ids are {ids.dtype}; they must be int32 or int64")
+        if self.gated:
+            raise ValueError("the weight is gated: its rows are two layers', not a table; pack each for itself")
+        flat = ids.flatten().long()
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.out_features:
+            raise IndexError(f"ids span {int(flat.min())}..{int(flat.max())}; rows are 0..{self.out_features - 1}")
+        panel, row = flat // PANEL, flat % PANEL
+        data = _by_row(self.data)
+        values = data[panel, :, row] if _side_by_side(data.dtype) else data[panel, :, :, row]
+        values = values.flatten(1)[:, : self.in_features]
+        if self.scales is not None:
+            values = values.float() * _per_column(self.scales[panel, :, row], self.in_features)
+        return values.to(dtype).unflatten(0, ids.shape) if ids.dim() else values.to(dtype)[0]
+
+
+def _by_row(data: Tensor) -> Tensor:
+    """Panels with their rows as an axis: [P, pairs, 16, 2], or [P, pairs, 2, 16] of float32 and float16."""
+    return data.unflatten(2, (PANEL, 2) if _side_by_side(data.dtype) else (2, PANEL))
+
+
+def _side_by_side(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.int8)
+
+
+def _per_column(scales: Tensor, columns: int) -> Tensor:
+    """Scales [..., 1 or groups] → [..., 1 or columns]."""
+    return scales if scales.shape[-1] == 1 else scales.repeat_interleave(GROUP, -1)[..., :columns]
+
+
+def _values(packed: PackedWeight, data: Tensor, scales: Tensor | None) -> Tensor:
+    """Panels as the rows they hold: [P, 16, 2·pairs]."""
+    order = (0, 2, 1, 3) if _side_by_side(data.dtype) else (0, 3, 1, 2)
+    rows = _by_row(data).permute(order).flatten(2)
+    if scales is None:
+        return rows
+    return rows.float() * _per_column(scales.transpose(1, 2), rows.shape[-1])
+
+
+def pack_weight(
+    weight: Tensor | Sequence[Tensor], dtype: str | None = None, *, gated: bool = False, group_size: int | None = None
+) -> PackedWeight:
+    """Lay the weight of a linear layer out for `packed_linear`, in its own precision or another.
+
+    Args:
+        weight: [N, K] as `nn.Linear` keeps it, float32, bfloat16 or float16, on any device and with any strides; or
+            several of equal K and dtype, whose rows follow one another (query, key and value; gate and up). They are
+            read once and not kept.
+        dtype: "float32", "bfloat16", "float16" or "int8"; None: the weight's own. int8 is symmetric: the integer nearest
+            to w / scale, scale = max |w| / 127 over the row or group.
+        gated: The first half of the rows is a gate of the second; `packed_linear` then returns activation(gate)·up.
+        group_size: For int8: None, one scale per row, or 32, one per 32 columns of a row.
+
+    Raises:
+        TypeError: An argument is of another type, or the weight of another dtype.
+        ValueError: Shapes do not fit, the name of the dtype is unknown, int8 cannot hold a NaN or an infinity.
+    """
+    parts = _checked(weight, gated)
+    if dtype is not None:
+        require_choice("dtype", dtype, tuple(STORED))
+    stored = parts[0].dtype if dtype is None else STORED[dtype]
+    require_flag("gated", gated)
+    if group_size is not None and (stored != torch.int8 or group_size != GROUP):
+        raise ValueError(f"group_size is {group_size!r}; it must be None, or {GROUP} with dtype 'int8'")
+    columns, total = parts[0].shape[1], sum(len(part) for part in parts)
+    features, width = (total // 2, _GATE) if gated else (total, PANEL)
+    panels, groups = -(-features // width), 1 if group_size is None else -(-columns // GROUP)
+    device = parts[0].device
+    data = torch.empty((panels, -(-columns // 2), 2 * PANEL), dtype=stored, device=device)
+    scales = torch.empty((panels, groups, PANEL), device=device) if stored == torch.int8 else None
+    done = 0
+    for rows in _panels(parts, features if gated else None):
+        count = len(rows) // PANEL
+        if scales is not None:
+            rows, found = _quantise(rows, groups)
+            scales[done : done + count] = found.unflatten(0, (count, PANEL)).transpose(1, 2)
+        _lay_out(rows.to(stored), data[done : done + count])
+        done += count
+    return PackedWeight(data, scales, columns, features, gated)
+
+
+def _checked(weight: Tensor | Sequence[Tensor], gated: bool) -> list[Tensor]:
+    parts = [weight] if isinstance(weight, Tensor) else weight
+    require_type("weight", parts, (list, tuple), "a torch.Tensor or a sequence of them")
+    if not parts:
+        raise ValueError("weight is an empty sequence; pass at least one tensor")
+    for part in parts:
+        require_tensor("weight", part, None, None, 2)
+        if part.dtype not in FLOATS:
+            raise TypeError(f"weight is {part.dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+        require_tensor("weight", part, parts[0].dtype, parts[0].device, 2)
+        if part.shape[1] != parts[0].shape[1]:
+            raise ValueError(f"weights have {parts[0].shape[1]} and {part.shape[1]} columns; all must have as many")
+    total = sum(len(part) for part in parts)
+    if gated and total % 2:
+        raise ValueError(f"weight has {total} rows; a gated one must have an even number, the gate's and as many others")
+    return [part.detach() for part in parts]
+
+
+def _rows(parts: Sequence[Tensor], first: int, last: int) -> Tensor:
+    """Rows first … last − 1 of all parts, one below the other; without a copy where one part holds them."""
+    found = []
+    for part in parts:
+        if first < len(part) and last > 0:
+            found.append(part[max(first, 0) : last])
+        first, last = first - len(part), last - len(part)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _panels(parts: Sequence[Tensor], gate: int | None) -> Iterator[Tensor]:
+    """Rows in the order of the panels, a multiple of 16 at a time; gate: rows of the gate, if there is one."""
+    total = sum(len(part) for part in parts)
+    if gate is None:
+        for first in range(0, total, _ROWS_AT_ONCE):
+            yield _padded(_rows(parts, first, min(total, first + _ROWS_AT_ONCE)), PANEL)
+        return
+    for first in range(0, gate, _ROWS_AT_ONCE // 2):
+        last = min(gate, first + _ROWS_AT_ONCE // 2)
+        halves = [_padded(_rows(parts, first + start, last + start), _GATE) for start in (0, gate)]
+        yield torch.stack([half.unflatten(0, (-1, _GATE)) for half in halves], 1).flatten(0, 2)
+
+
+def _padded(rows: Tensor, multiple: int) -> Tensor:
+    missing = -len(rows) % multiple
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _quantise(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Integers of `rows` as float32 [n, K], and their scales [n, groups]."""
+    wide, columns = rows.float(), rows.shape[1]
+    if groups > 1:
+        wide = torch.nn.functional.pad(wide, (0, -columns % GROUP)).unflatten(1, (groups, GROUP))
+    else:
+        wide = wide.unflatten(1, (1, columns))
+    scales = wide.abs().amax(-1) / 127 if columns else wide.new_zeros(len(rows), groups)
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("weight has a NaN or an infinity, which int8 cannot hold; keep it in a float dtype")
+    integers = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round_().clamp_(-127, 127)
+    return integers.flatten(1)[:, :columns], scales
+
+
+def _lay_out(rows: Tensor, panels: Tensor) -> None:
+    """Write rows [16·P, K] into panels [P, ⌈K/2⌉, 32] of the same dtype."""
+    if rows.shape[1] % 2:
+        rows = torch.nn.functional.pad(rows, (0, 1))
+    by_panel = rows.unflatten(0, (-1, PANEL))  # [P, 16, 2·pairs]
+    if _side_by_side(rows.dtype):
+        # Two columns move as one number.
+        pair = _INTEGERS[2 * rows.itemsize]
+        panels.view(pair).copy_(by_panel.contiguous().view(pair).transpose(1, 2))
+    else:
+        panels.unflatten(2, (2, PANEL)).flatten(1, 2).copy_(by_panel.transpose(1, 2))
