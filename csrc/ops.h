@@ -11,7 +11,7 @@ namespace vpt::cpu {
 
 // Both forms of `packed_linear`, which has no other backend.
 void multiply_packed(const PackedCall& call, const Tensor& out);
-}
+}  // namespace vpt::cpu
 
 namespace vpt::cuda {
 #include "signatures.inc"

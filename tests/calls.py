@@ -59,6 +59,10 @@ def embed() -> kernels.FoldedPatchEmbed:
     return kernels.fold_patch_weight(normal(6, 3, 14, 14, key="w", scale=0.04), CLIP_MEAN, CLIP_STD)
 
 
+def packed(dtype: str = "bfloat16") -> kernels.PackedWeight:
+    return kernels.pack_weight(normal(12, 5, key="w"), dtype)
+
+
 def projector_weights() -> dict[str, Any]:
     def pair(*shape: int) -> tuple[Tensor, Tensor]:
         return normal(*shape, key=("p", shape), scale=0.2), normal(shape[0], key=("b", shape))
@@ -197,6 +201,18 @@ CALLS: dict[str, Callable[[], Made]] = {
         | {"bias": normal(6, key="b"), "dtype": torch.bfloat16},
     ),
     "fold_projector": lambda: (kernels.fold_projector, {"form": "linear", "score": True} | projector_weights()),
+    "PackedWeight.dequantize": lambda: (packed("int8").dequantize, {"dtype": torch.float32}),
+    "PackedWeight.rows": lambda: (packed().rows, {"ids": cpu([[0, 3]], torch.int64), "dtype": torch.float32}),
+    "PackedWeight.to": lambda: (packed("int8").to, {"device": "cpu"}),
+    "pack_weight": lambda: (
+        kernels.pack_weight,
+        {"weight": [normal(6, 5, key="w"), normal(6, 5, key="v")], "dtype": "int8", "gated": True, "group_size": 32},
+    ),
+    "packed_linear": lambda: (
+        kernels.packed_linear,
+        {"x": normal(2, 5, key="x"), "weight": packed(), "bias": normal(12, key="b"), "activation": "silu"}
+        | {"residual": normal(2, 12, key="r"), "out": normal(2, 12, key="o")},
+    ),
     "patch": lambda: (_patched, {"model": qwen(), "ops": ["roi_patch_embed"], "strict": True}),
     "plan_regions": lambda: (
         kernels.plan_regions, {"sizes": [(40, 56)], "boxes": [(0, 3, 2, 51, 38)], "policy": policy()}

@@ -125,6 +125,7 @@ OPERATOR = {"backends", "checks", "launch", "library"}
 KERNEL_RULES = {
     "append_visual_kv": OPERATOR,
     "control_cross_attention": OPERATOR,
+    "packed_linear": OPERATOR,
     "roi_patch_embed": OPERATOR,
     "patch": {"append_visual_kv", "control_cross_attention", "roi_patch_embed", "caches", "checks", "guard"},
     "live": {"patch", "roi_patch_embed", "images", "processor"},

@@ -19,8 +19,7 @@ struct PackedCall {
   int64_t activation;
 };
 
-using PackedSignature = void(
-    Tensor, Tensor, OptionalTensor, int64_t, bool, OptionalTensor, OptionalTensor, int64_t);
+using PackedSignature = void(Tensor, Tensor, OptionalTensor, int64_t, bool, OptionalTensor, OptionalTensor, int64_t);
 
 template <void (*multiply_packed)(const PackedCall&, const Tensor& out), typename Signature = PackedSignature>
 struct PackedForms;
@@ -43,8 +42,12 @@ struct PackedForms<multiply_packed, void(Arguments...)> {
     const bool in_place = call.residual.has_value() && call.residual->const_data_ptr() == out.const_data_ptr() &&
         call.residual->stride(0) == out.stride(0);
     require_disjoint(
-        {{"out", &out}}, {{"x", &call.x}, {"data", &call.data}, {"scales", given(call.scales)},
-                          {"bias", given(call.bias)}, {"residual", in_place ? nullptr : given(call.residual)}});
+        {{"out", &out}},
+        {{"x", &call.x},
+         {"data", &call.data},
+         {"scales", given(call.scales)},
+         {"bias", given(call.bias)},
+         {"residual", in_place ? nullptr : given(call.residual)}});
     multiply_packed(call, out);
   }
 

@@ -14,7 +14,8 @@ constexpr int64_t kGrain = 1 << 17;
 
 const PackedKernels* const kKernels[] = {
 #ifdef __x86_64__
-    &kPackedAvx512, &kPackedAvx2,
+    &kPackedAvx512,
+    &kPackedAvx2,
 #endif
     &kPackedGeneric,
 };
@@ -41,11 +42,16 @@ const PackedKernels*& chosen() {
 
 Element element(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    case ScalarType::Char: return Element::int8;
-    default: STD_TORCH_CHECK(false, "packed_linear: computes in float32, bfloat16 and float16 only");
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Half:
+      return Element::f16;
+    case ScalarType::Char:
+      return Element::int8;
+    default:
+      STD_TORCH_CHECK(false, "packed_linear: computes in float32, bfloat16 and float16 only");
   }
 }
 

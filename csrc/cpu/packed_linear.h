@@ -35,12 +35,12 @@ struct PackedJob {
   int64_t rows, columns;  // of x
   const void* data;       // panels of `stored`
   Element stored;
-  const float* scales;     // int8: [panels][groups][16], else null
-  int64_t group;           // columns of W that share a scale, even
-  int64_t features;        // columns of out
-  bool gated;              // a panel holds eight rows of the gate, then the same eight of what it gates
+  const float* scales;  // int8: [panels][groups][16], else null
+  int64_t group;        // columns of W that share a scale, even
+  int64_t features;     // columns of out
+  bool gated;           // a panel holds eight rows of the gate, then the same eight of what it gates
   Activation activation;
-  const float* bias;  // null, [features], or gated [2·features]
+  const float* bias;   // null, [features], or gated [2·features]
   Rows residual, out;  // base null: none
   float* arranged;     // x in float32, [blocks of kDepth columns][tiles of rows][columns][rows of the tile]
 
@@ -63,7 +63,9 @@ struct Tiling {
   int64_t rows, count;
 
   [[gnu::always_inline]] Tiling(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
-  [[gnu::always_inline]] int64_t begin(int64_t tile) const { return tile * (rows / count) + (tile < rows % count ? tile : rows % count); }
+  [[gnu::always_inline]] int64_t begin(int64_t tile) const {
+    return tile * (rows / count) + (tile < rows % count ? tile : rows % count);
+  }
 };
 
 // Floats of scratch memory that `multiply` needs.

@@ -76,11 +76,16 @@ inline void activate_row(float* v, bool gated) {
 
 inline void activate_row(Activation kind, float* v, bool gated) {
   switch (kind) {
-    case Activation::silu: return activate_row<Activation::silu>(v, gated);
-    case Activation::quick_gelu: return activate_row<Activation::quick_gelu>(v, gated);
-    case Activation::gelu: return activate_row<Activation::gelu>(v, gated);
-    case Activation::gelu_tanh: return activate_row<Activation::gelu_tanh>(v, gated);
-    case Activation::none: return;
+    case Activation::silu:
+      return activate_row<Activation::silu>(v, gated);
+    case Activation::quick_gelu:
+      return activate_row<Activation::quick_gelu>(v, gated);
+    case Activation::gelu:
+      return activate_row<Activation::gelu>(v, gated);
+    case Activation::gelu_tanh:
+      return activate_row<Activation::gelu_tanh>(v, gated);
+    case Activation::none:
+      return;
   }
 }
 

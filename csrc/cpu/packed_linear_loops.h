@@ -176,10 +176,14 @@ void multiply_stored(const PackedJob& job, int64_t first, int64_t last, float* s
 template <typename V>
 void multiply(const PackedJob& job, int64_t first, int64_t last, float* scratch) {
   switch (job.stored) {
-    case Element::f32: return multiply_stored<V, float>(job, first, last, scratch);
-    case Element::bf16: return multiply_stored<V, BFloat16>(job, first, last, scratch);
-    case Element::f16: return multiply_stored<V, Float16>(job, first, last, scratch);
-    case Element::int8: return multiply_stored<V, Int8>(job, first, last, scratch);
+    case Element::f32:
+      return multiply_stored<V, float>(job, first, last, scratch);
+    case Element::bf16:
+      return multiply_stored<V, BFloat16>(job, first, last, scratch);
+    case Element::f16:
+      return multiply_stored<V, Float16>(job, first, last, scratch);
+    case Element::int8:
+      return multiply_stored<V, Int8>(job, first, last, scratch);
   }
 }
 

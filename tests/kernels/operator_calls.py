@@ -24,6 +24,8 @@ from vpt_kernels import (
     control_cross_attention,
     control_cross_attention_into,
     fold_patch_weight,
+    pack_weight,
+    packed_linear,
     plan_regions,
     qwen2_vl_policy,
     roi_patch_embed,
@@ -105,9 +107,28 @@ def float8_case() -> tuple:
     return (*call.tensors()[:-2], *caches, *call.sections, False, False, *scales, None, torch.ones(16), 1e-6)
 
 
+def packed_cases(form: str, dtype: torch.dtype) -> list[tuple]:
+    cases = []
+    for stored, gated, rows in (
+        ("float32", False, 3),
+        ("bfloat16", True, 40),
+        ("int8", False, 2),
+        ("float16", False, 0),
+    ):
+        packed = pack_weight(normal(22, 37, key="opcheck"), stored, gated=gated)
+        features = packed.out_features
+        bias = normal(22, key="bias") if gated else None
+        arguments = (normal(rows, 37, key="x", dtype=dtype), packed.data, packed.scales, features, gated, bias)
+        arguments += (normal(rows, features, key="residual", dtype=dtype), 1 if gated else 0)
+        cases.append((*arguments, torch.zeros(rows, features, dtype=dtype)) if form.endswith("_into") else arguments)
+    return cases
+
+
 def cases(form: str, dtype: torch.dtype) -> list[tuple]:
     if form.startswith("roi"):
         return roi_cases(form, dtype)
+    if form.startswith("packed"):
+        return packed_cases(form, dtype)
     return (append_cases if form.startswith("append") else control_cases)(form, dtype)
 
 
@@ -116,6 +137,10 @@ PLAN = plan_regions([(40, 60), (33, 20)], [(0, 1, 2, 60, 40), (1, 0, 0, 20, 33)]
 EMBED = fold_patch_weight(normal(5, 3, 14, 14, key="compile"), CLIP_MEAN, CLIP_STD)
 PROJECTORS = {form: fold(form, 12, 6) for form in ("linear", "conv", "identity")}
 CU = torch.tensor([0, 3, 7])
+PACKED = (
+    pack_weight(normal(22, 37, key="compile"), "bfloat16"),
+    pack_weight(normal(22, 37, key="int8"), "int8", gated=True),
+)
 
 
 def append_call() -> list[Tensor]:
@@ -162,6 +187,14 @@ FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
         ],
     ),
     "append_visual_kv_": (lambda *t, backend: append_visual_kv_(*t, (2, 3, 3), backend=backend), append_call),
+    "packed_linear": (
+        lambda x, bias, residual, backend: packed_linear(x, PACKED[0], bias, residual, backend=backend),
+        lambda: [normal(3, 5, 37, key="x"), normal(22, key="b"), normal(3, 5, 22, key="r")],
+    ),
+    "packed_linear into its residual": (
+        lambda x, out, backend: packed_linear(x, PACKED[1], None, out, "silu", out=out, backend=backend).sum(),
+        lambda: [normal(5, 37, key="x"), normal(5, 11, key="r")],
+    ),
     "normalised heads": (
         lambda *t, backend: append_visual_kv_(
             *t[:-2], (2, 3, 3), q_norm=t[-2], k_norm=t[-1], norm_eps=1e-5, backend=backend

@@ -25,6 +25,8 @@ from vpt_kernels import (
     control_cross_attention_into,
     explain,
     fold_patch_weight,
+    pack_weight,
+    packed_linear,
     plan_regions,
     qwen2_vl_policy,
     roi_patch_embed,
@@ -35,6 +37,7 @@ from vpt_kernels.backends import reasons, select
 from vpt_kernels.library import BACKENDS as ALL_BACKENDS
 
 OPERATORS = ("roi_patches", "roi_patch_embed", "control_cross_attention", "append_visual_kv")
+"""Those of every device; `packed_linear` is for CPUs."""
 
 
 def calls(dtype: torch.dtype, device: str = "cpu") -> dict[str, Callable]:
@@ -47,6 +50,7 @@ def calls(dtype: torch.dtype, device: str = "cpu") -> dict[str, Callable]:
     features, control = normal(4, 12, key="f", dtype=dtype), normal(1, 12, key="c", dtype=dtype)
     out, rows = torch.zeros(4, 12, dtype=dtype), torch.arange(4)
     append = make(3, dtype=dtype)
+    x, weight = normal(2, 6, key="x", dtype=dtype), pack_weight(normal(5, 6, key="w"), "bfloat16")
     return {
         "roi_patches": lambda backend: roi_patches(images, plan, backend=backend),
         "roi_patch_embed": lambda backend: roi_patch_embed(images, plan, embed, backend=backend),
@@ -59,6 +63,8 @@ def calls(dtype: torch.dtype, device: str = "cpu") -> dict[str, Callable]:
         ),
         "append_visual_kv": lambda backend: append_visual_kv(*append.tensors(), append.sections, backend=backend),
         "append_visual_kv_": lambda backend: append_visual_kv_(*append.tensors(), append.sections, backend=backend),
+        "packed_linear": lambda backend: packed_linear(x, weight, backend=backend),
+        "packed_linear_into": lambda backend: packed_linear(x, weight, out=x.new_empty(2, 5), backend=backend),
     }
 
 
@@ -128,7 +134,7 @@ def test_unknown_backends(form, backend):
         assert text in str(raised.value)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("packed")])
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
 def test_gpu_backends_refuse_cpu_tensors(form, backend):
     with pytest.raises(BackendUnavailable) as raised:
@@ -136,6 +142,16 @@ def test_gpu_backends_refuse_cpu_tensors(form, backend):
     assert f"{backend}: it runs on cuda, the tensors are on cpu" in str(raised.value)
     (other,) = {"triton", "cuda"} - {backend}
     assert f"{other}:" not in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ("triton", "cuda"))
+def test_an_operator_for_cpus_has_no_gpu_backends(backend):
+    """The dtype and the device are not the reason, and `auto` takes what there is on any device."""
+    with pytest.raises(BackendUnavailable, match=f"{backend}: packed_linear is for CPUs"):
+        calls(torch.float32)["packed_linear"](backend)
+    found = reasons("packed_linear", torch.device("cpu"), torch.float32)
+    assert set(found) == set(ALL_BACKENDS) and found["cpp"] is None and found["reference"] is None
+    assert select("packed_linear", "auto", CUDA, torch.bfloat16) == "reference"
 
 
 CUDA = torch.device("cuda")

@@ -19,6 +19,8 @@ from tests.kernels.control_inputs import fold
 from vpt_kernels import (
     control_cross_attention,
     fold_patch_weight,
+    pack_weight,
+    packed_linear,
     plan_regions,
     qwen2_vl_policy,
     roi_patch_embed,
@@ -44,7 +46,7 @@ def shared_inputs():
     return image, plan, embed, linear, identity, torch.tensor([0, 250, 600])
 
 
-WORK = ("roi_patches", "roi_patch_embed", "linear", "identity", "append")
+WORK = ("roi_patches", "roi_patch_embed", "linear", "identity", "append", "packed_linear")
 
 
 def work(name: str, backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -54,6 +56,10 @@ def work(name: str, backend: str, dtype: torch.dtype = torch.float32) -> list[Te
     if name == "roi_patch_embed":
         given = replace(embed, weight=embed.weight.to(dtype))
         return [roi_patch_embed([image], plan, given, backend=backend)]
+    if name == "packed_linear":
+        x = normal(90, 700, key="packed", dtype=dtype)
+        weights = [pack_weight(normal(1000, 700, key="packed"), stored) for stored in ("bfloat16", "int8")]
+        return [packed_linear(x, weight, backend=backend) for weight in weights]
     if name == "append":
         call = make(1000, capacity=1000, dtype=dtype, key="threads")
         return [call.run(backend), call.k_cache, call.v_cache]

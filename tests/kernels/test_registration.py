@@ -35,6 +35,8 @@ MUTATED = {
     "control_cross_attention_into": ("out",),
     "append_visual_kv": ("k_cache", "v_cache"),
     "append_visual_kv_": ("q", "k_cache", "v_cache"),
+    "packed_linear": (),
+    "packed_linear_into": ("out",),
 }
 """Every form of every operator, and the arguments it writes."""
 

@@ -12,6 +12,7 @@ import vpt_kernels
 from vpt_kernels import (
     ControlProjector,
     FoldedPatchEmbed,
+    PackedWeight,
     PatchReport,
     QwenVLImageProcessor,
     RegionPlan,
@@ -29,6 +30,8 @@ from vpt_kernels import (
     flashinfer_slots,
     fold_patch_weight,
     fold_projector,
+    pack_weight,
+    packed_linear,
     patch,
     plan_regions,
     qwen2_vl_policy,
@@ -67,6 +70,11 @@ append_to_vllm_pages_(tensor, tensor, tensor, table, integers, (tensor, tensor),
 slots = assert_type(flashinfer_slots(integers, integers, integers, integers, 16, 4), Tensor)
 append_to_flashinfer_pages_(tensor, tensor, tensor, table, integers, tensor, slots, slots, slots, slots)
 assert_type(append_to_layer_(tensor, tensor, tensor, table, integers, object()), tuple[Tensor, Tensor])
+
+packed = assert_type(pack_weight([tensor, tensor], "int8", gated=True, group_size=32), PackedWeight)
+assert_type(packed_linear(tensor, packed, tensor, None, "silu", out=tensor), Tensor)
+assert_type(packed.rows(integers), Tensor)
+assert_type(packed.dequantize(torch.bfloat16), Tensor)
 
 report = assert_type(patch(nn.Linear(2, 2), ops=["append_visual_kv"], strict=False), PatchReport)
 assert_type(report.skipped, dict[str, str])

@@ -16,6 +16,8 @@ from vpt_kernels import (
     control_cross_attention_into,
     fold_patch_weight,
     fold_projector,
+    pack_weight,
+    packed_linear,
     plan_regions,
     qwen2_vl_policy,
     roi_patch_embed,
@@ -44,6 +46,8 @@ def every_operator(backend: str) -> dict[str, torch.Tensor]:
     rest = (rotary_table(40, 16), positions, torch.tensor([4, 0, 7]))
     rotated = append_visual_kv(q, k, v, *rest, *caches[:2], (2, 3, 3), backend=backend)
     append_visual_kv_(q, k, v, *rest, *caches[2:], (2, 3, 3), backend=backend)
+    weight, product = pack_weight(torch.randn(20, 16), "int8"), torch.zeros(3, 20)
+    packed_linear(q[:, 0], weight, out=product, backend=backend)
     return {
         "roi_patches": roi_patches([image], plan, backend=backend),
         "roi_patch_embed": roi_patch_embed([image], plan, embed, backend=backend),
@@ -52,6 +56,8 @@ def every_operator(backend: str) -> dict[str, torch.Tensor]:
         "control_cross_attention_into": buffer,
         "append_visual_kv": torch.cat([rotated.flatten(), caches.flatten()]),
         "append_visual_kv_": q,
+        "packed_linear": packed_linear(q[:, 1], weight, activation="silu", backend=backend),
+        "packed_linear_into": product,
     }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.backends import bind
-from vpt_kernels.checks import require_disjoint, require_inference, require_tensor, require_type, shown
+from vpt_kernels.checks import require_choice, require_disjoint, require_inference, require_tensor, require_type
 from vpt_kernels.packed_linear.weights import PackedWeight
 
 ACTIVATIONS = (None, "silu", "quick_gelu", "gelu", "gelu_tanh")
@@ -34,7 +34,8 @@ def packed_linear(
         residual: [..., N] in x's dtype, the last dimension contiguous.
         activation: None, "silu", "quick_gelu" (x·σ(1.702·x)), "gelu" (by the error function) or "gelu_tanh". A gated
             weight needs one.
-        out: [..., N] in x's dtype that takes the result; it may be `residual` itself, and shares memory with nothing else.
+        out: [..., N] in x's dtype that takes the result. It may be `residual` itself and shares memory with nothing
+            else.
         backend: "auto", "cpp" or "reference".
 
     Returns:
@@ -63,8 +64,8 @@ def packed_linear(
     arguments = (rows, weight.data, weight.scales, weight.out_features, weight.gated, bias, added, number)
     if out is None:
         return op(*arguments).view(shape)
-    require_inference(out=out)
     target = _rows("out", out, shape, x)
+    require_inference(out=out)
     if target.data_ptr() != out.data_ptr():
         raise ValueError(f"out has strides {out.stride()}; its rows must lie evenly apart: pass out.flatten(0, -2)")
     if op._overloadname == "reference":
@@ -103,8 +104,8 @@ def _bias(bias: Tensor | None, weight: PackedWeight, x: Tensor) -> Tensor | None
 
 
 def _activation(activation: str | None, gated: bool) -> int:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {shown(activation)}; choose one of {ACTIVATIONS}")
-    if gated and activation is None:
+    if activation is not None:
+        require_choice("activation", activation, ACTIVATIONS[1:])
+    elif gated:
         raise ValueError(f"the weight is gated, and activation is None; choose one of {ACTIVATIONS[1:]}")
     return ACTIVATIONS.index(activation)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vpt_kernels.checks import require_choice, require_flag, require_tensor, require_type
+from vpt_kernels.checks import require_choice, require_flag, require_integer, require_tensor, require_type, shown
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 """Precisions of a packed weight."""
@@ -53,15 +53,23 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same weight on another device."""
-        scales = None if self.scales is None else self.scales.to(device)
-        return PackedWeight(self.data.to(device), scales, self.in_features, self.out_features, self.gated)
+        """The same weight on another device; ValueError if there is none of this name."""
+        require_type("device", device, (torch.device, str), "a torch.device or its name")
+        try:
+            data, scales = (None if tensor is None else tensor.to(device) for tensor in (self.data, self.scales))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        return replace(self, data=data, scales=scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers that the product is made of, in the order of the weight's rows: [rows, K] in `dtype`.
 
         A gated weight gives the gate's rows first. int8 weights are the integer times its scale, rounded to float32.
+
+        Raises:
+            TypeError: `dtype` is no floating-point dtype of torch.
         """
+        _require_float(dtype)
         rows = _values(self, self.data, self.scales).to(dtype).flatten(0, 1)[..., : self.in_features]
         if not self.gated:
             return rows[: self.out_features].contiguous()
@@ -74,10 +82,10 @@ class PackedWeight:
         An embedding table that is also the head needs no second copy.
 
         Raises:
-            TypeError: ids are no integers.
-            ValueError: The weight is gated.
-            IndexError: An id is no row.
+            TypeError: ids are no integers, or `dtype` is no floating-point dtype of torch.
+            ValueError: The weight is gated, or an id is no row.
         """
+        _require_float(dtype)
         require_tensor("ids", ids, None, self.data.device, None)
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids are {ids.dtype}; they must be int32 or int64")
@@ -85,7 +93,7 @@ class PackedWeight:
             raise ValueError("the weight is gated: its rows are two layers', not a table; pack each for itself")
         flat = ids.flatten().long()
         if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.out_features:
-            raise IndexError(f"ids span {int(flat.min())}..{int(flat.max())}; rows are 0..{self.out_features - 1}")
+            raise ValueError(f"ids span {int(flat.min())}..{int(flat.max())}; rows are 0..{self.out_features - 1}")
         panel, row = flat // PANEL, flat % PANEL
         data = _by_row(self.data)
         values = data[panel, :, row] if _side_by_side(data.dtype) else data[panel, :, :, row]
@@ -93,6 +101,11 @@ class PackedWeight:
         if self.scales is not None:
             values = values.float() * _per_column(self.scales[panel, :, row], self.in_features)
         return values.to(dtype).unflatten(0, ids.shape) if ids.dim() else values.to(dtype)[0]
+
+
+def _require_float(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float64, *FLOATS):
+        raise TypeError(f"dtype is {shown(dtype)}; it must be torch.float64 or one of {', '.join(map(str, FLOATS))}")
 
 
 def _by_row(data: Tensor) -> Tensor:
@@ -127,8 +140,8 @@ def pack_weight(
         weight: [N, K] as `nn.Linear` keeps it, float32, bfloat16 or float16, on any device and with any strides; or
             several of equal K and dtype, whose rows follow one another (query, key and value; gate and up). They are
             read once and not kept.
-        dtype: "float32", "bfloat16", "float16" or "int8"; None: the weight's own. int8 is symmetric: the integer nearest
-            to w / scale, scale = max |w| / 127 over the row or group.
+        dtype: "float32", "bfloat16", "float16" or "int8"; None: the weight's own. int8 is symmetric: the integer
+            nearest to w / scale, scale = max |w| / 127 over the row or group.
         gated: The first half of the rows is a gate of the second; `packed_linear` then returns activation(gate)·up.
         group_size: For int8: None, one scale per row, or 32, one per 32 columns of a row.
 
@@ -136,19 +149,21 @@ def pack_weight(
         TypeError: An argument is of another type, or the weight of another dtype.
         ValueError: Shapes do not fit, the name of the dtype is unknown, int8 cannot hold a NaN or an infinity.
     """
+    require_flag("gated", gated)
     parts = _checked(weight, gated)
     if dtype is not None:
         require_choice("dtype", dtype, tuple(STORED))
     stored = parts[0].dtype if dtype is None else STORED[dtype]
-    require_flag("gated", gated)
-    if group_size is not None and (stored != torch.int8 or group_size != GROUP):
-        raise ValueError(f"group_size is {group_size!r}; it must be None, or {GROUP} with dtype 'int8'")
+    if group_size is not None:
+        require_integer("group_size", group_size, GROUP, GROUP)
+        if stored != torch.int8:
+            raise ValueError(f"group_size is {group_size} and dtype {stored}; only int8 has scales: leave it out")
     columns, total = parts[0].shape[1], sum(len(part) for part in parts)
     features, width = (total // 2, _GATE) if gated else (total, PANEL)
     panels, groups = -(-features // width), 1 if group_size is None else -(-columns // GROUP)
     device = parts[0].device
     data = torch.empty((panels, -(-columns // 2), 2 * PANEL), dtype=stored, device=device)
-    scales = torch.empty((panels, groups, PANEL), device=device) if stored == torch.int8 else None
+    scales = torch.empty((panels, groups, PANEL), dtype=torch.float32, device=device) if stored == torch.int8 else None
     done = 0
     for rows in _panels(parts, features if gated else None):
         count = len(rows) // PANEL
@@ -174,7 +189,9 @@ def _checked(weight: Tensor | Sequence[Tensor], gated: bool) -> list[Tensor]:
             raise ValueError(f"weights have {parts[0].shape[1]} and {part.shape[1]} columns; all must have as many")
     total = sum(len(part) for part in parts)
     if gated and total % 2:
-        raise ValueError(f"weight has {total} rows; a gated one must have an even number, the gate's and as many others")
+        raise ValueError(
+            f"weight has {total} rows; a gated one must have an even number, the gate's and as many others"
+        )
     return [part.detach() for part in parts]
 
 
@@ -214,7 +231,7 @@ def _quantise(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     else:
         wide = wide.unflatten(1, (1, columns))
     scales = wide.abs().amax(-1) / 127 if columns else wide.new_zeros(len(rows), groups)
-    if not bool(torch.isfinite(scales).all()):
+    if not scales.is_meta and not bool(torch.isfinite(scales).all()):
         raise ValueError("weight has a NaN or an infinity, which int8 cannot hold; keep it in a float dtype")
     integers = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round_().clamp_(-127, 127)
     return integers.flatten(1)[:, :columns], scales
