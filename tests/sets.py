@@ -55,7 +55,7 @@ FEW = ("-m", "not gpu and not slow")
 def requirements(kind: str, project: dict) -> list[str]:
     """What the project asks for, with every extra: names alone, or for "oldest" pinned to their lower bounds."""
     asked = [*project["dependencies"]]
-    for extra in ("encoders", "gpu", "demo", "test"):
+    for extra in ("encoders", "gpu", "demo", "app", "test"):
         asked += project["optional-dependencies"][extra]
     found: dict[str, str] = {}
     for requirement in asked:

@@ -1,4 +1,4 @@
-"""The command line: `vpt demo`, `vpt ask`, `vpt eval-mini`, `vpt verify`, `vpt convert`, `vpt env`."""
+"""The command line `vpt`: one function for each of its commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -24,7 +25,8 @@ from vpt_kernels import env as environment
 from vpt_model import mini
 from vpt_model.app import demo as demonstration
 from vpt_model.app.chat import Session
-from vpt_model.app.demo import STAGES, Comparison, Report, Step
+from vpt_model.app.demo_report import print_report
+from vpt_model.app.seen import Watched, answer_as_json, sights
 from vpt_model.app.terminal import (
     MINI,
     byte_progress,
@@ -41,9 +43,7 @@ from vpt_model.app.terminal import (
 from vpt_model.checkpoint import Checkpoint
 from vpt_model.checkpoint.convert import convert as write_converted
 from vpt_model.checkpoint.hub import model_folder
-from vpt_model.config import PRESETS
 from vpt_model.engine import Engine
-from vpt_model.engine.events import Answer
 from vpt_model.mini.evaluation import Line, plan
 from vpt_model.mini.evaluation import report as evaluation
 from vpt_model.mini.scenes import fingerprint, make_scene
@@ -120,12 +120,7 @@ def demo(
 
     Exit code 1 if they disagree.
     """
-    try:
-        from vpt_model.app import figure
-    except ImportError as error:
-        raise ValueError("the picture needs matplotlib: pip install 'vpt-kernels[demo]'") from error
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    figure = _figure("--out", out)
     looks, place = look or demonstration.default_looks(preset, seed), choose_device(device)
     with progress(demonstration.activities(preset, looks), quiet=as_json) as begin:
         report = demonstration.run(
@@ -135,7 +130,7 @@ def demo(
     if as_json:
         typer.echo(json.dumps(demonstration.as_json(report) | {"picture": str(out)}))
     else:
-        _print_report(Console(), report, out)
+        print_report(Console(), report, out)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -153,6 +148,10 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="without --image: which picture of vpt-mini's test split", min=0)] = SEED,
     device: Device = "auto",
+    draw: Annotated[
+        Path | None,
+        typer.Option(help="also write a picture (PNG): the boxes, what was seen, the time line", dir_okay=False),
+    ] = None,
 ) -> None:
     """Answer a question about an image, with the second looks that the model asks for."""
     # In a locale that is not UTF-8, Python hands on the bytes that it could not decode.
@@ -160,16 +159,21 @@ def ask(
         question = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if image is None and model != MINI:
         raise ValueError("there is no image: give --image FILE")
-    picture = make_scene(seed, "test").pixels if image is None else decode_image(image)
+    figure = None if draw is None else _figure("--draw", draw)
+    picture = torch.from_numpy(make_scene(seed, "test").pixels) if image is None else decode_image(image)
     loaded, tokenizer, _ = load_model(model, choose_device(device), quiet=as_json)
     engine = Engine(loaded, tokenizer, max_looks=max(1, len(look or ())))
     console = Console(quiet=as_json)
     warm = engine.warm_up()
     if warm:
         console.print(Text(f"warmed up on {loaded.device} in {sum(warm.values()):.1f} s", style="dim"))
+    engine.executor = watched = Watched(loaded, engine.executor)
     answer = follow(console, engine.stream(picture, question, looks=look, max_new_tokens=max_new_tokens))
+    if figure is not None:
+        shown = sights(loaded, engine.policy, picture.to(loaded.device), answer, watched.take())
+        figure.draw_answer(picture.numpy(), question, answer, shown, draw)
     if as_json:
-        typer.echo(json.dumps(_answer_as_json(answer) | {"device": str(loaded.device), "warm_up_seconds": warm}))
+        typer.echo(json.dumps(answer_as_json(answer) | {"device": str(loaded.device), "warm_up_seconds": warm}))
         return
     for notice in answer.notices:
         console.print(Text(f"note: {notice}", style="yellow"))
@@ -202,6 +206,28 @@ def chat(
     loaded, tokenizer, _ = load_model(model, choose_device(device))
     engine = Engine(loaded, tokenizer, capacity=min(capacity, loaded.config.max_position_embeddings))
     Session(engine, Console(), None if image is None else str(image), max_new_tokens).run(input)
+
+
+@app.command("app")
+@friendly
+def page(
+    folder: Annotated[str, typer.Argument(help=f"{MODEL}; by default vpt-mini, which knows its own task only")] = MINI,
+    device: Device = "auto",
+    port: Annotated[int, typer.Option(help="0 takes a free one", min=0, max=65535)] = 8765,
+    host: Annotated[
+        str, typer.Option(help="an address of this machine; other than by default, everybody who reaches it may ask")
+    ] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="open it, where there is a screen")] = True,
+) -> None:
+    """Open a page on which one sees a model look twice: pictures, questions, boxes, conversations, for several people.
+
+    It listens on this machine alone, keeps pictures in memory only, and uses no network.
+    """
+    try:
+        from vpt_model.app.page import command
+    except ImportError as error:
+        raise ValueError("the page needs Starlette and uvicorn: pip install 'vpt-kernels[app]'") from error
+    command.run(folder, choose_device(device), host, port, browser)
 
 
 @app.command()
@@ -312,117 +338,15 @@ def env() -> None:
     typer.echo(environment.report())
 
 
-def _print_report(console: Console, report: Report, out: Path) -> None:
-    console.print(
-        f"\npreset [bold]{report.preset}[/], photo {report.image.width}×{report.image.height}, "
-        f"question “{report.question}”, on {report.device}"
-    )
-    if report.warm_up:
-        console.print(f"This engine was warmed up in {sum(report.warm_up.values()):.1f} s.", style="dim")
-    if report.story:
-        _print_story(console, report)
-    else:
-        console.print(
-            "The weights are random, so the words of the answers mean nothing yet. "
-            "What counts: both procedures choose the same tokens, and what each of them does for it."
-        )
-    if report.inject:
-        console.print(f"[yellow]The engine's {report.inject} is corrupted on purpose: the answers must differ.[/]")
-    for look in report.comparisons:
-        ours, published = look.ours.second_look, look.published.second_look
-        exact = look.difference <= report.limit
-        console.print("\n", _table(look), sep="")
-        console.print(
-            f"  perception token → first answer token: {ours:,.0f} ms, published {published:,.0f} ms", end=" "
-        )
-        console.print(f"([bold]{look.speedup:.1f}×[/])")
-        console.print(
-            f"  {len(look.ours.ids)} answer tokens:",
-            "[green]identical ids[/]," if look.identical else "[bold red]DIFFERENT IDS[/],",
-            f"largest logit difference [{'green' if exact else 'bold red'}]{look.difference:.1e}[/]",
-            f"(limit {report.limit:.0e})",
-        )
-    if report.overhead:
-        console.print("\nThe model is so small that these times are mostly Python's: --preset 2b-slice shows the work.")
-    console.print(f"\npicture: {out}")
-    agreed = "[bold green]The two procedures agree.[/]"
-    console.print(agreed if report.passed else "[bold red]The two procedures DISAGREE.[/]")
-
-
-def _print_story(console: Console, report: Report) -> None:
-    width, height = report.image.size
-    edge = PRESETS[report.preset].image_resolution
-    console.print(f"The model first saw {min(width, edge)}×{min(height, edge)} of {width}×{height} pixels.")
-    for chapter in report.story:
-        console.print(Text.assemble("\n", (chapter.question.text, "bold")))
-        for moment in chapter.moments:
-            line = Text.assemble((f"{moment.milliseconds:8.1f} ms  ", "dim"), moment.what)
-            console.print(line, soft_wrap=True)
-        for box_ in chapter.boxes:
-            size = f"{box_[2] - box_[0]}×{box_[3] - box_[1]}"
-            console.print(Text(f"{'':13}the box {box_}: {size} pixels of the original"))
-        verdict = Text("  right", "green") if chapter.right else Text("  WRONG", "bold red")
-        answer = (f"{chapter.answer.text!r}", "bold")
-        console.print(Text.assemble("  answer ", answer, f", truth {chapter.question.answer!r}", verdict))
-    console.print("\nThe same by the published procedure, with the second look given:")
-
-
-def _table(look: Comparison) -> Table:
-    table = Table(title=look.look, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
-    table.add_column("stage")
-    for name in ("this engine", "published procedure"):
-        table.add_column("ms", justify="right")
-        table.add_column(name)
-    table.add_column("ratio", justify="right")
-    runs = (look.ours, look.published)
-    for number, title in ((1, "first look"), (2, "second look")):
-        table.add_row(title, style="cyan")
-        for stage in STAGES:
-            steps = [next((s for s in run.steps if (s.look, s.name) == (number, stage)), None) for run in runs]
-            if any(steps):
-                mine, theirs = steps
-                ratio = f"{theirs.milliseconds / mine.milliseconds:.1f}×" if mine and theirs else ""
-                table.add_row(f"  {stage}", *(cell for step in steps for cell in _cells(step)), ratio)
-        table.add_section()
-    ours, published = (run.total for run in runs)
-    table.add_row("total", f"{ours:,.1f}", "", f"{published:,.1f}", "", f"{published / ours:.1f}×", style="bold")
-    return table
-
-
-_WORDS = {
-    "images": ("image", "images"),
-    "ViT calls": ("ViT call", "ViT calls"),
-    "patches": ("patch", "patches"),
-    "LM calls": ("LM call", "LM calls"),
-    "tokens": ("token", "tokens"),
-    "cache copies": ("copy", "copies"),
-}
-
-
-def _cells(step: Step | None) -> tuple[str, str]:
-    if step is None:
-        return "", "–"
-    counts = [
-        f"{step.work[name]:,} {words[step.work[name] != 1]}" for name, words in _WORDS.items() if name in step.work
-    ]
-    return f"{step.milliseconds:,.1f}", ", ".join(counts)
-
-
-def _answer_as_json(answer: Answer) -> dict[str, Any]:
-    return {
-        "text": answer.text,
-        "ids": answer.ids,
-        "first_text": answer.first_text,
-        "finish_reason": answer.finish_reason,
-        "notices": answer.notices,
-        "looks": [
-            {"kind": look.kind, "boxes": look.boxes, "tokens": look.tokens, "appended": look.appended}
-            for look in answer.looks
-        ],
-        "stages": [
-            {"stage": stage.name, "milliseconds": stage.milliseconds, "work": stage.work} for stage in answer.timings
-        ],
-    }
+def _figure(option: str, path: Path) -> ModuleType:
+    """What draws the picture that an option names; ValueError where it cannot be drawn or written."""
+    try:
+        from vpt_model.app import figure
+    except ImportError as error:
+        raise ValueError("the picture needs matplotlib: pip install 'vpt-kernels[demo]'") from error
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.absolute().parent}; make it first")
+    return figure
 
 
 if __name__ == "__main__":

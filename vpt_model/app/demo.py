@@ -37,7 +37,6 @@ from vpt_model.text.tokens import RegionSpan, Tokenizer, parse_look, parse_regio
 CPU = torch.device("cpu")
 QUESTION = "Which of these galaxies is the largest?"
 LOOKS = ("region:x2,y1,x5,y4", "clip")
-STAGES = ("crop+embed", "ViT", "prefill", "perceive", "append", "decode")
 
 # The largest difference of logits (standard deviation 1) that float32 rounding may explain; a wrong step moves them by
 # 0.03 or more. Measured: 1e-5 for `mini`, 5e-6 for `tiny`, 2e-5 for `2b-slice`. 28 random layers amplify rounding:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_kernels import RegionPlan, RegionPolicy, control_cross_attention_into
+from vpt_kernels import RegionPlan, RegionPolicy, control_cross_attention, control_cross_attention_into
 from vpt_model.engine.events import Box, Clock
 from vpt_model.network.model import Model
 from vpt_model.network.vision import VisionTower
@@ -99,6 +100,19 @@ def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tenso
     """
     rows = torch.arange(row, row + count, device=embeds.device)
     control_cross_attention_into(features, control, model.projector, embeds, rows)
+
+
+def conditioning(model: Model, features: Tensor, control: Tensor) -> Tensor:
+    """How strongly the control state changes each re-encoded token: a = f·k of `f + a·k`, float32 [tokens].
+
+    features, control: as in `reencode_into`, which computes the same a on its way. Source: vpt_kernels'
+    control_cross_attention/README.md.
+    """
+    projector = model.projector
+    size, norm = (projector.hidden_size,), (projector.condition_norm_weight, projector.condition_norm_bias)
+    key = F.linear(F.layer_norm(control, size, *norm), projector.condition_weight, projector.condition_bias)
+    unconditioned = control_cross_attention(features, None, projector)
+    return unconditioned.float() @ key[0].float()
 
 
 def rehearse(model: Model, policy: RegionPolicy) -> None:

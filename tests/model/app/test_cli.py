@@ -20,6 +20,7 @@ from tests.model.inputs import random_image, tiny_config, tiny_state
 from vpt_model.app import cli
 from vpt_model.app import demo as demonstration
 from vpt_model.app.cli import app
+from vpt_model.app.seen import STAGES
 from vpt_model.app.terminal import choose_device
 from vpt_model.checkpoint.load import moved
 from vpt_model.engine import Engine
@@ -59,7 +60,7 @@ def test_demo_agrees_and_draws(photo: Path) -> None:
     result = demo(photo)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("identical ids") == 2 and "weights are random" in result.stdout
-    for stage in demonstration.STAGES:
+    for stage in STAGES:
         assert stage in result.stdout
     picture = np.asarray(Image.open(photo.with_name("demo.png")).convert("RGB"))
     assert min(picture.shape[:2]) > 600
