@@ -98,6 +98,7 @@ RULES = {
     "mini": {"engine", "network", "checkpoint", "text", "config", "vpt_kernels"},
     "published": {"engine", "network", "checkpoint", "text", "config", "vpt_kernels"},
     "engine": {"network", "checkpoint", "text", "config", "vpt_kernels"},
+    "vllm": {"network", "checkpoint", "text", "config", "vpt_kernels"},
     "network": {"checkpoint", "text", "config", "vpt_kernels"},
     "checkpoint": {"text", "config"},
     "text": {"config"},

@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -354,11 +354,37 @@ def fused_groups(config: ModelConfig) -> dict[str, list[str]]:
     return groups
 
 
+def published_tensors(
+    config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of any stored form, one by one, under the names of the state dict; those that hold several are
+    divided.
+
+    Tied embeddings come last and once: as the head where both are stored, as the published loader has it.
+    """
+    shapes, groups, tied = expected_shapes(config), fused_groups(config), dict[str, torch.Tensor]()
+    for stored, tensor in tensors:
+        name = _renamed(stored)
+        if config.tie_word_embeddings and name in (_EMBEDDING, _HEAD):
+            tied[name] = tensor
+        elif len(parts := groups.get(name, ())) > 1:
+            yield from zip(parts, tensor.split([shapes[part][0] for part in parts]), strict=True)
+        else:
+            yield name, tensor
+    if tied:
+        yield _EMBEDDING, tied[_HEAD if _HEAD in tied else _EMBEDDING]
+
+
+def _renamed(name: str) -> str:
+    renamed = state_name(name)
+    for old, new in _RENAMES.items():
+        renamed = new + name.removeprefix(old) if name.startswith(old) else renamed
+    return renamed
+
+
 def _rename(folder: Path, tensors: dict[str, Stored]) -> None:
     for name in list(tensors):
-        renamed = state_name(name)
-        for old, new in _RENAMES.items():
-            renamed = new + name.removeprefix(old) if name.startswith(old) else renamed
+        renamed = _renamed(name)
         if renamed != name:
             if renamed in tensors:
                 raise ValueError(f"{folder} holds both {name} and {renamed}, two names of one tensor: remove one")

@@ -45,7 +45,7 @@ class Model:
         state = {name: tensor.detach() for name, tensor in state.items()}
         projector = encoder = None
         if config.kind is not None:
-            projector = _projector(config.kind, state)
+            projector = build_projector(config.kind, state)
         if config.kind in ("detection", "seg"):
             encoder, prefix = build_encoder(config.kind, config), f"{config.kind}_model."
             encoder.load({k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(prefix)})
@@ -60,7 +60,9 @@ class Model:
         return self.language.device
 
 
-def _projector(kind: str, state: Mapping[str, torch.Tensor]) -> ControlProjector:
+def build_projector(kind: str, state: Mapping[str, torch.Tensor]) -> ControlProjector:
+    """The projector of a re-encoder's kind, folded. state: its tensors, under the checkpoint's names."""
+
     def layer(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return state[f"{kind}_projector.{name}.weight"], state[f"{kind}_projector.{name}.bias"]
 

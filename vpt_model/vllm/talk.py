@@ -1,0 +1,246 @@
+"""One request of the engine core: what it has said, what it may see, and what is appended when it asks for a look.
+
+Nothing here knows vLLM. The scheduler tells a talk which tokens were sampled where a turn may end, and carries out the
+`Append` that it answers with. README.md draws the states.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpt_model.text.prompt import action_round, region_round
+from vpt_model.vllm.perception import Box, Perception, image_grid, reencoded_tokens
+
+_NO_PIXELS = torch.empty(0, 0, 3, dtype=torch.uint8)
+
+
+class State(Enum):
+    """What the next token of a talk is for."""
+
+    ANSWERING = "it is part of the turn"
+    CAPTURING = "none: the action start was fed alone, and the image is encoded again under the state behind it"
+    ANNOUNCED = "it is the action token unless it ends the turn; the state behind the action start is its embedding"
+    UNANNOUNCED = "none: an action token came without its start, and the state before it is its embedding"
+
+
+# By whether a look follows, and whether the action start announced the action.
+_STATES = {(True, True): State.CAPTURING, (False, True): State.ANNOUNCED, (False, False): State.UNANNOUNCED}
+
+
+class End(Enum):
+    """Why a talk ends: as vLLM found; or for want of tokens, room or slots; or because something here is wrong."""
+
+    FOUND, FULL, FAILED = "found", "full", "failed"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image among the tokens of a conversation.
+
+    start, length: the tokens it stands for. first: of these, the first pad. name: equal names mean equal features.
+    pixels: uint8 [height, width, 3]. grid: of a crop, in patches. slot: None for a crop; else the control state that
+    conditions the image and is the embedding of token `start`, with no image at all where `length` is 1.
+    """
+
+    start: int
+    length: int
+    first: int
+    name: str
+    pixels: Tensor
+    grid: tuple[int, int] = (0, 0)
+    slot: int | None = None
+
+
+@dataclass(frozen=True)
+class Append:
+    """What the request goes on with: `tokens` behind its first `keep` ones, and the images among them.
+
+    slot: where the state behind the last token goes; None: generate. heard: tokens of this step that the client sees.
+    """
+
+    keep: int
+    tokens: list[int]
+    shown: tuple[Shown, ...] = ()
+    slot: int | None = None
+    heard: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Talk:
+    """A request, and how far it has come.
+
+    params: its SamplingParams. image: name and uint8 pixels [height, width, 3] of the last picture of its prompt.
+    max_looks: second looks that it may take. forced: turns that come first, whatever the model would say. header:
+    tokens up to and including the current assistant header. room: tokens that a request may hold. free_slots: of the
+    whole engine. turn: tokens since the header. slots: those taken, each with the place of what it conditions. looks,
+    notices: what the client is told at the end. heard: tokens that it has seen. asked: when it last asked for a look.
+    """
+
+    perception: Perception
+    params: Any
+    image: tuple[str, Tensor] | None
+    max_looks: int
+    forced: deque[list[int]]
+    header: int
+    room: int
+    free_slots: list[int]
+    state: State = State.ANSWERING
+    turn: list[int] = field(default_factory=list)
+    slots: list[tuple[int, int]] = field(default_factory=list)
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    heard: int = 0
+    asked: float | None = None
+
+    @property
+    def may_look(self) -> bool:
+        """Whether there is a picture, and another look at it is allowed."""
+        return self.image is not None and len(self.looks) < self.max_looks
+
+    @property
+    def left(self) -> int:
+        """Tokens that the client may still see; OpenAI's limit holds for all rounds together."""
+        return int(self.params.max_tokens) - self.heard
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the next turn is given, whatever the model would say."""
+        return bool(self.forced) and not self.turn and self.state is State.ANSWERING
+
+    def ends_for_good(self, tokens: list[int]) -> bool:
+        """Whether the turn that ends with `tokens` asks for nothing; changes nothing."""
+        ids = self.perception.tokenizer.ids
+        if self.state is not State.ANSWERING or self.is_forced or tokens[-1] in (ids.action_start, ids.action):
+            return False
+        return not self._boxes(self.turn + tokens, silent=True)
+
+    def hear(self, tokens: list[int], conversation: Sequence[int]) -> Append | End:
+        """Take the tokens with which a turn may end. conversation: all tokens so far, these included."""
+        ids = self.perception.tokenizer.ids
+        if self.state is not State.ANSWERING:
+            return self._captured(tokens[-1], len(conversation) - 1)
+        forced = self.is_forced
+        self.turn += self.forced.popleft() if forced else tokens
+        # Tokens that the client asked for are not told; there are no log-probabilities to go with them either.
+        heard = [] if forced else tokens
+        if self.turn[-1] in (ids.action_start, ids.action):
+            return End.FULL if self.left <= len(heard) else self._capture(conversation, heard)
+        boxes = self._boxes(self.turn)
+        if not boxes:
+            return End.FOUND
+        return End.FULL if self.left <= len(heard) else self._crop(boxes, conversation, heard, forced)
+
+    def _boxes(self, turn: list[int], silent: bool = False) -> tuple[Box, ...]:
+        if self.image is None or not self.may_look or turn[-1] not in self.perception.tokenizer.ids.stop:
+            return ()
+        height, width, _ = self.image[1].shape
+        try:
+            return self.perception.boxes(height, width, turn)
+        except ValueError as error:
+            if not silent:
+                self.notices.append(f"no second look: {error}")
+            return ()
+
+    def _capture(self, conversation: Sequence[int], heard: list[int]) -> Append | End:
+        """Feed a token alone; the state behind it goes to a slot, and the token sampled behind it may not be used."""
+        ids, keep = self.perception.tokenizer.ids, len(conversation) - 1
+        token, count, announced = self.turn[-1], 2, self.turn[-1] == ids.action_start
+        if looks := announced and self.may_look:
+            # The second round starts from the bare action span: text that led to it is forgotten.
+            keep, count = self.header, 1 + len(action_round(ids, self._reencoded))
+        elif not announced:
+            keep, token = keep - 1, conversation[keep - 1]
+        if not self._fits(keep + count):
+            return End.FULL
+        self._forget(keep)
+        if not self.free_slots:
+            self.notices.append("no second look: all control slots are in use; serve with a larger --max-num-seqs")
+            return End.FULL
+        self.state = _STATES[looks, announced]
+        slot = self.free_slots.pop()
+        self.slots.append((keep + 1, slot))
+        return Append(keep, [token], slot=slot, heard=heard)
+
+    def _captured(self, token: int, keep: int) -> Append | End:
+        """Go on behind the token whose state was captured; `token` was sampled behind it, at place `keep`."""
+        ids, state, (_, slot) = self.perception.tokenizer.ids, self.state, self.slots[-1]
+        self.state = State.ANSWERING
+        if state is State.CAPTURING:
+            tokens = action_round(ids, self._reencoded)
+            first, (_, pixels) = tokens.index(ids.kind_pad), self._picture
+            look = Shown(keep, first + self._reencoded, first, uuid.uuid4().hex, pixels, slot=slot)
+            return self._look(keep, tokens, (look,), ())
+        if state is State.ANNOUNCED and token in ids.stop:
+            self.turn.append(token)
+            return End.FOUND
+        heard = [ids.action] if state is State.ANNOUNCED else []
+        self.turn += heard
+        lone = Shown(keep, 1, 1, uuid.uuid4().hex, _NO_PIXELS, slot=slot)
+        return Append(keep, [ids.action], (lone,), heard=heard)
+
+    def _crop(
+        self, boxes: tuple[Box, ...], conversation: Sequence[int], heard: list[int], forced: bool
+    ) -> Append | End:
+        perception, keep, (name, pixels) = self.perception, len(conversation) - 1, self._picture
+        encode: Callable[[str], list[int]] = perception.tokenizer.encode
+        answer = self.turn[:-1]
+        again = encode(perception.tokenizer.decode(answer))
+        unfed = answer if forced else []
+        if again != answer:
+            # The second round reads the answer's text, and that text has other ids than were generated.
+            keep, unfed = self.header, again
+        crops = [pixels[top:bottom, left:right].contiguous() for left, top, right, bottom in boxes]
+        grids = [image_grid(perception.config, *crop.shape[:2]) for crop in crops]
+        counts = [rows * columns // perception.config.vision.spatial_merge_size**2 for rows, columns in grids]
+        tokens = unfed + region_round(perception.tokenizer.ids, counts, encode)
+        if not self._fits(keep + len(tokens)):
+            return End.FULL
+        starts = [i + 1 for i, token in enumerate(tokens) if token == perception.tokenizer.ids.vision_start]
+        names = [f"{name}:{','.join(map(str, box))}" for box in boxes]
+        places = zip(starts, counts, names, crops, grids, strict=True)
+        return self._look(
+            keep, tokens, tuple(Shown(keep + start, n, 0, *what) for start, n, *what in places), boxes, heard
+        )
+
+    def _look(
+        self,
+        keep: int,
+        tokens: list[int],
+        shown: tuple[Shown, ...],
+        boxes: tuple[Box, ...],
+        heard: Sequence[int] = (),
+    ) -> Append:
+        kind = "region" if boxes else self.perception.encoder
+        seen = sum(each.length - each.first for each in shown)
+        look = {"kind": kind, "boxes": [list(box) for box in boxes], "tokens": seen, "appended": len(tokens)}
+        self.looks.append(look | {"ids": list(tokens)})
+        self._forget(keep)
+        self.turn, self.header = [], keep + len(tokens)
+        return Append(keep, tokens, shown, heard=list(heard))
+
+    def _forget(self, keep: int) -> None:
+        """What stands behind `keep` goes, and its slots with it."""
+        self.free_slots += [slot for place, slot in self.slots if place > keep]
+        self.slots = [(place, slot) for place, slot in self.slots if place <= keep]
+
+    def _fits(self, count: int) -> bool:
+        if count >= self.room:
+            self.notices.append(f"no second look: {count} tokens, of --max-model-len {self.room}")
+        return count < self.room
+
+    @property
+    def _picture(self) -> tuple[str, Tensor]:
+        assert self.image is not None
+        return self.image
+
+    @property
+    def _reencoded(self) -> int:
+        return reencoded_tokens(self.perception.config, *self._picture[1].shape[:2])
