@@ -35,7 +35,8 @@ def admit(
     require_type("keep_logits", keep_logits, bool, "True or False")
     require_type("sampling", sampling, (Sampling, type(None)), "a Sampling, or None for greedy decoding")
     require_type("looks", looks, (list, tuple, type(None)), "a list of looks, or None")
-    forced = deque(parse_look(spec, loop.ids) for spec in looks or ())
+    looks = looks or ()
+    forced = deque(parse_look(spec, loop.ids) for spec in looks)
     if len(forced) > max_looks:
         raise ValueError(f"{len(forced)} looks are forced but max_looks is {max_looks}: raise it or drop looks")
     if forced and picture is None:
@@ -44,14 +45,15 @@ def admit(
     user = loop.tokenizer.encode(loop.prompt.user_text(question, is_new))
     if reserved := sorted(loop.ids.stop.intersection(user)):
         raise ValueError(f"the question contains special tokens (ids {reserved}): remove them from the text")
-    for spec, answer in zip(looks or (), forced, strict=True):
+    for spec, answer in zip(looks, forced, strict=True):
+        assert picture is not None, "looks without an image were refused"
         boxes = loop.boxes(picture, answer)
         if picture.pixels is None and (boxes or loop.encoder is not None):
             raise ValueError(
                 f"look {spec!r} needs the picture's pixels, which were not kept: show it again, or use keep_pixels=True"
             )
     asked = Question(user, picture, forced, Sampler(sampling), max_new_tokens, max_looks, keep_logits)
-    asked.notices += picture.notices if is_new else ()
+    asked.notices += picture.notices if picture is not None and is_new else ()
     return asked
 
 
@@ -59,7 +61,8 @@ def uploaded(image: Any, device: torch.device) -> Picture:
     """An image (what `decode_image` takes) on `device`, which no conversation has been shown yet."""
     notices: list[str] = []
     pixels = perception.upload(decode_image(image, notices=notices), device)
-    return Picture(pixels, tuple(pixels.shape[:2]), notices=tuple(notices))
+    height, width = pixels.shape[:2]
+    return Picture(pixels, (height, width), notices=tuple(notices))
 
 
 def paired(

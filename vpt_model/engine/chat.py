@@ -8,11 +8,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vpt_model.config import require_integer, require_type
 from vpt_model.engine.conversation import Conversation, Mark, Picture, Question
-from vpt_model.engine.events import Answer, Clock, Done, Event, Stage
+from vpt_model.engine.events import Answer, Clock, Done, Event, Stage, last_answer
 from vpt_model.engine.executor import Executor
 from vpt_model.engine.sampling import Sampling
 from vpt_model.engine.scheduler import Row, Scheduler
@@ -85,10 +85,8 @@ class Chat:
         sampling: Sampling | None = None,
     ) -> Answer:
         """The answer to a further question; arguments and errors as in `stream`."""
-        *_, done = self.stream(
-            question, image, looks=looks, max_new_tokens=max_new_tokens, keep_logits=keep_logits, sampling=sampling
-        )
-        return done.answer
+        options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "sampling": sampling}
+        return last_answer(self._events(self.row(question, image, looks, **options)))
 
     def stream(
         self,
@@ -223,7 +221,7 @@ class ChatMixin:
         capacity = self.capacity if capacity is None else require_integer("capacity", capacity, 1, 1 << 31)
         cache = self.model.language.new_cache(capacity, FIRST_ROWS)
         conversation = Conversation(cache, Clock(self.model.device), KVCache.clear)
-        return Chat(self, conversation, image, keep_pixels)
+        return Chat(cast("Engine", self), conversation, image, keep_pixels)
 
     def load_chat(self, file: str | Path) -> Chat:
         """The chat that `Chat.save` has written to a file, which goes on with the ids that it would have gone on with.
@@ -233,7 +231,7 @@ class ChatMixin:
         require_type("file", file, (str, PathLike), "a path")
         from vpt_model.engine import store  # it makes chats, too
 
-        return store.load(self, Path(file))
+        return store.load(cast("Engine", self), Path(file))
 
     def ask_chats(
         self,

@@ -48,6 +48,20 @@ class Picture:
     notices: tuple[str, ...] = ()
 
     @property
+    def kept(self) -> Tensor:
+        """The pixels. Raises ValueError once they are dropped."""
+        if self.pixels is None:
+            raise ValueError("the picture's pixels were not kept: show it again, or use keep_pixels=True")
+        return self.pixels
+
+    @property
+    def seen(self) -> Tensor:
+        """The features of the first look. Raises ValueError before it is taken."""
+        if self.features is None:
+            raise ValueError("the picture has not been looked at: look at it first")
+        return self.features
+
+    @property
     def whole(self) -> tuple[int, int, int, int]:
         """The box of all pixels."""
         height, width = self.size
@@ -75,8 +89,10 @@ class Conversation:
     which the first `inherited` came from the conversation that this one was forked from.
     """
 
-    def __init__(self, cache: KVCache, clock: Clock, release: Callable[[KVCache], None]) -> None:
-        self._lease: Lease | None = Lease(cache, release)
+    def __init__(
+        self, cache: KVCache, clock: Clock, release: Callable[[KVCache], None], lenders: tuple[Lease, ...] = ()
+    ) -> None:
+        self._lease: Lease | None = Lease(cache, release, lenders)
         self.clock = clock
         self.tokens: list[int] = []
         self.unfed: tuple[int, ...] = ()
@@ -133,8 +149,9 @@ class Conversation:
 
         rows: tokens that its own buffer takes before it grows. Both go on independently.
         """
-        fork = Conversation(self.cache.fork(min(rows, self.capacity)), Clock(self.cache.keys.device), _forget)
-        fork._lease.lenders = (self._lease,)
+        own = self.cache.fork(min(rows, self.capacity))
+        lenders = () if self._lease is None else (self._lease,)
+        fork = Conversation(own, Clock(own.keys.device), _forget, lenders)
         fork.tokens, fork.unfed = list(self.tokens), self.unfed
         fork.pictures, fork.inherited = [replace(picture) for picture in self.pictures], len(self.pictures)
         return fork
@@ -184,7 +201,7 @@ class Question:
 
     user: Sequence[int]
     picture: Picture | None = None
-    forced: deque[Sequence[int]] = field(default_factory=deque)
+    forced: deque[list[int]] = field(default_factory=deque)
     sampler: Sampler = field(default_factory=Sampler)
     max_new_tokens: int = 64
     max_looks: int = 1

@@ -5,7 +5,7 @@ How a question is answered stands in `vpt_model.engine.loop`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,7 +14,7 @@ from vpt_model.config import require_integer, require_type
 from vpt_model.engine.admission import admit, paired, uploaded
 from vpt_model.engine.chat import ChatMixin
 from vpt_model.engine.conversation import CachePool, Picture, Question
-from vpt_model.engine.events import Answer, Clock, Done, Event
+from vpt_model.engine.events import Answer, Clock, Done, Event, last_answer
 from vpt_model.engine.executor import Captured, Eager, Executor
 from vpt_model.engine.graphs import Graphs, warmed
 from vpt_model.engine.loop import Loop
@@ -113,8 +113,7 @@ class Engine(ChatMixin):
         sampling: Sampling | None = None,
     ) -> Answer:
         """The answer to `question`; arguments and errors as in `stream`."""
-        *_, done = self._stream(self.question(image, question, looks, max_new_tokens, keep_logits, sampling))
-        return done.answer
+        return last_answer(self._stream(self.question(image, question, looks, max_new_tokens, keep_logits, sampling)))
 
     def ask_batch(
         self,
@@ -137,8 +136,8 @@ class Engine(ChatMixin):
         Raises ValueError or TypeError as `stream` does for any row, and if the lengths of the lists differ; an error
         ends the whole batch.
         """
-        options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "sampling": sampling}
-        asked = [self.question(*row, **options) for row in paired(images, questions, looks)]
+        options = max_new_tokens, keep_logits, sampling
+        asked = [self.question(*row, *options) for row in paired(images, questions, looks)]
         answers = {row: event.answer for row, event in self.events(asked) if isinstance(event, Done)}
         return [answers[row] for row in range(len(asked))]
 
@@ -181,7 +180,7 @@ class Engine(ChatMixin):
         """An image (what `decode_image` takes) on the model's device, which no conversation has been shown yet."""
         return uploaded(image, self.model.device)
 
-    def events(self, questions: Sequence[Question]) -> Iterator[tuple[int, Event]]:
+    def events(self, questions: Sequence[Question]) -> Generator[tuple[int, Event], None, None]:
         """Answer several questions side by side: every event with the number of its question, as they happen.
 
         Closing the iterator gives the caches back.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -90,6 +90,13 @@ class Done:
 
 
 Event = Token | Region | Reencode | Look | Done
+
+
+def last_answer(events: Iterable[Event]) -> Answer:
+    """The answer with which a stream of events ends."""
+    *_, done = events
+    assert isinstance(done, Done), "the last event of a stream is Done"
+    return done.answer
 
 
 class Clock:

@@ -91,19 +91,20 @@ class Eager:
             return decoded(request), ()
         if isinstance(request, CropAndAppend):
             return self._crop(request)
-        return self._encode(request) if request.control is None else self._project(request)
+        return self._encode(request) if request.control is None else self._project(request, request.control)
 
     def _finish(self, request: Request, append: Append, features: tuple[Tensor, ...], fed: Fed) -> Output | Request:
         if isinstance(request, ReencodeAndAppend) and request.control is None:
             return replace(request, control=fed.hidden, features=features[0])
-        token = append.sampler(fed.logits, fed.argmax_token) if append.sampler else None
+        sampler, logits = append.sampler, fed.logits
+        token = None if sampler is None or logits is None else sampler(logits, fed.argmax_token)
         return Output(append.tokens[-1], fed.hidden, fed.logits, token, features)
 
     def _crop(self, request: CropAndAppend) -> tuple[Append, tuple[Tensor, ...]]:
         picture = request.picture
-        features = perception.look(self.model, picture.pixels, request.plan, request.conversation.clock)
+        features = perception.look(self.model, picture.kept, request.plan, request.conversation.clock)
         if self.speculate and request.again:
-            picture.ahead = perception.Ahead(self.model, picture.pixels)
+            picture.ahead = perception.Ahead(self.model, picture.kept)
         embeds = self._embed(request.tokens)
         embeds[(torch.tensor(request.tokens, device="cpu") == request.pad).nonzero().flatten().to(embeds.device)] = (
             torch.cat(features)
@@ -114,20 +115,21 @@ class Eager:
         """The picture as the projector reads it, and the token whose state is the control."""
         picture = request.picture
         features = perception.reencode(
-            self.model, picture.pixels, picture.features, request.conversation.clock, picture.ahead
+            self.model, picture.pixels, picture.seen, request.conversation.clock, picture.ahead
         )
         trigger, following = request.positions[:, :1], int(request.positions[0, 1])
         place = {"next_position": following, "logits": False, "sampler": None, "stage": "perceive"}
         return _append(request, request.tokens[:1], trigger, None, **place), (features,)
 
-    def _project(self, request: ReencodeAndAppend) -> tuple[Append, tuple[Tensor, ...]]:
+    def _project(self, request: ReencodeAndAppend, control: Tensor) -> tuple[Append, tuple[Tensor, ...]]:
         """The look itself: the control state in the action token's place, the re-encoded picture in the pads'."""
+        assert request.features is not None, "they come with the control state"
         tokens = request.tokens[1:]
         first, count = tokens.index(request.pad), tokens.count(request.pad)
         with request.conversation.clock("perceive", features=count):
             embeds = self._embed(tokens)
-            embeds[0] = request.control[0]
-            perception.reencode_into(self.model, request.features, request.control, embeds, first, count)
+            embeds[0] = control[0]
+            perception.reencode_into(self.model, request.features, control, embeds, first, count)
         return _append(request, tokens, request.positions[:, 1:], embeds), ()
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
@@ -142,7 +144,7 @@ def decoded(request: Decode) -> Append:
 
 
 def _append(request: Request, tokens: Sequence[int], positions: Tensor, embeds: Tensor | None, **other: Any) -> Append:
-    same = {"conversation": request.conversation, "sampler": request.sampler}
+    same: dict[str, Any] = {"conversation": request.conversation, "sampler": request.sampler}
     if not isinstance(request, Decode):
         same["next_position"] = request.next_position
     return Append(tokens=tokens, positions=positions, embeds=embeds, **(same | other))

@@ -40,11 +40,11 @@ class Loop:
     ) -> None:
         self.tokenizer, self.ids, self.prompt = tokenizer, tokenizer.ids, prompt
         self.vision, self.encoder, self.policy, self.keep_prefix = model.vision, model.encoder, policy, keep_prefix
-        self.reencoder = next((name for name, kind in ENCODERS.items() if kind == self.ids.kind), None)
+        self.reencoder = next((name for name, kind in ENCODERS.items() if kind == self.ids.kind), "")
 
     def answer(self, conversation: Conversation, question: Question) -> Generator[Event | Request, Output, Answer]:
         """Rounds of decoding and looking again, until one ends without a look."""
-        output = yield from self.prefill(conversation, question)
+        output: Output | None = yield from self.prefill(conversation, question)
         while output is not None:
             turn = yield from self.decode(conversation, question, output)
             output = yield from self.look_again(conversation, question, turn)
@@ -59,7 +59,7 @@ class Loop:
             output = yield Append(**place, sampler=question.next_sampler, stage=stage)
         else:
             conversation.pictures.append(picture)
-            plan = perception.plan(self.vision, picture.pixels, [picture.whole], self.policy, conversation.clock)
+            plan = perception.plan(self.vision, picture.kept, [picture.whole], self.policy, conversation.clock)
             picture.grids = plan.grids
             tokens = self._prompt(conversation, question, *self._counts(plan.grids))
             place = self._place(conversation, tokens, plan.grids) | {"picture": picture, "plan": plan}
@@ -97,29 +97,32 @@ class Loop:
                 turn.end = "capacity"
             elif self.ids.action is not None and output.fed == self.ids.action_start:
                 token = self.ids.action  # the models never learned to predict it
-            if question.keep_logits:
+            if question.keep_logits and output.logits is not None:
                 turn.logits.append(output.logits)
             yield Token(token, turn.add(token, self.tokenizer.decode))
             if not turn.end:
                 # The action token's own embedding is never used: its input is the state of the token before it.
                 embeds = output.hidden if token == self.ids.action else None
-                follow = {"sampler": question.sampler, "ahead": question.max_new_tokens - len(turn.ids) - 1}
-                follow = {} if turn.forced else follow
-                output = yield Decode(conversation=conversation, token=token, embeds=embeds, **follow)
+                sampler = None if turn.forced else question.sampler
+                ahead = 0 if turn.forced else question.max_new_tokens - len(turn.ids) - 1
+                output = yield Decode(
+                    conversation=conversation, token=token, embeds=embeds, sampler=sampler, ahead=ahead
+                )
         return turn
 
     def look_again(
         self, conversation: Conversation, question: Question, turn: Turn
     ) -> Generator[Event | Request, Output, Output | None]:
         """Take the look that the turn asks for; None if it asks for none, or none can be taken."""
-        if not question.can_look_again(turn, self.encoder is not None, self.ids.region_start):
+        picture = question.picture
+        if picture is None or not question.can_look_again(turn, self.encoder is not None, self.ids.region_start):
             return None
         if turn.end == "action":
             yield Reencode(self.reencoder)
-            seen = yield from self._reencode(conversation, question)
-        elif boxes := self._named_boxes(question, turn):
+            seen = yield from self._reencode(conversation, question, picture)
+        elif boxes := self._named_boxes(question, turn, picture):
             yield Region(boxes)
-            seen = yield from self._crop(conversation, question, turn, boxes)
+            seen = yield from self._crop(conversation, question, turn, picture, boxes)
         else:
             return None
         if seen is None:
@@ -131,11 +134,11 @@ class Loop:
         return output
 
     def _reencode(
-        self, conversation: Conversation, question: Question
+        self, conversation: Conversation, question: Question, picture: Picture
     ) -> Generator[Request, Output, tuple[Look, Output] | None]:
-        picture, encoder = question.picture, self.encoder
-        count = len(picture.features) if encoder is None else encoder.tokens
-        tokens = [self.ids.action_start, *action_round(self.ids, count)]
+        encoder = self.encoder
+        count = len(picture.seen) if encoder is None else encoder.tokens
+        tokens = [self.ids.action_span[0], *action_round(self.ids, count)]
         # The second round starts from the bare action span: text that led to it is forgotten.
         conversation.truncate(question.round_start)
         if not question.fits(conversation, len(tokens)):
@@ -146,10 +149,9 @@ class Loop:
         return Look(self.reencoder, (), tuple(grids), count, len(tokens)), output
 
     def _crop(
-        self, conversation: Conversation, question: Question, turn: Turn, boxes: tuple[Box, ...]
+        self, conversation: Conversation, question: Question, turn: Turn, picture: Picture, boxes: tuple[Box, ...]
     ) -> Generator[Request, Output, tuple[Look, Output] | None]:
-        picture = question.picture
-        plan = perception.plan(self.vision, picture.pixels, boxes, self.policy, conversation.clock)
+        plan = perception.plan(self.vision, picture.kept, boxes, self.policy, conversation.clock)
         answer = turn.ids[:-1] if turn.end == "stop" else turn.ids
         again = self.tokenizer.encode(self.tokenizer.decode(answer))
         unfed = answer[len(turn.ids) - 1 :]
@@ -165,11 +167,11 @@ class Loop:
         output = yield CropAndAppend(**place, pad=self.ids.image_pad, sampler=question.next_sampler)
         return Look("region", boxes, tuple(plan.grids), sum(counts), len(tokens)), output
 
-    def _named_boxes(self, question: Question, turn: Turn) -> tuple[Box, ...]:
-        if question.picture is None or turn.end == "nan":
+    def _named_boxes(self, question: Question, turn: Turn, picture: Picture) -> tuple[Box, ...]:
+        if turn.end == "nan":
             return ()
         try:
-            boxes = self.boxes(question.picture, turn.ids)
+            boxes = self.boxes(picture, turn.ids)
         except ValueError as error:
             if question.may_look:
                 question.notices.append(f"no second look: {error}")
@@ -193,10 +195,6 @@ class Loop:
         self, conversation: Conversation, tokens: Sequence[int], grids: Sequence[tuple[int, int]] = ()
     ) -> dict[str, Any]:
         """What every request to feed `tokens` next says: where they stand, and where the conversation goes on."""
-        merge = self.vision.config.spatial_merge_size
-        begin = conversation.next_position
-        positions, following = mrope_positions(
-            torch.tensor(tokens, device="cpu"), grids, begin, self.ids.image_pad, merge
-        )
-        place = {"tokens": tokens, "positions": positions, "next_position": following}
-        return place | {"conversation": conversation}
+        ids, merge = torch.tensor(tokens, device="cpu"), self.vision.config.spatial_merge_size
+        positions, following = mrope_positions(ids, grids, conversation.next_position, self.ids.image_pad, merge)
+        return {"conversation": conversation, "tokens": tokens, "positions": positions, "next_position": following}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vpt_kernels import RegionPlan, RegionPolicy, control_cross_attention, control_cross_attention_into
 from vpt_model.engine.events import Box, Clock
+from vpt_model.network.encoders import DinoEncoder, SamEncoder
 from vpt_model.network.model import Model
 from vpt_model.network.vision import VisionTower
 
@@ -57,7 +58,7 @@ class Ahead:
         self.stream = torch.cuda.Stream(image.device)
         self.stream.wait_stream(torch.cuda.current_stream(image.device))
         with torch.cuda.stream(self.stream):
-            self.features = model.encoder(_whole(model, image))
+            self.features = _encoder(model)(_whole(model, image))
         # Freed on another stream, the image's memory could be given out again while it is still read here.
         image.record_stream(self.stream)
 
@@ -69,7 +70,7 @@ class Ahead:
         return self.features
 
 
-def reencode(model: Model, image: Tensor, features: Tensor, clock: Clock, ahead: Ahead | None = None) -> Tensor:
+def reencode(model: Model, image: Tensor | None, features: Tensor, clock: Clock, ahead: Ahead | None = None) -> Tensor:
     """The image as the projector reads it: [N, H] ("clip"), [1, N, D] (DINOv2) or [1, C, h, w] (SAM).
 
     image: uint8 [height, width, 3] on the model's device. features: [N, H], its first look; the "clip" re-encoder is
@@ -81,15 +82,21 @@ def reencode(model: Model, image: Tensor, features: Tensor, clock: Clock, ahead:
     if ahead is not None:
         with clock("ViT", images=1, vit_calls=1):
             return ahead.take()
+    assert image is not None, "a look at pixels that were dropped is refused before"
     with clock("crop+embed", images=1):
         patches = _whole(model, image)
     with clock("ViT", images=1, vit_patches=len(patches), vit_calls=1):
         return model.encoder(patches)
 
 
+def _encoder(model: Model) -> DinoEncoder | SamEncoder:
+    assert model.encoder is not None, "the clip re-encoder is the vision tower"
+    return model.encoder
+
+
 def _whole(model: Model, image: Tensor) -> Tensor:
     height, width, _ = image.shape
-    return model.encoder.embed_regions([image], [(0, 0, 0, width, height)])
+    return _encoder(model).embed_regions([image], [(0, 0, 0, width, height)])
 
 
 def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tensor, row: int, count: int) -> None:
@@ -98,6 +105,7 @@ def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tenso
     features: from `reencode`. control: [1, H]. embeds: [L, H]. Raises ValueError if the features do not make `count`
     tokens.
     """
+    assert model.projector is not None, "a model without a projector has no action tokens"
     rows = torch.arange(row, row + count, device=embeds.device)
     control_cross_attention_into(features, control, model.projector, embeds, rows)
 

@@ -14,10 +14,10 @@ from vpt_model.config import require_integer, shown
 class Sampling:
     """How tokens are chosen. Raises ValueError for numbers out of range.
 
-    temperature: divides the logits; 0 is greedy, the lowest id on ties. top_k: keep the k likeliest tokens (0: all).
-    top_p: of these, keep the likeliest until their probabilities reach p (1: all), at least one. seed: of the draws.
+    temperature: divides the logits; 0 is greedy, the lowest id on ties. top_k: keep the k most probable (0: all).
+    top_p: of these, keep the most probable until they reach p together (1: all), at least one. seed: of the draws.
     The settings of the published evaluation, temperature 0.95, top_k 10 and top_p 0.1, always leave one token: the
-    likeliest of ten has at least a tenth, so they choose as greedy decoding does.
+    most probable of ten has at least a tenth, so they choose as greedy decoding does.
     """
 
     temperature: float = 0.0
@@ -41,7 +41,7 @@ class Sampling:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest tokens of logits [..., vocab], the lowest id on ties, −1 where a logit is NaN: int64 [...].
+    """The argmax of logits [..., vocab], the lowest id on ties, −1 where a logit is NaN: int64 [...].
 
     Computed where the logits are, without a wait.
     """
@@ -56,20 +56,20 @@ class Sampler:
         self.sampling = sampling or Sampling()
         self._generator = torch.Generator("cpu").manual_seed(self.sampling.seed)
 
-    def __call__(self, logits: Tensor, likeliest: Tensor | None = None) -> int | None:
+    def __call__(self, logits: Tensor, argmax_token: Tensor | None = None) -> int | None:
         """The next token from logits float32 [vocab], or None if one is NaN; infinities count as the largest numbers.
 
-        likeliest: `greedy(logits)` where that is known already. The token is the one number that is read from a GPU.
+        argmax_token: `greedy(logits)` where that is known already. The token is the one number that is read from a GPU.
         """
         if self.sampling.temperature == 0:
-            token = int(greedy(logits) if likeliest is None else likeliest)
+            token = int(greedy(logits) if argmax_token is None else argmax_token)
         else:
             token = int(self._draw(logits))
         return None if token < 0 else token
 
     def _draw(self, logits: Tensor) -> Tensor:
         scaled = (logits.nan_to_num() / self.sampling.temperature).nan_to_num()
-        values, tokens = _likeliest(scaled, self.sampling)
+        values, tokens = _candidates(scaled, self.sampling)
         probabilities = values.softmax(0).double()
         kept = probabilities.cumsum(0) - probabilities < self.sampling.top_p
         ends = torch.where(kept, probabilities, 0).cumsum(0)
@@ -80,9 +80,12 @@ class Sampler:
         return torch.where(logits.isnan().any(), -1, tokens.gather(0, place[None])[0])
 
 
-def _likeliest(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The scores that can be drawn and their tokens, the likeliest first and the lower id on ties; all as they stand
-    where their order does not matter. The whole vocabulary is sorted for top-p without top-k only."""
+def _candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Return the scores that can be drawn and their tokens, the most probable first and the lower id on ties.
+
+    All are returned as they stand where their order does not matter. The whole vocabulary is sorted for top-p without
+    top-k only.
+    """
     if sampling.top_k == 0 and sampling.top_p == 1:
         return scores, torch.arange(len(scores), device=scores.device)
     if sampling.top_k == 0:

@@ -26,7 +26,7 @@ class Scheduler:
         self.outputs: dict[int, Output] = {}
 
     @torch.inference_mode()
-    def events(self) -> Iterator[tuple[int, Event]]:
+    def events(self) -> Generator[tuple[int, Event], None, None]:
         """Every event with the number of its row. Closing the iterator closes the rows."""
         with ExitStack() as stack:
             for row in self.rows.values():
@@ -46,8 +46,10 @@ class Scheduler:
             with torch.autocast(device.type, enabled=False):
                 results = self.executor.run([request for _, request in requests])
             for (number, _), result in zip(requests, results, strict=True):
-                left = self.outputs if isinstance(result, Output) else self.requests
-                left[number] = result
+                if isinstance(result, Output):
+                    self.outputs[number] = result
+                else:
+                    self.requests[number] = result
 
     def _advance(self, number: int, row: Row) -> Iterator[tuple[int, Event]]:
         """The events of a row up to its next request or its end."""

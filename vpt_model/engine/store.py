@@ -44,7 +44,7 @@ def save(chat: Chat, file: Path) -> None:
     }
     shown, pictures = conversation.pictures, []
     for number, picture in enumerate(shown):
-        tensors[f"features.{number}"] = picture.features
+        tensors[f"features.{number}"] = picture.seen
         if picture.pixels is not None:
             tensors[f"pixels.{number}"] = picture.pixels
         pictures.append({"size": picture.size, "grids": picture.grids})

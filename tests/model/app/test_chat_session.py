@@ -24,7 +24,7 @@ def picture(tmp_path):
     return path
 
 
-def talk(*lines: str, image: str | None = None) -> tuple[Session, str, list[str]]:
+def converse(*lines: str, image: str | None = None) -> tuple[Session, str, list[str]]:
     """The session after these lines, what it printed, and the prompts."""
     engine = Engine(tiny_model(), Tokenizer.byte_level(320, "clip"))
     out, prompts, left = io.StringIO(), [], iter(lines)
@@ -48,7 +48,7 @@ def lengths(prompts: list[str]) -> Iterator[int]:
 
 
 def test_questions_pictures_and_looks(picture):
-    session, printed, prompts = talk(
+    session, printed, prompts = converse(
         "Hello?",
         f"/image '{picture}'",
         "/look region x2,y1,x5,y4",
@@ -65,7 +65,7 @@ def test_questions_pictures_and_looks(picture):
 
 
 def test_undo_fork_and_back():
-    session, printed, prompts = talk(
+    session, printed, prompts = converse(
         "One", "Two", "/undo", "/fork", "Three", "/fork", "/back", "/back", "/quit", "never"
     )
     assert [exchange.question for exchange in session.chat.exchanges] == ["One"] and len(session.chats) == 1
@@ -75,7 +75,9 @@ def test_undo_fork_and_back():
 
 
 def test_save_and_load(tmp_path):
-    session, printed, prompts = talk("One", f"/save {tmp_path}/kept", "Two", f"/load {tmp_path}/kept", "Two", "/back")
+    session, printed, prompts = converse(
+        "One", f"/save {tmp_path}/kept", "Two", f"/load {tmp_path}/kept", "Two", "/back"
+    )
     found = list(lengths(prompts))
     assert found[1] == found[4] and found[3] == found[5] == found[6] and "1 questions from" in printed
 
@@ -95,12 +97,12 @@ def test_save_and_load(tmp_path):
     ],
 )
 def test_a_mistake_is_told_and_the_session_goes_on(line, message):
-    session, printed, _ = talk(line, "Hello?")
+    session, printed, _ = converse(line, "Hello?")
     assert "error: " in printed and message in printed and len(session.chat) == 1
 
 
 def test_a_look_or_picture_that_is_wrong_is_told_when_it_is_used(picture):
-    session, printed, _ = talk("/image /nowhere.png", "Hello?", f"/image '{picture}'", "/look zoom", "Hello?")
+    session, printed, _ = converse("/image /nowhere.png", "Hello?", f"/image '{picture}'", "/look zoom", "Hello?")
     assert printed.count("error: ") == 2 and len(session.chat) == 0
 
 
@@ -120,7 +122,7 @@ def test_an_answer_can_be_stopped(monkeypatch):
 
 
 def test_help_names_every_command():
-    _, printed, _ = talk("/help")
+    _, printed, _ = converse("/help")
     assert all(name in printed for name in HELP)
 
 

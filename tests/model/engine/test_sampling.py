@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import SEED
 from tests.model.watch import Reads
-from vpt_model.engine.sampling import Sampler, Sampling, _likeliest, greedy
+from vpt_model.engine.sampling import Sampler, Sampling, _candidates, greedy
 
 
 def logits(count: int, vocab: int = 200) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_top_k_keeps_what_a_stable_sort_would(k):
     pool = torch.tensor([0.0, -0.0, 1.5, -1.5, 3e38, -3e38, 1e-40, 2.0])
     scores = pool[torch.randint(0, len(pool), (64,), generator=torch.Generator().manual_seed(SEED))]
     values, tokens = scores.sort(descending=True, stable=True)
-    found = _likeliest(scores, Sampling(1.0, top_k=k))
+    found = _candidates(scores, Sampling(1.0, top_k=k))
     assert torch.equal(found[1], tokens[:k]) and torch.equal(found[0], values[:k])
 
 
