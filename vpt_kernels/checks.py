@@ -164,7 +164,7 @@ def require_segments(ends: Tensor, tokens: int) -> None:
         raise ValueError(f"cu_seqlens is {values}; it must rise from 0 to the number of tokens, {tokens}")
 
 
-def require_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def require_integer(name: str, value: Any, low: float, high: int | None = None) -> int:
     """The integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
     try:
         if isinstance(value, bool):

@@ -57,8 +57,10 @@ def _remedies() -> list[str]:
         found.append("ninja is missing: pip install ninja")
     # Without a CUDA build of torch there is nothing that CUDA kernels could run with.
     wants_cuda = torch.version.cuda is not None and CUDA_EXTENSION_PROBLEM is not None
-    if wants_cuda and (problem := toolkit_problem(torch.version.cuda) or trial_problem(cuda_home())) is not None:
-        found.append(problem)
+    if wants_cuda:
+        home = cuda_home()
+        problem = toolkit_problem(torch.version.cuda) or (trial_problem(home) if home is not None else None)
+        found += [problem] if problem is not None else []
     if EXTENSION_PROBLEM is not None or wants_cuda:
         found.append(f"then {_REBUILD}" if found else _REBUILD)
     return found

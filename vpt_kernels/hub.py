@@ -39,7 +39,7 @@ CALLS: Counter[str] = Counter()
 """How often this module's layers were called, by what ran: "linear", "roi_patch_embed", "control_cross_attention", or
 "original: reason". What a compiled or traced program runs is not counted."""
 
-_QWEN, _DINOV2, _SAM, _PROJECTOR = ((rule, rule.make(None)) for rule in (*embeds.RULES, *projectors.RULES))
+_QWEN, _DINOV2, _SAM, _PROJECTOR = ((rule, rule.make(nn.Module.forward)) for rule in (*embeds.RULES, *projectors.RULES))
 
 
 def _served(layer: type[nn.Module], kernel: tuple[Rule, Serve], module: nn.Module, *inputs: Any) -> Any:

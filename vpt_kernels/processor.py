@@ -40,7 +40,7 @@ def _installed_rgb(image: Image.Image) -> Image.Image | np.ndarray:
     return theirs(image, **{"return_numpy": True} if "return_numpy" in signature(theirs).parameters else {})
 
 
-def plain_patch_embed(model: nn.Module) -> nn.Module:
+def plain_patch_embed(model: nn.Module) -> Any:
     """The model's patch embedding, whose weight says all that it does.
 
     Raises:
@@ -100,8 +100,9 @@ class QwenVLImageProcessor:
                 f"the weight {tuple(weight.shape)} has as many outputs as inputs or as a patch has bytes: a model "
                 "could not tell embeddings from those; use roi_patch_embed and call the vision tower's blocks"
             )
-        options = {"patch_size": patch_size, "merge_size": merge_size, "pass_order": pass_order}
-        self.policy = qwen2_vl_policy(min_pixels, max_pixels, **options)
+        self.policy = qwen2_vl_policy(
+            min_pixels, max_pixels, patch_size=patch_size, merge_size=merge_size, pass_order=pass_order
+        )
 
     @classmethod
     def of(
@@ -126,8 +127,8 @@ class QwenVLImageProcessor:
             kind = type(embed).__name__
             mean, std = NORMALISATION[kind]
             low, high = PUBLISHED_PIXELS.get(kind, QWEN2_VL_PIXELS)
-            options = {"mean": mean, "std": std, "min_pixels": low, "max_pixels": high, "pass_order": pass_order}
-            return cls(projection.weight, projection.bias, **options)
+            weights = projection.weight, projection.bias
+            return cls(*weights, mean=mean, std=std, min_pixels=low, max_pixels=high, pass_order=pass_order)
         expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
         expected |= {"patch_size": projection.kernel_size[-1], "temporal_patch_size": projection.kernel_size[0]}
         read = (*expected, "rescale_factor", "size", "image_mean", "image_std", "merge_size")
@@ -141,7 +142,7 @@ class QwenVLImageProcessor:
                 raise ValueError(f"the image processor has {name} {getattr(image_processor, name)}; needed: {value}")
         if abs(image_processor.rescale_factor * 255 - 1) > 1e-9:
             raise ValueError(f"the image processor has rescale_factor {image_processor.rescale_factor}; needed: 1/255")
-        limits = [getattr(image_processor, name, None) for name in ("min_pixels", "max_pixels")]
+        limits: list[Any] = [getattr(image_processor, name, None) for name in ("min_pixels", "max_pixels")]
         if None in limits:
             limits = [image_processor.size[name] for name in ("shortest_edge", "longest_edge")]
         return cls(

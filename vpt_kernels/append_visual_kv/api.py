@@ -103,10 +103,13 @@ def prepare(
         _check_values(k, cos_sin, positions, slots, k_cache)
     op = bind("append_visual_kv", form, backend, q.device, q.dtype)
     if op._overloadname in _IN_PYTHON:
-        written = {"k_cache": k_cache, "v_cache": v_cache}
-        read = {"k": k, "v": v, "cos_sin": cos_sin, "positions": positions, "slots": slots}
+        written: dict[str, Tensor] = {"k_cache": k_cache, "v_cache": v_cache}
+        read: dict[str, Tensor | None] = {"k": k, "v": v, "cos_sin": cos_sin, "positions": positions, "slots": slots}
         read |= {"k_scale": k_scale, "v_scale": v_scale, "q_norm": q_norm, "k_norm": k_norm}
-        (written if form == "append_visual_kv_" else read)["q"] = q
+        if form == "append_visual_kv_":
+            written["q"] = q
+        else:
+            read["q"] = q
         require_disjoint(written, read)
     arguments = (q, k, v, cos_sin, positions, slots, k_cache, v_cache, *sections, interleaved, layout == "HND")
     return op, (*arguments, k_scale, v_scale, q_norm, k_norm, norm_eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,7 @@ def append_visual_kv(
     return _rotate(_normalise(q, q_norm, norm_eps), cos, sin, q.dtype)
 
 
-def append_visual_kv_(q: Tensor, *others: object) -> None:
+def append_visual_kv_(q: Tensor, *others: Any) -> None:
     q.copy_(append_visual_kv(q, *others))
 
 

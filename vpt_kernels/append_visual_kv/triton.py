@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -302,8 +304,8 @@ def _launch(
             INTERLEAVED=interleaved,
             PAGED=paged,
             FLOAT8=float8,
-            K_HEAD_SCALES=float8 and k_scale.numel() > 1,
-            V_HEAD_SCALES=float8 and v_scale.numel() > 1,
+            K_HEAD_SCALES=k_scale is not None and k_scale.numel() > 1,
+            V_HEAD_SCALES=v_scale is not None and v_scale.numel() > 1,
             BLOCK_TOKENS=block_tokens,
             BLOCK_HEADS=BLOCK_HEADS,
             BLOCK_HALF=triton.next_power_of_2(half),
@@ -315,13 +317,13 @@ def _launch(
         )
 
 
-def append_visual_kv(q: Tensor, *others: object) -> Tensor:
+def append_visual_kv(q: Tensor, *others: Any) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _launch(q, out, *others)
     return out
 
 
-def append_visual_kv_(q: Tensor, *others: object) -> None:
+def append_visual_kv_(q: Tensor, *others: Any) -> None:
     _launch(q, q, *others)
 
 

@@ -91,17 +91,16 @@ def fold_projector(
     require_type("score", score, (bool, type(None)), "True, False or None")
     if (form == "identity") != (feature_norm is None) or (form == "identity") != (feature is None):
         raise ValueError(f"form {form!r} {'takes no' if form == 'identity' else 'needs'} feature_norm and feature")
-    pairs = {"condition_norm": (condition_norm, 1), "condition": (condition, 2)}
-    pairs |= {"feature_norm": (feature_norm, 1), "feature": (feature, None)}
-    for name, (pair, rank) in pairs.items():
-        if pair is not None or name.startswith("condition"):
-            _require_pair(name, pair, rank)
+    _require_pair("condition_norm", condition_norm, 1)
+    _require_pair("condition", condition, 2)
     hidden = condition[0].shape[0]
     _require_shape("condition weight", condition[0], (hidden, hidden))
     expected = [("condition bias", condition[1], (hidden,))]
     expected += [(f"condition_norm {n}", t, (hidden,)) for n, t in zip(("weight", "bias"), condition_norm)]
     folded = None
     if feature is not None and feature_norm is not None:
+        _require_pair("feature_norm", feature_norm, 1)
+        _require_pair("feature", feature, None)
         weight = feature[0]
         channels = feature_norm[0].shape[0]
         if form == "conv":
@@ -115,11 +114,14 @@ def fold_projector(
     for name, tensor, shape in expected:
         _require_shape(name, tensor, shape)
     projector = ControlProjector(
-        *(t.contiguous() for t in feature_norm) if feature_norm else (None, None),
-        folded,
-        feature[1].contiguous() if feature else None,
-        *(t.contiguous() for t in condition_norm),
-        *(t.contiguous() for t in condition),
+        feature_norm_weight=feature_norm[0].contiguous() if feature_norm else None,
+        feature_norm_bias=feature_norm[1].contiguous() if feature_norm else None,
+        feature_weight=folded,
+        feature_bias=feature[1].contiguous() if feature else None,
+        condition_norm_weight=condition_norm[0].contiguous(),
+        condition_norm_bias=condition_norm[1].contiguous(),
+        condition_weight=condition[0].contiguous(),
+        condition_bias=condition[1].contiguous(),
     )
     return scored(projector, score)
 
@@ -138,7 +140,8 @@ def scored(projector: ControlProjector, score: bool | None = None) -> ControlPro
         raise ValueError(f"the projector's tensors have several dtypes or devices {kinds}; convert them to one")
     weight = projector.condition_weight
     if score is None:
-        score = weight.device.type in CAPABILITIES["control_cross_attention"]["triton"].devices
+        devices = CAPABILITIES["control_cross_attention"]["triton"].devices
+        score = devices is None or weight.device.type in devices
     if not score or projector.feature_weight is None:
         return replace(projector, score_weight=None, score_bias=None)
     names = ("feature_weight", "feature_bias", "condition_weight", "condition_bias")
@@ -171,7 +174,8 @@ def _check(features: Tensor, control: Tensor | None, projector: ControlProjector
     require_inference(features=features, control=control)
     for tensor in projector.tensors():
         require_inference(projector=tensor)
-    channels = hidden if weight is None else projector.feature_norm_weight.shape[0]
+    norm = projector.feature_norm_weight
+    channels = hidden if norm is None else norm.shape[0]
     is_conv = weight is not None and weight.shape[1] != channels
     if is_conv:
         if features.dim() != 4 or features.shape[1] != channels or features.shape[2] % 4 or features.shape[3] % 4:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
@@ -61,9 +63,9 @@ def control_cross_attention(
     return f + a[:, None] * k
 
 
-def control_cross_attention_into(features: Tensor, *others: Tensor | None) -> None:
-    *others, out, rows = others
-    result = control_cross_attention(features, *others)
+def control_cross_attention_into(features: Tensor, *others: Any) -> None:
+    *arguments, out, rows = others
+    result = control_cross_attention(features, *arguments)
     valid = (rows >= 0) & (rows < out.shape[0])
     out[rows[valid]] = result[valid]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -334,10 +334,10 @@ def _project(
         "launch_pdl": pdl,
     }  # fmt: skip
     with on_device(features):
-        condition = _conditions(control, maps, columns, pdl) if conditioned else None
-        condition_stride = condition.stride(0) if conditioned else 0
+        condition = _conditions(control, maps, columns, pdl) if control is not None else None
+        condition_stride = condition.stride(0) if condition is not None else 0
         cu_stride = cu_seqlens.stride(0) if cu_seqlens is not None else 0
-        rows_stride = rows.stride(0) if scatter else 0
+        rows_stride = rows.stride(0) if rows is not None else 0
         if feature_weight is None:
             size = "narrow" if hidden <= NARROW else "wide"
             block_m, warps = tuned(features, "identity_kernel", size, IDENTITY_LAUNCHES[size])
@@ -400,7 +400,7 @@ def control_cross_attention(
     return out
 
 
-def control_cross_attention_into(*arguments: Tensor | None) -> None:
+def control_cross_attention_into(*arguments: Any) -> None:
     control_cross_attention(*arguments)
 
 

@@ -26,8 +26,6 @@ _OURS = (
     "past_key_values",
     "cache",
     "mm_token_type_ids",
-)
-_OURS += (
     "pixel_values",
     "image_grid_thw",
     "pixel_values_videos",
@@ -104,17 +102,17 @@ class LiveConversation:
     @property
     def length(self) -> int:
         """Tokens in the cache, which is the slot of the next one."""
-        return self._fed.length
+        return self._open.length
 
     @property
     def next_position(self) -> int:
         """M-RoPE position of the next token that is fed; since the first image it is not its slot."""
-        return self._fed.next_position
+        return self._open.next_position
 
     @property
     def fed(self) -> dict[str, int]:
         """Counts of what has passed the model: "tokens" (language model) and "patches" (vision tower)."""
-        return dict(self._fed.counts)
+        return dict(self._open.counts)
 
     @property
     def images(self) -> list[Tensor]:
@@ -141,9 +139,7 @@ class LiveConversation:
                 self._take(decode_image(image))
             self.ids += ids
 
-    def crop(
-        self, box: Sequence[float], image: int = -1, coordinates: str = "pixels"
-    ) -> tuple[int, int, int, int]:  # fmt: skip
+    def crop(self, box: Sequence[float], image: int = -1, coordinates: str = "pixels") -> tuple[int, int, int, int]:
         """Append a crop of an earlier image, cut from its decoded original; returns the box in that image's pixels.
 
         Args:
@@ -212,12 +208,12 @@ class LiveConversation:
             self._check(arguments)
             pending = [picture for picture in self._pictures if picture.span.start >= self.length]
             names = ("pixel_values", "image_grid_thw") if pending else ()
-            with self._shared.lock, self._fed.undone_on_error(), torch.no_grad():
+            with self._shared.lock, self._open.undone_on_error(), torch.no_grad():
                 inputs = [picture.inputs or self._look.inputs(picture.pixels) for picture in pending]
                 pixels = {name: torch.cat([given[name] for given in inputs]) for name in names}
                 # The last token is left to `generate`, which samples behind it.
-                self._fed.feed(self.ids[self.length : -1], [picture.grid for picture in pending], pixels)
-                out = self._fed.generate(self.ids, arguments)
+                self._open.feed(self.ids[self.length : -1], [picture.grid for picture in pending], pixels)
+                out = self._open.generate(self.ids, arguments)
             self.ids += getattr(out, "sequences", out)[0, len(self.ids) :].tolist()
             for picture in pending:
                 picture.inputs = None
@@ -234,13 +230,18 @@ class LiveConversation:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def _open(self) -> Fed:
+        if self._fed is None:
+            raise ValueError("the conversation is closed: open a new one")
+        return self._fed
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
             raise ValueError("the conversation is busy in another call: wait for it, or open one per thread")
         try:
-            if self._fed is None:
-                raise ValueError("the conversation is closed: open a new one")
+            _ = self._open
             yield
         finally:
             self._busy.release()
@@ -264,8 +265,8 @@ class LiveConversation:
                 f"image is {image!r}; the conversation has {count} images: give 0 … {count - 1}, or add one"
             )
         picture = self._pictures[image]
-        size, resized = tuple(picture.pixels.shape[:2]), self._look.resized(picture.grid)
-        whole = box_in_pixels(box, size, coordinates, resized, clip)
+        height, width = picture.pixels.shape[:2]
+        whole = box_in_pixels(box, (height, width), coordinates, self._look.resized(picture.grid), clip)
         left, top, right, bottom = whole
         return picture.pixels[top:bottom, left:right].contiguous(), whole
 
@@ -284,7 +285,7 @@ class LiveConversation:
                 f"{new!r} would be; pass resync=True to feed the conversation again from there, or go on with append()"
             )
         inside = next((picture.span.start for picture in self._pictures if same in picture.span), same)
-        self._fed.truncate(inside)
+        self._open.truncate(inside)
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         """Raises ValueError for what `generate` cannot be asked here."""
@@ -302,4 +303,4 @@ class LiveConversation:
             if arguments.get(name) is not None:
                 raise ValueError(f"{name} cuts tokens off the cache that the conversation counts: leave it out")
         new = arguments.get("max_new_tokens", getattr(config, "max_new_tokens", None)) or 1
-        self._fed.check_room(len(self.ids) + new - 1)
+        self._open.check_room(len(self.ids) + new - 1)

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Family:
         start, end: token ids around an image. merge: side of the block of patches that becomes one token.
     """
 
-    core: nn.Module
+    core: Any
     image: int
     video: int | None
     start: int
@@ -35,12 +35,12 @@ class Family:
     merge: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> Family:
+    def of(cls, model: Any) -> Family:
         """The family of `model`; raises TypeError or ValueError with the reason where it cannot be followed."""
         if not isinstance(model, nn.Module) or not callable(getattr(model, "generate", None)):
             raise TypeError(f"model is a {type(model).__name__}; give a generating model of transformers")
-        name, config = type(model).__name__, model.config
-        if model.device.type == "meta":
+        name, config, device = type(model).__name__, cast(Any, model.config), cast(torch.device, model.device)
+        if device.type == "meta":
             raise ValueError(f"{name} is on the meta device, where nothing is computed: move it to a CPU or a GPU")
         core = next((m for m in model.modules() if hasattr(m, "get_rope_index") and hasattr(m, "rope_deltas")), None)
         if core is None:
@@ -60,7 +60,7 @@ class Family:
             )
         )
         image, merge = _first(config, "image_token_id"), getattr(config.vision_config, "spatial_merge_size", None)
-        if None in (start, end, image, merge):
+        if start is None or end is None or image is None or merge is None:
             raise ValueError(
                 f"{name}'s configuration does not name an image's tokens (start {start}, image {image}, end {end}) and "
                 f"spatial_merge_size ({merge})"
@@ -127,7 +127,7 @@ def _first(config: Any, *names: str) -> int | None:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def new_cache(model: nn.Module, cache: Any, capacity: int | None) -> Any:
+def new_cache(model: Any, cache: Any, capacity: int | None) -> Any:
     """An empty cache for `model`: "dynamic", "static" with room for `capacity` tokens, or the one that is given."""
     from transformers import Cache, DynamicCache, StaticCache
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vpt_kernels.live.family import Family, cache_argument, cache_length, capacity_of, new_cache, truncate
 
@@ -19,7 +19,7 @@ class Fed:
         counts: what has passed the model: "tokens" (language model) and "patches" (vision tower).
     """
 
-    def __init__(self, model: nn.Module, family: Family, cache: Any, capacity: int | None) -> None:
+    def __init__(self, model: Any, family: Family, cache: Any, capacity: int | None) -> None:
         self._model, self._family = model, family
         self._cache, self._argument = new_cache(model, cache, capacity), cache_argument(model)
         self._next = [0]  # the first token's position, then the position behind every fed token

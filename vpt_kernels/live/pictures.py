@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from vpt_kernels.patch.rules import folded
 from vpt_kernels.processor import QwenVLImageProcessor, plain_patch_embed
@@ -20,7 +20,7 @@ class Pictures:
     Ours stand in for the Pillow-based processors only, with which they agree bit for bit.
     """
 
-    def __init__(self, model: nn.Module, image_processor: Any, kernels: bool) -> None:
+    def __init__(self, model: Any, image_processor: Any, kernels: bool) -> None:
         self._model, self._theirs = model, image_processor
         self._kernels = kernels and type(image_processor).__name__.endswith("Pil")
 
@@ -79,4 +79,5 @@ def box_in_pixels(
         raise ValueError(
             f"box {box} in {coordinates} of a picture of {size[1]}×{size[0]} pixels: {reason}; see clip_boxes"
         )
-    return tuple(whole)
+    left, top, right, bottom = whole
+    return left, top, right, bottom

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 from torch import nn
 
 from vpt_kernels.patch.api import patch
+from vpt_kernels.patch.report import PatchReport
 
 _MODELS: WeakKeyDictionary[nn.Module, Shared] = WeakKeyDictionary()
 _OPEN = threading.Lock()
@@ -19,7 +20,8 @@ class Shared:
 
     def __init__(self, model: nn.Module) -> None:
         self.lock = threading.RLock()
-        self._model, self._users, self._report = ref(model), 0, None
+        self._model, self._users = ref(model), 0
+        self._report: PatchReport | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Shared:
@@ -31,13 +33,14 @@ class Shared:
         if not kernels:
             return lambda: None
         with _OPEN:
-            if not self._users:
-                self._report = patch(self._model(), strict=False)
+            # Whoever joins holds the model.
+            if not self._users and (model := self._model()) is not None:
+                self._report = patch(model, strict=False)
             self._users += 1
         return finalize(conversation, self._leave)
 
     def _leave(self) -> None:
         with _OPEN:
             self._users -= 1
-            if not self._users and self._model() is not None:
+            if not self._users and self._report is not None and self._model() is not None:
                 self._report.unpatch()

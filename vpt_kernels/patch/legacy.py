@@ -43,7 +43,8 @@ class LegacyLayer:
         self._cache.value_cache[self._index] = values
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[-2] if self.is_initialized else 0
+        keys = self.keys
+        return 0 if keys is None else keys.shape[-2]
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
         self._cache.key_cache.append(keys)

@@ -68,7 +68,8 @@ def _subclass(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
 
     names = {"forward": forward, "__reduce_ex__": reduce, "_stands_for": cls}
     names |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    made = type(cls)(cls.__name__, (cls,), names)
+    metaclass: Any = type(cls)
+    made: type[nn.Module] = metaclass(cls.__name__, (cls,), names)
     made.__qualname__ = cls.__qualname__
     return made
 

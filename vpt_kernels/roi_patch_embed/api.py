@@ -118,7 +118,7 @@ def _check_images(images: Sequence[Tensor], plan: RegionPlan) -> torch.device:
     require_type("plan", plan, RegionPlan, "what plan_regions returns")
     if plan.rows and not images:
         raise ValueError("images is empty, but the plan has regions")
-    device = getattr(images[0], "device", None) if images else torch.device("cpu")
+    device = images[0].device if images and isinstance(images[0], Tensor) else torch.device("cpu")
     for number, image in enumerate(images):
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.layout is not torch.strided:
             kind = f"{image.dtype}, {image.layout}" if isinstance(image, Tensor) else type(image).__name__

@@ -119,8 +119,9 @@ def _numbers(number: int, box: Any) -> list[float]:
         raise TypeError(f"box {number} is {shown(box)}, not five numbers; give {FORM}") from None
     if len(values) != 5:
         raise ValueError(f"box {number} has {len(values)} numbers; give {FORM}")
-    if None in values:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
         raise TypeError(f"box {number} is {tuple(box)}; its numbers must be integers or floats, as in {FORM}")
-    if not all(map(math.isfinite, values)):
+    if not all(map(math.isfinite, numbers)):
         raise ValueError(f"box {number} is {tuple(box)}; its coordinates must be finite")
-    return values
+    return numbers

@@ -7,7 +7,7 @@ computed by the backend from the table's numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import index
@@ -356,7 +356,7 @@ def image_sizes(sizes: Any) -> tuple[tuple[int, int], ...]:
     return tuple([_pair(f"the size of image {number}", size) for number, size in enumerate(listed)])
 
 
-def listed_boxes(boxes: Any) -> Iterable[Any]:
+def listed_boxes(boxes: Any) -> Sequence[Any]:
     """Boxes that can be gone through, a tensor's read at once. Raises TypeError where there is no list of boxes."""
     if isinstance(boxes, Tensor) and boxes.dim() == 2 and not boxes.is_meta and boxes.layout == torch.strided:
         return boxes.tolist()
@@ -380,7 +380,7 @@ def _numbers(number: int, box: Any) -> tuple[int, ...]:
     except TypeError:
         pass
     try:
-        return tuple([index(value) if isinstance(value, str) else _whole(value) for value in box])
+        return tuple([_whole(value) for value in box])
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"box {number} is {tuple(box)}; coordinates must be integers (pixels), see clip_boxes"
@@ -388,6 +388,8 @@ def _numbers(number: int, box: Any) -> tuple[int, ...]:
 
 
 def _whole(value: Any) -> int:
+    if isinstance(value, str):
+        raise TypeError
     number = float(value)
     if not number.is_integer():
         raise ValueError
