@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ def packed_linear(
     return (product if residual is None else product + residual).to(x.dtype)
 
 
-def packed_linear_into(*arguments: object) -> None:
+def packed_linear_into(*arguments: Any) -> None:
     *inputs, out = arguments
     out.copy_(packed_linear(*inputs))
 

@@ -56,7 +56,7 @@ class PackedWeight:
         """The same weight on another device; ValueError if there is none of this name."""
         require_type("device", device, (torch.device, str), "a torch.device or its name")
         try:
-            data, scales = (None if tensor is None else tensor.to(device) for tensor in (self.data, self.scales))
+            data, scales = self.data.to(device), None if self.scales is None else self.scales.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         return replace(self, data=data, scales=scales)
