@@ -21,7 +21,7 @@ PROJECT = {
         "encoders": ["transformers>=5.17"],
         "gpu": ["triton>=3.6; platform_system == 'Linux'"],
         "demo": ["scikit-image"],
-        "test": ["transformers==5.17.0", "numpy<2.4", "setuptools>=64"],
+        "test": ["transformers==5.17.0", "numpy<2.4", "setuptools>=64", "ruff==0.17.5"],
     },
 }
 

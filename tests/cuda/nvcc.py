@@ -26,6 +26,8 @@ TARGETS = tuple(re.findall(r"code=(sm_\w+)", " ".join(setup.CUDA_TARGETS)))
 NVCC_FLAGS = [*(flag for flag in setup.NVCC_FLAGS if flag != "--threads=2"), "-Xcompiler=-fPIC"]
 FROM_TORCH_CUDA = ("aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg")
 """What the sources ask of libtorch_cuda, which a CPU build of torch does not have (torch 2.11 and later)."""
+INSTALLED = TORCH / "lib/libtorch_cuda.so"
+"""That of the installed torch; a CPU build has none."""
 INCLUDES = [f"-I{TORCH / 'include'}"]
 
 
@@ -105,8 +107,7 @@ def stub(folder: Path, functions: tuple[str, ...] = FROM_TORCH_CUDA) -> Path:
 def torch_cuda() -> Path:
     """libtorch_cuda.so of the installed torch, or in its place the stub."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    installed = TORCH / "lib/libtorch_cuda.so"
-    return installed if installed.exists() else stub(CACHE)
+    return INSTALLED if INSTALLED.exists() else stub(CACHE)
 
 
 @cache
