@@ -65,7 +65,7 @@ def tests() -> Part:
 
 
 def tune() -> list[Part]:
-    questions = [("resample_kernel", "all"), ("embed_kernel", "few rows"), ("append_kernel", "some tokens")]
+    questions = [("resample_kernel", "all"), ("embed_kernel", "few rows"), ("split_kernel", "DECODE")]
     if REHEARSAL:  # what the interpreter can time in its seconds
         questions = [("append_kernel", "few tokens")]
     device = "cpu" if REHEARSAL else "cuda"

@@ -14,6 +14,7 @@ from tests.kernels.append_inputs import make
 from tests.triton.watch import Launches
 from vpt_kernels import launch
 from vpt_kernels.append_visual_kv import triton as append
+from vpt_model.network import attention_triton
 
 FASTER, SURE, UNSURE = Ratio(1.3, 1.1, 1.5), Ratio(1.2, 1.15, 1.25), Ratio(1.6, 0.9, 2.2)
 
@@ -42,6 +43,7 @@ def test_every_question_is_about_a_line_of_a_table():
         "append_kernel": append.LAUNCHES, "condition_kernel": control.CONDITION_LAUNCHES,
         "identity_kernel": control.IDENTITY_LAUNCHES, "project_kernel": control.GEMM_LAUNCHES,
         "resample_kernel": {"all": roi.RESAMPLING}, "embed_kernel": roi.PRODUCTS,
+        "split_kernel": {"DECODE": attention_triton.DECODE, "APPEND": attention_triton.APPEND},
     }  # fmt: skip
     asked = {(q.kernel, q.size) for q in tune.QUESTIONS}
     assert asked == {(kernel, size) for kernel, table in tables.items() for size in table}
@@ -74,6 +76,35 @@ def test_candidates_are_timed_or_excused():
     assert isinstance(ratio, Ratio)
     assert "power of 2" in reason  # a block of three tokens does not compile
     assert not launch.TUNED.get("sm_0", {}).get("append_kernel")  # nothing stays behind
+
+
+@pytest.mark.parametrize("size, tokens", (("DECODE", 1), ("APPEND", 320)))
+def test_the_attention_s_split_is_asked_of_its_own_table(monkeypatch, size, tokens):
+    """Every candidate is launched in turn with the table's own, of which nothing is changed afterwards."""
+    (question,) = (q for q in tune.QUESTIONS if (q.kernel, q.size) == ("split_kernel", size))
+    before, launched = getattr(attention_triton, size), []
+
+    def attend(q: torch.Tensor, *_: object) -> torch.Tensor:
+        assert q.shape == (1, tokens, 12, 128)
+        launched.append(attention_triton.launch_of(q.dtype, q.shape[1] * 6))
+        return q
+
+    monkeypatch.setattr(attention_triton, "attend", attend)
+    answers = list(tune.answer(question, "cpu", rounds=6))
+    assert [launch for launch, _ in answers] == list(question.candidates)
+    assert all(isinstance(ratio, Ratio) for _, ratio in answers)
+    assert set(launched) == {before, *question.candidates} and getattr(attention_triton, size) is before
+
+
+def test_attention_in_another_split_is_the_same():
+    """What a question compares: the splits change the order of the sums alone."""
+    (question,) = (q for q in tune.QUESTIONS if (q.kernel, q.size) == ("split_kernel", "DECODE"))
+    torch.manual_seed(0)
+    call = question.calls("cpu")[0]
+    (expected,) = call()
+    for candidate in question.candidates[:2]:
+        with tune.launched("sm_0", "split_kernel", "DECODE", candidate):
+            torch.testing.assert_close(call()[0].float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_a_wrong_candidate_ends_the_run():
