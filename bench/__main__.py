@@ -37,7 +37,7 @@ console = Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _measure(rows: str, files: list[Path], only: str, path: Path, seconds: float) -> tuple[reports.Result | None, bool]:
-    """What a fresh process measured, None if `only` picks nothing, and whether anything was wrong.
+    """Return what a fresh process measured, None if `only` picks nothing, and whether anything was wrong.
 
     path: where it writes each row as it is measured, and finds those that a run before it has measured. seconds: for
     the rows that are still to be measured.
@@ -104,7 +104,9 @@ def run(
 
 
 def _kept(rows: str, only: str) -> Path:
-    """Where a run's processes write; a run of the same rows of the same code on the same machine finds it again."""
+    """Return where a run's processes write; a run of the same rows of the same code on the same machine finds it
+    again.
+    """
     of = [rows, only, machine(), commit(), torch.__version__]
     return ROOT / "build" / "bench" / hashlib.sha256("\n".join(of).encode()).hexdigest()[:12]
 
@@ -219,7 +221,7 @@ def traces(folder: Annotated[Path, typer.Argument(help="Where the set is written
 
 
 def committed() -> dict[str, dict[str, reports.Result]]:
-    """The results of every machine under bench/results, "quick" and, where it was measured, "full"."""
+    """Return the results of every machine under bench/results, "quick" and, where it was measured, "full"."""
     found: dict[str, dict[str, reports.Result]] = {}
     for name in ("quick", "full"):
         for file in sorted(RESULTS.glob(f"*/{name}.json")):
@@ -228,7 +230,7 @@ def committed() -> dict[str, dict[str, reports.Result]]:
 
 
 def with_results(page: str, text: str) -> str:
-    """The text of a page with the numbers of the committed results in its blocks.
+    """Return the text of a page with the numbers of the committed results in its blocks.
 
     page: "README.md" or "docs/results.md".
     """

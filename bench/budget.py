@@ -20,12 +20,12 @@ class Budget:
         self._end = time.monotonic() + seconds
 
     def share(self, rows: int) -> float:
-        """Seconds of one of the `rows` that are still to come."""
+        """Return the seconds of one of the `rows` that are still to come."""
         return max(0.0, self._end - time.monotonic()) / max(1, rows)
 
 
 def further_processes(left: float, rows: Iterable[dict[str, Any]], most: int) -> int:
-    """How many more processes fit into `left` seconds, where one measured `rows` before.
+    """Return how many more processes fit into `left` seconds, where one measured `rows` before.
 
     Each builds, checks and compiles what it times anew, and is worth that only with samples: half of the first's.
     """
@@ -34,7 +34,8 @@ def further_processes(left: float, rows: Iterable[dict[str, Any]], most: int) ->
 
 
 def expected_setup(results: Iterable[dict[str, Any]], flops: float) -> float | None:
-    """Seconds that one process of each suite spends beside samples, by the first result that knows; None if none does.
+    """Return seconds that one process of each suite spends beside samples, by the first result that knows; None if none
+    does.
 
     results: of this machine first. flops: float32 operations a second here; another machine's seconds are scaled by its
     own.

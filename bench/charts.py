@@ -133,7 +133,7 @@ STAGES = {
 
 
 def timeline(result: Result, path: Path) -> bool:
-    """A bar a procedure, from the perception token to the first answer token; False if no row has stages."""
+    """Return a bar a procedure, from the perception token to the first answer token; False if no row has stages."""
     rows = [row for row in result["rows"] if row.get("timeline") and not row.get("sweep", {}).get("at")]
     if not rows:
         return False
@@ -182,7 +182,9 @@ def timeline(result: Result, path: Path) -> bool:
 
 
 def scaling(result: Result, path: Path) -> bool:
-    """A panel a series: milliseconds against its size, ours and every alternative; False if there is no series."""
+    """Return a panel a series: milliseconds against its size, ours and every alternative; False if there is no
+    series.
+    """
     found = series(result)
     if not found:
         return False
@@ -216,7 +218,7 @@ def scaling(result: Result, path: Path) -> bool:
 
 
 def digest(result: Result) -> str:
-    """A name for the numbers that a picture was drawn from; it stands in the file."""
+    """Return a name for the numbers that a picture was drawn from; it stands in the file."""
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -25,7 +25,7 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the tree and, where it was changed, a sign of the changes."""
+    """Return the commit of the tree and, where it was changed, a sign of the changes."""
     changes = _output("git", "status", "--short") + _output("git", "diff", "HEAD")
     sign = f"+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else ""
     return _output("git", "rev-parse", "--short", "HEAD") + sign
@@ -46,7 +46,7 @@ def _processor() -> str:
 
 
 def machine() -> str:
-    """A folder name for results: the GPU's name, else the processor's with the number of threads."""
+    """Return a folder name for results: the GPU's name, else the processor's with the number of threads."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
@@ -55,7 +55,7 @@ def machine() -> str:
 
 
 def environment() -> dict[str, object]:
-    """What a reader needs to judge or to repeat a run."""
+    """Return what a reader needs to judge or to repeat a run."""
     found: dict[str, object] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),

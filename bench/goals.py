@@ -105,7 +105,7 @@ def _by_name(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def _reached(goal: Goal, row: Row, limit: float, rows: dict[str, dict[str, Any]]) -> tuple[str, bool]:
-    """What one row reached, as text, and whether that misses its limit; what was not measured does not."""
+    """Return what one row reached, as text, and whether that misses its limit; what was not measured does not."""
     found = rows.get(row.name, {"wrong": "not measured"})
     if goal.against is None:
         value = found.get("ours_ms")
@@ -157,7 +157,7 @@ def reasons(machines: Mapping[str, Sequence[Result]]) -> str:
 
 
 def where(result: Result) -> str:
-    """A machine in three words: processor, vector unit, threads."""
+    """Return a machine in three words: processor, vector unit, threads."""
     e = result["environment"]
     processor = e["cpu"].replace("(R)", "").replace(" Processor", "")
     return f"{processor}, {e['capability']}, {e['threads']} threads"

@@ -53,7 +53,7 @@ class Loops:
             return cls(library)
 
     def moved(self, sizes: Sequence[int], threads: int) -> dict[str, dict[int, float]]:
-        """Bytes a second by way and size; a copy's count twice, once read and once written."""
+        """Return the bytes a second by way and size; a copy's count twice, once read and once written."""
         buffer = self._calls.take(max(sizes))
         if buffer is None:
             raise ValueError(f"there is no memory for {max(sizes):,} bytes; close other programs")
@@ -70,7 +70,7 @@ class Loops:
         return max(size * times / self._calls.move(buffer, size, loop, threads, times) for _ in range(_TRIES))
 
     def multiplied(self, threads: int) -> dict[str, float]:
-        """Operations a second by type, of those for which the processor has a unit."""
+        """Return the operations a second by type, of those for which the processor has a unit."""
         found = {}
         for number, name in enumerate(TYPES):
             if operations := self._calls.operations(number):

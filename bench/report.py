@@ -17,7 +17,7 @@ SLOWDOWN = 1.1
 
 
 def load(path: Path) -> Result:
-    """A result file.
+    """Return a result file.
 
     Raises:
         ValueError: it is not one.
@@ -31,7 +31,7 @@ def load(path: Path) -> Result:
 
 
 def _cells(row: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One line per alternative: name, milliseconds, ratio, interval."""
+    """Return one line per alternative: name, milliseconds, ratio, interval."""
     lines = []
     for name, other in row["alternatives"].items():
         if "absent" in other:
@@ -64,7 +64,7 @@ def _facts(row: dict[str, Any]) -> str:
 
 
 def in_a_line(row: dict[str, Any]) -> str:
-    """What a row shows before it is merged: our time, and the ratio of its strongest alternative."""
+    """Return what a row shows before it is merged: our time, and the ratio of its strongest alternative."""
     if "wrong" in row:
         return f"WRONG, {row['wrong']}"
     name, other = strongest(row)
@@ -73,7 +73,7 @@ def in_a_line(row: dict[str, Any]) -> str:
 
 
 def terminal(result: Result) -> Table:
-    """Every row, wrong ones first of all said to be wrong."""
+    """Return every row, wrong ones first of all said to be wrong."""
     title = "  ".join(f"{key} {value}" for key, value in result["environment"].items() if value != "not installed")
     table = Table(
         "row", "ours ms", "rate", "alternative", "ms", "ratio", "95 % interval", title=title, title_style="dim"
@@ -95,7 +95,7 @@ def terminal(result: Result) -> Table:
 
 
 def markdown(result: Result) -> str:
-    """The same as Markdown, a line per alternative, and how the alternatives were called."""
+    """Return the same as Markdown, a line per alternative, and how the alternatives were called."""
     lines = [
         "| row | ours ms | rate | % of roofline | against | ms | ratio | 95 % interval |",
         "|---|---|---|---|---|---|---|---|",
@@ -158,12 +158,12 @@ def duration(milliseconds: float) -> str:
 
 
 def is_ceiling(name: str) -> bool:
-    """Whether an alternative does only part of the work, and so bounds what can be reached."""
+    """Return whether an alternative does only part of the work, and so bounds what can be reached."""
     return any(word in name for word in ("alone", "copy of", "floor"))
 
 
 def strongest(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The fastest alternative that does the same work; ("", {}) if there is none."""
+    """Return the fastest alternative that does the same work; ("", {}) if there is none."""
     found = [
         (name, other) for name, other in row["alternatives"].items() if "absent" not in other and not is_ceiling(name)
     ]
@@ -171,7 +171,7 @@ def strongest(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def replace_block(text: str, name: str, block: str) -> str:
-    """`text` with what stands between the markers of this name replaced.
+    """Return `text` with what stands between the markers of this name replaced.
 
     Raises:
         ValueError: the markers are missing.
@@ -185,7 +185,7 @@ def replace_block(text: str, name: str, block: str) -> str:
 
 
 def _yardstick(row: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """What a row is compared by: its strongest alternative, else a ceiling, else its own time, as a speed."""
+    """Return what a row is compared by: its strongest alternative, else a ceiling, else its own time, as a speed."""
     name, other = strongest(row)
     if name:
         return name, other
@@ -197,7 +197,8 @@ def _yardstick(row: dict[str, Any]) -> tuple[str, dict[str, float]]:
 
 
 def compare(before: Result, after: Result, threshold: float = SLOWDOWN) -> tuple[Table, list[str], float]:
-    """The change of every common row, the names of those that became slower, wrong or vanished, and an agreement.
+    """Return the change of every common row, the names of those that became slower, wrong or vanished, and an
+    agreement.
 
     A row's change is that of its ratio to the same strongest alternative, so that a slower machine is no slower row;
     rows without one compare their own time. Only a change whose whole interval lies beyond `threshold` counts. The

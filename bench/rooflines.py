@@ -43,7 +43,7 @@ def itemsize(dtype: str) -> int:
 
 
 def roi_work(crop_bytes: int, patches: int, columns: int, embed: int, dtype: str) -> Work:
-    """The crop and the folded weight are read, the tokens written; the patch matrix never needs to reach memory.
+    """Count the crop and the folded weight as read, the tokens as written; the patch matrix need not reach memory.
 
     Its left side is pixels: a float32 weight in three signed bytes a number leaves three exact byte products.
     """
@@ -57,7 +57,7 @@ def patches_work(crop_bytes: int, patches: int, columns: int) -> Work:
 
 
 def control_work(case: Control, width: int) -> Work:
-    """Features, both weights and the control rows are read, tokens written. width: 0 for the identity form."""
+    """Count features, both weights and the control rows as read, tokens as written. width: 0 for the identity form."""
     hidden, tokens, size = LMS[case.lm].hidden, case.images * case.tokens, itemsize(case.dtype)
     read = tokens * (width or hidden) + hidden * hidden + hidden * width + case.images * hidden
     flops = 2 * tokens * width * hidden + 2 * case.images * hidden * hidden + 4 * tokens * hidden
@@ -126,7 +126,7 @@ class Ceilings:
         return _between(self.moved, size)
 
     def moving(self, work: Work) -> float:
-        """Seconds to read and write the work's bytes, each way at the rate that it has at their sum."""
+        """Return the seconds to read and write the work's bytes, each way at the rate that it has at their sum."""
         if not self.ways:
             return work.bytes / self.bandwidth(work.bytes)
         read, written = work.bytes - work.written, work.written
@@ -137,7 +137,7 @@ class Ceilings:
         return min(apart, paired)
 
     def floor(self, work: Work, dtype: str) -> float:
-        """Seconds below which no implementation with these rates can fall."""
+        """Return the seconds below which no implementation with these rates can fall."""
         compute = work.flops / self.flops[dtype] if work.flops else 0.0
         if work.byte_products:
             compute = min(compute, work.byte_products * work.flops / self.flops["int8"])
@@ -148,7 +148,9 @@ class Ceilings:
 
     @classmethod
     def best_of(cls, found: list[dict[str, Any]]) -> Ceilings:
-        """The highest rates that any of several runs on one machine reached; `found`: from `as_dict`, or from JSON."""
+        """Return the highest rates that any of several runs on one machine reached; `found`: from `as_dict`, or from
+        JSON.
+        """
         merged = cls(found[0]["device"])
         for one in found:
             _raise(merged.moved, one["moved"], int)
@@ -164,7 +166,7 @@ def _raise(best: dict[Any, float], rates: Mapping[Any, float], key: Any) -> None
 
 
 def _between(rates: Mapping[int, float], size: int) -> float:
-    """The rate at `size`: between two sizes measured, on the line between them over the size's logarithm."""
+    """Return the rate at `size`: between two sizes measured, on the line between them over the size's logarithm."""
     sizes = sorted(rates)
     place = bisect_left(sizes, size)
     if place in (0, len(sizes)):

@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 
 def wrong_row(case: Case, error: Exception) -> Row:
-    """A row that was not timed, because a result was wrong or there was none."""
+    """Return a row that was not timed, because a result was wrong or there was none."""
     return _identity(case) | {"wrong": str(error) if isinstance(error, WrongResult) else repr(error)}
 
 
@@ -140,7 +140,7 @@ def measure(case: Case, benchmark: Any, seconds: float = SAMPLING) -> Row:
 
 
 def merge(suites: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """One result of the suites' results, each of one or several processes that measured the same rows.
+    """Return one result of the suites' results, each of one or several processes that measured the same rows.
 
     Where memory lies and who the neighbours are changes from process to process more than from round to round: times
     and ratios become medians over the processes, and an interval spans all of theirs. A row is wrong if it was once,
@@ -189,7 +189,7 @@ def _merge_row(rows: list[Row], processes: int, ceilings: Ceilings) -> Row:
 
 
 def judge(row: Row, ceilings: Ceilings) -> Row:
-    """A merged row's rates and its share of the roofline.
+    """Return a merged row's rates and its share of the roofline.
 
     Where an alternative does nothing but a part of the work, its time in the same rounds bounds the row too: a shared
     machine's bandwidth changes from minute to minute.

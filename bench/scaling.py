@@ -36,7 +36,7 @@ class Series:
         return math.log(b / a) / math.log(m / n)
 
     def break_even(self, name: str) -> str:
-        """Where ours and an alternative cost the same, by interpolation between measured sizes."""
+        """Return where ours and an alternative cost the same, by interpolation between measured sizes."""
         ratios = [theirs / ours for theirs, ours in zip(self.alternatives[name], self.ours)]
         points = list(zip(self.sizes, ratios))
         crossings = [
@@ -48,13 +48,15 @@ class Series:
 
 
 def _between(n: int, a: float, m: int, b: float) -> float:
-    """The size at which a ratio that is `a` at `n` and `b` at `m` is 1, if it follows a power law between them."""
+    """Return the size at which a ratio that is `a` at `n` and `b` at `m` is 1, if it follows a power law between
+    them.
+    """
     n = max(n, 1)
     return n * (m / n) ** (math.log(a) / (math.log(a) - math.log(b)))
 
 
 def series(result: Result) -> list[Series]:
-    """All series of at least three rows, in the order of the rows; wrong rows are left out."""
+    """Return all series of at least three rows, in the order of the rows; wrong rows are left out."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         if "sweep" in row and "wrong" not in row:
@@ -76,13 +78,13 @@ def _series(name: str, axis: str, rows: Sequence[dict[str, Any]]) -> Series:
 
 
 def page(result: Result) -> str:
-    """The Markdown beside a result: every row, and how the cost grows where rows form a series."""
+    """Return the Markdown beside a result: every row, and how the cost grows where rows form a series."""
     grows = f"\n## How the cost grows\n\n{markdown(result)}" if series(result) else ""
     return report.markdown(result) + grows
 
 
 def markdown(result: Result) -> str:
-    """One line a series and alternative."""
+    """Return one line a series and alternative."""
     lines = [
         "| cost along | sizes | ours at the ends | twice the smallest call from | growth at the end | ours against |",
         "|---|---|---|---|---|---|",

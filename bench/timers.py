@@ -46,7 +46,7 @@ class DeviceClock:
 
 
 def clock(device: str) -> Callable[[], float]:
-    """What times calls on `device`: the processor's clock, or the stream's events."""
+    """Return what times calls on `device`: the processor's clock, or the stream's events."""
     return DeviceClock() if device == "cuda" else time.perf_counter
 
 
@@ -60,7 +60,7 @@ class Repeated:
 
 
 def prepare(variants: Sequence[Call], device: str, warm_up: bool = True, capture: bool = True) -> Repeated:
-    """One timed unit from calls that differ in their buffers only.
+    """Return one timed unit from calls that differ in their buffers only.
 
     CPU: one call, the variants in turn. CUDA: a graph of `GRAPH_CALLS` calls over the rotating buffers, so that inputs
     come from memory, not from the L2 cache; what cannot be captured, or must not be because it has to differ from call
@@ -93,7 +93,9 @@ def prepare(variants: Sequence[Call], device: str, warm_up: bool = True, capture
 
 
 def host_microseconds(call: Call, device: str, calls: int = 100) -> float:
-    """Host time of one call: on a GPU until it is enqueued, on the CPU until it is done. Median of ten series."""
+    """Return host time of one call: on a GPU until it is enqueued, on the CPU until it is done. Median of
+    ten series.
+    """
     samples = []
     for _ in range(10):
         if device == "cuda":
@@ -119,7 +121,7 @@ class Ratio:
 
 
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """The ratio of two series measured in the same rounds.
+    """Return the ratio of two series measured in the same rounds.
 
     Raises:
         ValueError: the series are not paired, or shorter than `FEWEST_ROUNDS`.
@@ -131,7 +133,7 @@ def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The narrowest symmetric order statistics that hold the median with 95 %, whatever the distribution.
+    """Return the narrowest symmetric order statistics that hold the median with 95 %, whatever the distribution.
 
     Of n values, r or fewer lie below the median as often as a fair coin shows heads r times or fewer.
 

@@ -185,7 +185,7 @@ def launched(architecture: str, kernel: str, size: str, launch: Launch | None) -
 
 
 def answer(question: Question, device: str, rounds: int) -> Iterator[tuple[Launch, Ratio | str]]:
-    """Every candidate with its speed relative to the kernel's table, or with the reason why it does not run."""
+    """Yield every candidate with its speed relative to the kernel's table, or with the reason why it does not run."""
 
     def calls() -> Calls:
         torch.manual_seed(0)  # the same inputs, and caches in which nothing stands yet
@@ -221,7 +221,7 @@ def answer(question: Question, device: str, rounds: int) -> Iterator[tuple[Launc
 
 
 def best(answers: Sequence[tuple[Launch, Ratio | str]]) -> Launch | None:
-    """The fastest candidate that beats the table by MARGIN with certainty, if any."""
+    """Return the fastest candidate that beats the table by MARGIN with certainty, if any."""
     faster = [(ratio.ratio, launch) for launch, ratio in answers if isinstance(ratio, Ratio) and ratio.low > MARGIN]
     return max(faster)[1] if faster else None
 

@@ -87,7 +87,7 @@ CUDA_EXTENSION_PROBLEM = _load("_C_cuda.so")
 
 
 def _notice() -> str | None:
-    """What is missing and could be here, in one line."""
+    """Return what is missing and could be here, in one line."""
     parts = []
     if EXTENSION_PROBLEM is not None:
         parts.append(f"backend 'auto' falls back to 'reference' on a CPU: {EXTENSION_PROBLEM}")
@@ -101,7 +101,7 @@ if (_missing := _notice()) is not None:
 
 
 def _reason(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run `operator`, or None; the cheap questions first."""
+    """Return why `backend` cannot run `operator`, or None; the cheap questions first."""
     capability = CAPABILITIES[operator].get(backend)
     if capability is None:
         return f"{operator} is for CPUs: it has no such implementation"
@@ -138,7 +138,7 @@ def select(
     dtype: torch.dtype,
     declined: Mapping[str, str] = _NOTHING,
 ) -> str:
-    """The backend that runs `operator` for tensors of `dtype` on `device`.
+    """Return the backend that runs `operator` for tensors of `dtype` on `device`.
 
     Args:
         declined: why this call, for its other arguments, cannot run on a backend that otherwise could.
@@ -208,7 +208,7 @@ def bind(
     dtype: torch.dtype,
     declined: Mapping[str, str] = _NOTHING,
 ) -> torch._ops.OpOverload:
-    """The overload of `form` (the operator itself, its `_into` or in-place form) that `select` chooses."""
+    """Return the overload of `form` (the operator itself, its `_into` or in-place form) that `select` chooses."""
     return OPS[form][_choose(operator, backend, device, dtype, declined)]
 
 

@@ -86,7 +86,7 @@ def flashinfer_slots(
     page_size: int,
     tokens: int,
 ) -> Tensor:
-    """Where FlashInfer's page table stores the last tokens of each request: slots, int64 [tokens].
+    """Return where FlashInfer's page table stores the last tokens of each request: slots, int64 [tokens].
 
     Computed on the tensors' device without synchronisation.
 
@@ -244,7 +244,7 @@ def append_to_layer_(
 
 
 def page_slots(batch: int, start: int | Tensor, count: int, page: int, device: torch.device) -> Tensor:
-    """Slots of tokens start…start + count of every row of a batch whose row b is page b, int64 [batch · count].
+    """Return slots of tokens start…start + count of every row of a batch whose row b is page b, int64 [batch · count].
 
     Starts of several caches, a tensor [n, 1], give [n, batch · count].
     """
@@ -305,7 +305,7 @@ def append_rows_(
 
 
 def _check_capacity(layer: Any, k: Tensor, v: Tensor) -> int | Tensor:
-    """The length of a static layer that has room for k and v and, from its first tokens on, its buffers."""
+    """Return the length of a static layer that has room for k and v and, from its first tokens on, its buffers."""
     length, count = layer.cumulative_length, k.shape[1]
     if length.device.type == "cpu" or CHECK_VALUES:
         length = int(length)
@@ -353,7 +353,7 @@ def _keep_spare(layer: Any, keys: Tensor, values: Tensor) -> None:
 
 
 def cache_spare_bytes(cache: Any) -> int:
-    """Bytes that the tensors of a transformers cache keep in memory beyond the keys and values that they show.
+    """Return bytes that the tensors of a transformers cache keep in memory beyond the keys and values that they show.
 
     `append_to_layer_`, and with it `patch`, leaves a dynamic layer room for max(16, an eighth of its tokens) more
     tokens, so that not every token copies the cache; static layers have none. `compact_cache_` gives it back.
@@ -388,7 +388,7 @@ def compact_cache_(cache: Any) -> int:
 
 
 def _held(cache: Any) -> list[tuple[Any, Any, Tensor]]:
-    """Where a cache holds its growing tensors (layer and attribute, or list and index), and the tensors."""
+    """Return where a cache holds its growing tensors (layer and attribute, or list and index), and the tensors."""
     if hasattr(cache, "layers"):
         grown = [layer for layer in cache.layers if type(layer).__name__ == "DynamicLayer" and layer.is_initialized]
         return [(layer, name, getattr(layer, name)) for layer in grown for name in ("keys", "values")]
@@ -399,7 +399,7 @@ def _held(cache: Any) -> list[tuple[Any, Any, Tensor]]:
 
 
 def _reserve(layer: Any, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [batch, heads, ≥ length + tokens, head_dim] that begin with the layer's.
+    """Return the keys and values [batch, heads, ≥ length + tokens, head_dim] that begin with the layer's.
 
     Rows that anyone has seen are never written again: the rows behind `length` are free only if the layer still holds
     the very tensors that it was given by the last append; what was cropped, reordered or shared is copied.

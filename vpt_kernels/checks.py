@@ -79,13 +79,13 @@ def require_disjoint(written: Mapping[str, Tensor], read: Mapping[str, Tensor | 
 
 
 def _reach(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Return the bytes from the first element to the end of the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.element_size()
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a byte in common; exact for strides of any kind."""
+    """Return whether two tensors have a byte in common; exact for strides of any kind."""
     if a.device != b.device or a.device.type == "meta" or not a.numel() or not b.numel():
         return False
     distance = b.data_ptr() - a.data_ptr()
@@ -130,7 +130,7 @@ class _Addresses:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two indices name the same memory."""
+    """Return whether two indices name the same memory."""
     if not tensor.numel():
         return False
     reach = 0
@@ -165,7 +165,7 @@ def require_segments(ends: Tensor, tokens: int) -> None:
 
 
 def require_integer(name: str, value: Any, low: float, high: int | None = None) -> int:
-    """The integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
+    """Return the integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -206,5 +206,7 @@ def require_flag(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as messages name it: its type where it is no plain value, because a tensor's would have to be read."""
+    """Return a value as messages name it: its type where it is no plain value, because a tensor's would have to be
+    read.
+    """
     return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"

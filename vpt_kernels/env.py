@@ -67,7 +67,7 @@ def _remedies() -> list[str]:
 
 
 def report() -> str:
-    """The environment as text, one `name: value` per line, ending with what to do if something is missing."""
+    """Return the environment as text, one `name: value` per line, ending with what to do if something is missing."""
     rows = [
         ("vpt_kernels", vpt_kernels.__version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),

@@ -43,7 +43,7 @@ _QWEN, _DINOV2, _SAM, _PROJECTOR = ((rule, rule.make(nn.Module.forward)) for rul
 
 
 def _served(layer: type[nn.Module], kernel: tuple[Rule, Serve], module: nn.Module, *inputs: Any) -> Any:
-    """What the kernel makes of the call, or the own forward of the class that `layer` was mapped to."""
+    """Return what the kernel makes of the call, or the own forward of the class that `layer` was mapped to."""
     rule, serve = kernel
     try:
         return serve(module, CALLS, *inputs)

@@ -25,7 +25,7 @@ ORIENTATION = 0x0112
 def decode_image(
     image: Any, max_pixels: int | None = None, *, orient_files: bool = True, notices: list[str] | None = None
 ) -> Tensor:
-    """The pixels of `image` as RGB, uint8 [height, width, 3], contiguous.
+    """Return the pixels of `image` as RGB, uint8 [height, width, 3], contiguous.
 
     image: a PIL image; a path, an open binary file or the bytes of an image file; or pixels as a uint8 numpy array or
     tensor [height, width, 3]. Other modes (palette, grey, alpha, 16-bit, CMYK) are converted as Pillow's
@@ -47,7 +47,7 @@ def decode_image(
 
 
 def pillow_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB as Pillow converts it: transparency is dropped, and what lies beneath it is seen."""
+    """Return the image as RGB as Pillow converts it: transparency is dropped, and what lies beneath it is seen."""
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -84,7 +84,9 @@ def pixels_of(
 
 
 def orientation_notice(image: Any) -> str | None:
-    """What to tell the owner of a PIL image whose EXIF says that its pixels are not upright; None for all else."""
+    """Return what to tell the owner of a PIL image whose EXIF says that its pixels are not upright; None for all
+    else.
+    """
     if not isinstance(image, Image.Image):
         return None
     try:

@@ -20,7 +20,7 @@ the table beside the kernel holds, with its reasons. Nothing is ever tuned while
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """A context in which kernels are launched on `tensor`'s device, on that device's current stream."""
+    """Return a context in which kernels are launched on `tensor`'s device, on that device's current stream."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return _CURRENT
     return torch.cuda.device(tensor.device)
@@ -38,6 +38,6 @@ def _capability(index: int) -> int:
 
 
 def tuned(tensor: torch.Tensor, kernel: str, size: str, default: Launch) -> Launch:
-    """The launch of `kernel` for a size class on `tensor`'s architecture, of `default`'s type."""
+    """Return the launch of `kernel` for a size class on `tensor`'s architecture, of `default`'s type."""
     values = TUNED.get(f"sm_{capability(tensor)}", {}).get(kernel, {}).get(size)
     return default if values is None else cast(Launch, getattr(type(default), "_make", tuple)(values))

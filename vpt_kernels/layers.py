@@ -59,7 +59,7 @@ class RoiPatchEmbed(nn.Module):
     def forward(
         self, images: Sequence[Tensor], boxes: Sequence[Sequence[int]] | None = None
     ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-        """Tokens [Σ patches, E] and the grid (height, width) in patches of each box; default: every whole image.
+        """Return tokens [Σ patches, E] and the grid (height, width) in patches of each box; default: every whole image.
 
         images: uint8 [height, width, 3]; boxes: (image, left, top, right, bottom), see `plan_regions`.
         """
@@ -119,7 +119,7 @@ class ControlCrossAttention(nn.Module):
         return self
 
     def forward(self, features: Tensor, control: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """[tokens, H]; arguments as of `control_cross_attention`."""
+        """Return [tokens, H]; arguments as of `control_cross_attention`."""
         return control_cross_attention(features, control, self.projector, cu_seqlens)
 
 
@@ -160,7 +160,7 @@ class AppendVisualKV(nn.Module):
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> Tensor:
-        """The rotated q; k and v are written into the caches."""
+        """Return the rotated q; k and v are written into the caches."""
         return append_visual_kv(
             q,
             k,

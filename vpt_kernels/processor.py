@@ -29,7 +29,7 @@ Qwen2-VL's, which Qwen2.5-VL shares."""
 
 
 def _installed_rgb(image: Image.Image) -> Image.Image | np.ndarray:
-    """The image as RGB as the installed transformers converts it, or Pillow where there is none."""
+    """Return the image as RGB as the installed transformers converts it, or Pillow where there is none."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     try:
@@ -41,7 +41,7 @@ def _installed_rgb(image: Image.Image) -> Image.Image | np.ndarray:
 
 
 def plain_patch_embed(model: nn.Module) -> Any:
-    """The model's patch embedding, whose weight says all that it does.
+    """Return the model's patch embedding, whose weight says all that it does.
 
     Raises:
         ValueError: there is none or several, or it does more than its weight says.
@@ -108,7 +108,7 @@ class QwenVLImageProcessor:
     def of(
         cls, model: nn.Module, image_processor: Any = None, *, pass_order: str = "installed"
     ) -> QwenVLImageProcessor:
-        """The processor of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model of transformers.
+        """Return the processor of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model of transformers.
 
         Args:
             model: contains one patch embedding of the family; its weight's device and dtype are the embeddings'.
@@ -157,7 +157,7 @@ class QwenVLImageProcessor:
         )
 
     def __call__(self, images: Any, boxes: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
-        """Patch embeddings and grids, under the names of a model's arguments.
+        """Return the patch embeddings and grids, under the names of a model's arguments.
 
         Args:
             images: one image or a list: PIL images, paths, open files, bytes of image files, or uint8
@@ -181,7 +181,7 @@ class QwenVLImageProcessor:
         return {"pixel_values": tokens, "image_grid_thw": grids.to(device)}
 
     def patches(self, images: Any, boxes: Sequence[Sequence[int]] | None = None) -> Tensor:
-        """The uint8 patches [Σ patches, p·p·3] behind the embeddings; arguments as of the call."""
+        """Return the uint8 patches [Σ patches, p·p·3] behind the embeddings; arguments as of the call."""
         return roi_patches(*self._plan(images, boxes))
 
     def _plan(self, images: Any, boxes: Sequence[Sequence[int]] | None) -> tuple[list[Tensor], RegionPlan]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def cuda_home() -> Path | None:
-    """The folder of the toolkit, found where torch.utils.cpp_extension looks for it, or None."""
+    """Return the folder of the toolkit, found where torch.utils.cpp_extension looks for it, or None."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         return Path(named)
@@ -26,7 +26,7 @@ def cuda_home() -> Path | None:
 
 
 def nvcc_version(home: Path) -> str | None:
-    """The release that the toolkit's nvcc says it is, such as "13.0"; None if it does not say one."""
+    """Return the release that the toolkit's nvcc says it is, such as "13.0"; None if it does not say one."""
     try:
         said = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
@@ -36,7 +36,7 @@ def nvcc_version(home: Path) -> str | None:
 
 
 def toolkit_of(nvcc: Path) -> Path | None:
-    """The folder whose headers an nvcc takes, wherever the command itself stands; None if it does not say."""
+    """Return the folder whose headers an nvcc takes, wherever the command itself stands; None if it does not say."""
     command = [str(nvcc), "--dryrun", "-c", "-x", "cu", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     found = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.MULTILINE)
@@ -44,7 +44,8 @@ def toolkit_of(nvcc: Path) -> Path | None:
 
 
 def toolkit_problem(torch_cuda: str | None) -> str | None:
-    """Why the CUDA kernels cannot be built here, with the remedy, in one line; None if nothing speaks against it.
+    """Return why the CUDA kernels cannot be built here, with the remedy, in one line; None if nothing speaks against
+    it.
 
     Args:
         torch_cuda: `torch.version.cuda`, the release that torch was built with; None for a build without CUDA.
@@ -71,7 +72,7 @@ def toolkit_problem(torch_cuda: str | None) -> str | None:
 
 
 def trial_problem(home: Path) -> str | None:
-    """Why the toolkit's nvcc cannot compile an empty kernel, which takes it a second; None if it can."""
+    """Return why the toolkit's nvcc cannot compile an empty kernel, which takes it a second; None if it can."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "trial.cu"), Path(folder, "trial.o")
         source.write_text("__global__ void trial() {}\n")

@@ -37,7 +37,7 @@ def require_kind(kind: Any) -> None:
 
 
 def require_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """The integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
+    """Return the integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -56,7 +56,9 @@ def require_type(name: str, value: Any, kind: type | tuple[type, ...], what: str
 
 
 def shown(value: Any) -> str:
-    """A value as messages name it: its type where it is no plain value, because a tensor's would have to be read."""
+    """Return a value as messages name it: its type where it is no plain value, because a tensor's would have to be
+    read.
+    """
     return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"
 
 
@@ -232,7 +234,8 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> ModelConfig:
-    """The ModelConfig of a `config.json`; `names` are the tensors' names, which tell the kind where the file does not.
+    """Return the ModelConfig of a `config.json`; `names` are the tensors' names, which tell the kind where the file
+    does not.
 
     Fields that only matter in training, and token ids (they come from the tokenizer), are ignored. The published files
     do not shape their re-encoders, which are the large ones; sections `dinov2` and `sam_vision` change that. Raises
@@ -289,7 +292,7 @@ _TEXT_FIELDS = (*_SIZES, *_CONSTANTS, "hidden_act", "use_sliding_window", "layer
 
 
 def _flattened(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a `config.json` where files before transformers 4.52 have them.
+    """Return the fields of a `config.json` where files before transformers 4.52 have them.
 
     `text_config` wins over the top, as in transformers; `rope_parameters` holds what were `rope_theta` and
     `rope_scaling`.
@@ -316,7 +319,7 @@ def _flattened(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that `kind` has fields for."""
+    """Return those of `values` that `kind` has fields for."""
     known = {item.name: item.type for item in fields(kind) if item.name in values}
     found, bad = {}, {}
     for name, form in known.items():

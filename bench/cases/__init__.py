@@ -30,7 +30,7 @@ class Sweep:
 
 
 def sweep(op: str, workload: Any) -> Sweep | None:
-    """The series of a workload along its `sweep`: all rows of the operator that differ in that field only."""
+    """Return the series of a workload along its `sweep`: all rows of the operator that differ in that field only."""
     axis = workload.sweep
     if not axis:
         return None
@@ -83,7 +83,7 @@ def require_close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> 
 
 
 def absent(package: str) -> str | None:
-    """Why an alternative of this package cannot run, or None."""
+    """Return why an alternative of this package cannot run, or None."""
     return None if find_spec(package) else f"{package} is not installed"
 
 
@@ -105,7 +105,7 @@ class Alternative:
     peer: str | None = None
 
     def calls(self, problems: Sequence[Any], *arguments: Any) -> list[Any] | str:
-        """The call on each of a row's problems, which differ in their buffers only, or why there is none.
+        """Return the call on each of a row's problems, which differ in their buffers only, or why there is none.
 
         arguments: what a call takes; a peer's is tried with them.
         """
@@ -122,14 +122,14 @@ class Alternative:
 
 
 def has_onednn(problem: Any) -> str | None:
-    """Why a float32 product on a CPU cannot go through oneDNN, or None; for `Alternative.available`."""
+    """Return why a float32 product on a CPU cannot go through oneDNN, or None; for `Alternative.available`."""
     if problem.device != "cpu" or problem.workload.dtype != "float32":
         return "for float32 on a CPU, where torch takes MKL"
     return None if torch.backends.mkldnn.is_available() else "this torch has no oneDNN"
 
 
 def workspace(call: Call, device: str, outputs: int) -> int | None:
-    """Peak bytes that a call of ours takes from torch's allocator beyond its `outputs`.
+    """Return the peak bytes that a call of ours takes from torch's allocator beyond its `outputs`.
 
     None on a CPU, where libraries take their buffers from malloc and nothing counts them.
     """
@@ -146,7 +146,9 @@ def workspace(call: Call, device: str, outputs: int) -> int | None:
 
 
 def smooth_pixels(height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3] without detail: who takes another tap here and there is still recognised as right."""
+    """Return uint8 [height, width, 3] without detail: who takes another tap here and there is still recognised as
+    right.
+    """
     coarse = torch.from_numpy(np.random.default_rng(0).random((1, 3, 12, 16), dtype=np.float32))
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
     return np.ascontiguousarray((smooth * 255).byte().permute(1, 2, 0).numpy())

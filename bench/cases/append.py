@@ -47,7 +47,7 @@ class Buffers:
         )
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """The rows of both caches at our slots."""
+        """Return the rows of both caches at our slots."""
         return tuple(c.view(-1, *t.shape[1:])[self.slots] for c, t in ((self.k_cache, self.k), (self.v_cache, self.v)))
 
     def forget(self) -> None:
@@ -60,7 +60,7 @@ class Buffers:
         )
 
     def rotated_in_place(self) -> Tensor:
-        """What `in_place` makes of q, which afterwards holds what it held."""
+        """Return what `in_place` makes of q, which afterwards holds what it held."""
         before = self.q.clone()
         self.in_place()
         after = self.q.clone()
@@ -123,7 +123,7 @@ class TransformersAppend:
         return rotated[0].transpose(0, 1)
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [tokens, heads, head_dim] that the last call appended."""
+        """Return the keys and values [tokens, heads, head_dim] that the last call appended."""
         layer, tokens = self.static.layers[0], self.buffers.workload.tokens
         return tuple(t[0, :, :tokens].transpose(0, 1) for t in (layer.keys, layer.values))
 
@@ -135,7 +135,7 @@ def _compiled(buffers: Buffers) -> Call:
 
 
 def _flashinfer(buffers: Buffers) -> Call:
-    """The rotation by PyTorch, as FlashInfer has none for three position rows, then its paged append."""
+    """Return the rotation by PyTorch, as FlashInfer has none for three position rows, then its paged append."""
     import flashinfer
 
     tokens, page_size = buffers.k.shape[0], buffers.k_cache.shape[1]

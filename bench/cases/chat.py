@@ -40,20 +40,20 @@ class Turn:
         return chat
 
     def take(self, chat: Chat) -> Answer:
-        """The turn."""
+        """Return the turn."""
         image = self.other if self.workload.turn == "image" else None
         looks = [ZOOM] if self.workload.turn == "zoom" else None
         return chat.ask(QUESTION, image, looks=looks, max_new_tokens=1, keep_logits=True)
 
     def ours(self) -> Tensor:
-        """Logits of the first answer token."""
+        """Return the logits of the first answer token."""
         logits = self.take(self.chat).logits[0]
         self.chat.rewind()
         self.engine.executor.fed.clear()
         return logits
 
     def anew(self) -> Tensor:
-        """The same, from an empty cache."""
+        """Return the same, from an empty cache."""
         with self._first() as chat:
             logits = self.take(chat).logits[0]
         self.engine.executor.fed.clear()
@@ -83,7 +83,7 @@ class Live:
         self.before, self.rest, self.picture = turn.before, turn.ids[turn.before :], new
 
     def ours(self) -> Tensor:
-        """Logits of the first answer token."""
+        """Return the logits of the first answer token."""
         self._append(self.rest, self.picture)
         logits = self.chat.generate(**OPTIONS).logits[0][0]
         forget(self.chat, self.before)
@@ -114,7 +114,7 @@ ALTERNATIVES = (ANEW, LIVE)
 
 
 def build(workload: ChatTurn, device: str) -> Case:
-    """A turn of `Chat` up to its first answer token."""
+    """Return a turn of `Chat` up to its first answer token."""
     turn = Turn(workload, device)
     others = {one.name: one.calls([turn]) for one in ALTERNATIVES}
 

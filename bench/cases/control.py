@@ -39,7 +39,7 @@ def eager(
     linear: tuple[Tensor, Tensor],
     product: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
-    """[images, tokens, D] features ("conv": [images, C, h, w]) and [images, H] control → [images · tokens, H]."""
+    """Map features [images, tokens, D] ("conv": [images, C, h, w]) and control [images, H] to [images · tokens, H]."""
     f = features
     if form == "conv":
         channels = f.permute(0, 2, 3, 1)
@@ -96,11 +96,11 @@ class Problem:
         return control_cross_attention(self.features, self.control, self.weights.folded)
 
     def published(self, composition: Callable[..., Tensor], *more: object) -> Callable[[], Tensor]:
-        """A call of the published composition."""
+        """Return a call of the published composition."""
         return lambda: composition(self.features, self.control, *self.weights.published, *more)
 
     def exact(self) -> Tensor:
-        """The published composition in float64."""
+        """Return the published composition in float64."""
         form, *pairs = self.weights.published
         wide = (pair and tuple(tensor.double() for tensor in pair) for pair in pairs)
         return eager(self.features.double(), self.control.double(), form, *wide)

@@ -37,7 +37,7 @@ class Decoding:
         return Decoded(self)
 
     def ours(self) -> float:
-        """Seconds per token of every row."""
+        """Return the seconds per token of every row."""
         return self._ours()[0]
 
     def _ours(self) -> tuple[float, list[list[int]]]:
@@ -55,7 +55,7 @@ class Decoding:
         return (times[-1] - times[0]) / self.count, ids
 
     def read(self) -> float:
-        """Seconds to read the weights that a token needs, once."""
+        """Return the seconds to read the weights that a token needs, once."""
         begin = time.perf_counter()
         for weight in self.weights:
             weight.sum()
@@ -100,7 +100,7 @@ class Decoded:
         return seconds, [list(row) for row in zip(*ids)]
 
     def _step(self, embeds: Tensor, positions: Tensor) -> list[int]:
-        """The next token of every row, from embeddings [batch, T, H] at the same positions [3, T]."""
+        """Return the next token of every row, from embeddings [batch, T, H] at the same positions [3, T]."""
         return self.model.lm_head(continued(self.model, self.cache, embeds, positions)).argmax(-1).tolist()
 
 

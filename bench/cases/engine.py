@@ -122,7 +122,7 @@ class Problem:
         return Continued(self)
 
     def ours(self) -> float:
-        """Seconds from the trigger token to the first answer token."""
+        """Return the seconds from the trigger token to the first answer token."""
         return self._ours()[0]
 
     def _ours(self) -> tuple[float, Tensor]:
@@ -159,7 +159,7 @@ class Problem:
         self.stages.setdefault(name, []).append(stages)
 
     def timeline(self) -> dict[str, dict[str, float]]:
-        """Medians over all calls, in the order in which the stages begin."""
+        """Return the medians over all calls, in the order in which the stages begin."""
         return {
             name: {stage: median(call.get(stage, 0.0) for call in calls) for stage in calls[-1]}
             for name, calls in self.stages.items()
@@ -225,7 +225,7 @@ class Continued:
         self.cache.crop(self.length - self.cache.get_seq_length())
 
     def look(self) -> Tensor:
-        """Logits of the first answer token."""
+        """Return the logits of the first answer token."""
         *earlier, chunk = self.second
         for one in earlier:
             with nullcontext() if self.boxes else self.clock("perceive"):

@@ -89,7 +89,9 @@ MAKERS = {
 
 
 def build(name: str, device: str) -> Case:
-    """A case without alternatives: `CALLS` calls, by the processor's clock, of which nobody waits for the device."""
+    """Return a case without alternatives: `CALLS` calls, by the processor's clock, of which nobody waits for the
+    device.
+    """
     make, shape = MAKERS[name]
     call, check = make(device)
 

@@ -30,7 +30,7 @@ class _Words:
 
 
 def conversation(model: Any) -> LiveConversation:
-    """A live conversation whose texts are numbers, the ids themselves; it stops at no token."""
+    """Return a live conversation whose texts are numbers, the ids themselves; it stops at no token."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from vpt_kernels.live import LiveConversation
@@ -72,7 +72,7 @@ class Turn:
         self.cache = self._first_turn()
 
     def ours(self) -> Tensor:
-        """Logits of the first answer token."""
+        """Return the logits of the first answer token."""
         self._extend()
         out = self.chat.generate(**OPTIONS)
         forget(self.chat, self.before)
@@ -87,7 +87,7 @@ class Turn:
         return self.plain.generate(ids, **kinds, **given, **OPTIONS).logits[0][0]
 
     def by_hand(self) -> Tensor:
-        """One forward call over its own cache with explicit positions."""
+        """Return one forward call over its own cache with explicit positions."""
         known, new = self.before - 1, self._pixels()
         ids = torch.tensor([self.ids[known:]], device=self.device)
         given = {name: tensor.to(self.device) for name, tensor in new.items()}
@@ -147,7 +147,7 @@ def _weights(preset: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def build(workload: LiveTurn, device: str) -> Case:
-    """A turn of `LiveConversation` up to its first answer token."""
+    """Return a turn of `LiveConversation` up to its first answer token."""
     if missing := absent("transformers"):
         others: dict[str, Any] = {one.name: missing for one in ALTERNATIVES}
         return Case("live turn", workload.shape, workload.dtype, device, [lambda: None], others, lambda: None, None)

@@ -73,7 +73,7 @@ ALTERNATIVES = (*IMAGE_ALTERNATIVES, NOT_PATCHED)
 
 
 def _without_transformers(workload: Any, device: str, alternatives: Sequence[Alternative], reason: str) -> Case:
-    """The row that says why it was not measured."""
+    """Return the row that says why it was not measured."""
     absent_ones = {one.name: reason for one in alternatives}
     return Case("drop-in", workload.shape, workload.dtype, device, [lambda: None], absent_ones, lambda: None, None)
 
@@ -136,7 +136,7 @@ class _Decoder:
 
 
 def build_decode(workload: DropInDecode, device: str) -> Case:
-    """A few tokens through two instances over the same weights, of which one is patched."""
+    """Return a few tokens through two instances over the same weights, of which one is patched."""
     if missing := absent("transformers"):
         return _without_transformers(workload, device, [NOT_PATCHED], missing)
     config, state = _weights(workload.preset)

@@ -75,7 +75,9 @@ class Problem:
         return plan_regions([self.size], boxes, self.policy)
 
     def crop_bytes(self, boxes: list[Box]) -> int:
-        """Bytes of the image that the boxes' results depend on: whole lines, of those that the NEAREST step takes."""
+        """Return the bytes of the image that the boxes' results depend on: whole lines, of those that the NEAREST step
+        takes.
+        """
         longest, read = self.workload.longest_edge, 0
         for _, left, top, right, bottom in boxes:
             width, height = right - left, bottom - top
@@ -131,7 +133,7 @@ class Problem:
         linear: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
         resize: Callable[[Tensor, tuple[int, int]], Tensor] = _interpolate,
     ) -> Tensor:
-        """Pixels as they are: scale and offset are in the weight and the bias."""
+        """Return the pixels as they are: scale and offset are in the weight and the bias."""
         matrices = []
         for pixels, rows, columns in self.resized(boxes, resize):
             blocks = pixels.reshape(3, rows // 2, 2, PATCH, columns // 2, 2, PATCH).permute(1, 4, 2, 5, 3, 6, 0)
@@ -163,7 +165,7 @@ class Problem:
 
 
 def _folded(convolution: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight [embed, pixels of a patch in the order y, x, channel] and bias for pixels of 0 … 255."""
+    """Return the weight [embed, pixels of a patch in the order y, x, channel] and bias for pixels of 0 … 255."""
     weight = convolution.double().sum(2)
     mean, std = (
         torch.tensor(values, dtype=torch.double, device=weight.device)[:, None, None] for values in (MEAN, STD)
@@ -174,7 +176,7 @@ def _folded(convolution: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _operand(problem: Problem) -> Tensor:
-    """A patch matrix of the row's size, of whatever values."""
+    """Return a patch matrix of the row's size, of whatever values."""
     rows = problem.plan(problem.boxes()).rows
     return torch.randn(rows, 3 * PATCH * PATCH, device=problem.device).to(problem.dtype)
 
@@ -292,7 +294,7 @@ def build(workload: Roi, device: str) -> Case:
 
 
 def build_patches(workload: Roi, device: str) -> Case:
-    """The resampling alone, without embedding."""
+    """Return the resampling alone, without embedding."""
     problem = Problem(workload, device)
     boxes = problem.boxes()
     plan = problem.plan(boxes)

@@ -46,7 +46,7 @@ def preset_of(name: str) -> ModelConfig:
 
 
 def drawn(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Random weights that keep activations of order one, made where they are used."""
+    """Return random weights that keep activations of order one, made where they are used."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     state = {}
     for name, shape in expected_shapes(config).items():
@@ -135,7 +135,7 @@ def _token_seconds(engine: Engine) -> tuple[float, float]:
 
 
 def _step(engine: Engine, bucket: Bucket) -> Any:
-    """What runs a bucket: the replay of its graph, or on a CPU the step itself."""
+    """Return what runs a bucket: the replay of its graph, or on a CPU the step itself."""
     if DEVICE == "cuda":
         steps = engine.executor.graphs.steps
         return steps[smallest(steps, *bucket)].graph.replay

@@ -21,7 +21,7 @@ def _module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def build(target: str) -> Part:
-    """The extension for this GPU alone: the machine code of all four targets takes minutes more."""
+    """Return the extension for this GPU alone: the machine code of all four targets takes minutes more."""
     command = (sys.executable, "setup.py", "-q", "build_ext")
     command += ("--build-lib", str(BUILD), "--build-temp", str(BUILD / "objects")) if REHEARSAL else ("--inplace",)
     environment = {"TORCH_CUDA_ARCH_LIST": target, "MAX_JOBS": str(os.cpu_count() or 4)}

@@ -16,7 +16,7 @@ OPERATOR_US = 10.0
 
 
 def load(path: Path) -> list[Line]:
-    """The lines that are whole; a run that was killed may have left half of its last one."""
+    """Return the lines that are whole; a run that was killed may have left half of its last one."""
     lines = []
     for text in path.read_text().splitlines():
         try:
@@ -31,14 +31,14 @@ def named(lines: Sequence[Line], name: str) -> Iterator[Line]:
 
 
 def where(lines: Sequence[Line]) -> str:
-    """The machine, in a line."""
+    """Return the machine, in a line."""
     e = next(named(lines, "environment"), {})
     what = e.get("gpu") or f"{e.get('cpu')}, a rehearsal: no number here means anything"
     return f"{what}, torch {e.get('torch')}, commit {e.get('commit')}, {str(e.get('date'))[:10]}"
 
 
 def targets(lines: Sequence[Line]) -> list[tuple[str, float, str]]:
-    """(target, reached / wanted, what was measured)."""
+    """Return (target, reached / wanted, what was measured)."""
     rows = []
     decoded = list(named(lines, "decode"))
     for line in decoded:

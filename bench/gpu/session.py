@@ -86,7 +86,7 @@ class Session:
         return self.ended
 
     def _next(self, waiting: Sequence[Part]) -> Part | None:
-        """The first part that may begin now."""
+        """Return the first part that may begin now."""
         if any(not running.part.background for running in self.running.values()):
             front = waiting[0]
             return front if front.beside and self._is_ready(front) else None
@@ -160,7 +160,7 @@ class Session:
 
 
 def _processes_of(part: str, results: Path) -> Iterator[int]:
-    """Processes that were started by a part of this session, whatever became of their parents and groups."""
+    """Yield the processes that were started by a part of this session, whatever became of their parents and groups."""
     marks = {f"{PART}={part}".encode(), f"{RESULTS}={results}".encode()}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():

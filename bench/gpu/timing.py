@@ -16,7 +16,7 @@ SLEEP_CYCLES = 3_000_000
 
 
 def device_seconds(call: Callable[[], object], calls: int = 1, rounds: int = ROUNDS) -> tuple[float, float, float]:
-    """Median, least and largest seconds of one call, over `rounds` of `calls` calls each.
+    """Return median, least and largest seconds of one call, over `rounds` of `calls` calls each.
 
     On a GPU between two events on the stream; work queued before the first one hides the launches behind it. On the
     CPU by the wall clock.
@@ -43,7 +43,7 @@ def device_seconds(call: Callable[[], object], calls: int = 1, rounds: int = ROU
 
 
 def graph_of(call: Callable[[], object], calls: int = 1) -> Callable[[], object]:
-    """What repeats `calls` calls by replaying a graph; on the CPU by calling."""
+    """Return what repeats `calls` calls by replaying a graph; on the CPU by calling."""
 
     def several() -> None:
         for _ in range(calls):
@@ -63,7 +63,7 @@ def graph_of(call: Callable[[], object], calls: int = 1) -> Callable[[], object]
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second that a copy of 1 GiB reads and writes, in this process and now."""
+    """Return the bytes per second that a copy of 1 GiB reads and writes, in this process and now."""
     size = 1 << (22 if REHEARSAL else 30)
     source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)

@@ -26,7 +26,7 @@ Numbers = dict[str, int]
 
 
 def numbers(tally: Tally) -> Numbers:
-    """A tally as plain numbers; a read of a token is a wait and no copy."""
+    """Return a tally as plain numbers; a read of a token is a wait and no copy."""
     return {
         "kernels": tally.kernels,
         "replays": tally.replays,

@@ -54,7 +54,7 @@ def counts(preset: str) -> dict[str, Tally]:
 
 
 def _model(gpu: Pretended, preset: str, kind: str) -> Model:
-    """A model of true shapes whose weights have no values."""
+    """Return a model of true shapes whose weights have no values."""
     config = replace(PRESETS[preset], kind=kind)
     shapes = expected_shapes(config).items()
     return Model.from_state(config, {name: gpu.empty(shape, torch.bfloat16) for name, shape in shapes})
@@ -80,7 +80,7 @@ def _watch_caches(gpu: Pretended) -> None:
 
 
 def _marks(engine: Engine, gpu: Pretended, answer: str) -> list[Tally]:
-    """The tally at the trigger token, then at every answer token."""
+    """Return the tally at the trigger token, then at every answer token."""
     triggers = {engine.ids.region_end, engine.ids.action_start}
     marks: list[Tally] = []
     looked = False

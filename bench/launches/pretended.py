@@ -170,7 +170,7 @@ class Pretended:
         self.tally.read += one.read + one.cached * self.share()
 
     def weigh(self, tensors: Sequence[Tensor]) -> tuple[float, float]:
-        """Bytes of tensors that a kernel reads, and apart those of the caches' buffers."""
+        """Return the bytes of tensors that a kernel reads, and apart those of the caches' buffers."""
         read = cached = 0.0
         for tensor in tensors:
             if tensor.untyped_storage()._cdata in self._caches:
@@ -381,7 +381,7 @@ class _Dispatch(TorchDispatchMode):
         return self.gpu.pin(result) if pinned else result
 
     def _operator(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """An operator of this project: the launches of its Triton implementation."""
+        """Return the result of an operator of this project, and count the launches of its Triton implementation."""
         name = function.overloadpacket.__name__
         module = importlib.import_module(_TRITON_MODULES[name.removesuffix("_into").rstrip("_")])
         with self:

@@ -207,7 +207,7 @@ def _lines(definition: Definition, folder: Path) -> Iterator[str]:
 
 
 def write(folder: Path) -> list[Path]:
-    """The trace set under `folder`; returns its definitions' files."""
+    """Return the trace set under `folder`; returns its definitions' files."""
     written = []
     for definition in definitions():
         path = folder / "definitions" / definition.op / f"{definition.name}.json"

@@ -36,7 +36,7 @@ _Result = TypeVar("_Result")
 def rotary_table(
     max_positions: int, rotary_dim: int, theta: float = 1e6, device: torch.device | str | None = None
 ) -> Tensor:
-    """cos and sin of every position: float32 [max_positions, rotary_dim], cosines in the first half.
+    """Return the cos and sin of every position: float32 [max_positions, rotary_dim], cosines in the first half.
 
     Source: default rotary embedding of transformers (float32 frequencies θ^(−2i/rotary_dim)).
 
@@ -194,7 +194,7 @@ def _check_caches(
 
 
 def _cache_dtype(k: Tensor, k_cache: Tensor) -> torch.dtype:
-    """The dtype that both caches must have: float8 if the keys' is that, else k's."""
+    """Return the dtype that both caches must have: float8 if the keys' is that, else k's."""
     found = getattr(k_cache, "dtype", None)
     if found == torch.uint8:
         raise TypeError(

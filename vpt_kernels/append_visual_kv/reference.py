@@ -13,7 +13,7 @@ FLOAT8_MAX = 448.0
 
 
 def _axes(sections: tuple[int, int, int], interleaved: bool) -> list[int]:
-    """Which position row rotates each half-dimension."""
+    """Return which position row rotates each half-dimension."""
     if not interleaved:
         return [axis for axis, count in enumerate(sections) for _ in range(count)]
     axes = [0] * sum(sections)
@@ -23,7 +23,7 @@ def _axes(sections: tuple[int, int, int], interleaved: bool) -> list[int]:
 
 
 def _cos_sin(table: Tensor, positions: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token, [T, 1, rotary_dim / 2]."""
+    """Return the cos and sin of every token, [T, 1, rotary_dim / 2]."""
     if table.device.type == "cpu" and positions.numel():
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= table.shape[0]:
@@ -46,7 +46,9 @@ def _normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rotated x, computed in float32 (float64 for float64) and rounded to `dtype`; the rest of each row as it is."""
+    """Return rotated x, computed in float32 (float64 for float64) and rounded to `dtype`; the rest of each row as it
+    is.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
     half = cos.shape[-1]
     first, second = wide[..., :half], wide[..., half : 2 * half]

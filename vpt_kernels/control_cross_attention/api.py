@@ -127,7 +127,8 @@ def fold_projector(
 
 
 def scored(projector: ControlProjector, score: bool | None = None) -> ControlProjector:
-    """The projector with its score maps folded anew from its weights, or without them; `score` as in `fold_projector`.
+    """Return the projector with its score maps folded anew from its weights, or without them; `score` as in
+    `fold_projector`.
 
     For weights that were changed after folding. Computed in float64, rounded once to float32.
 
@@ -227,7 +228,7 @@ _WIDEST_ROW = 16384
 
 
 def _declined(projector: ControlProjector, control: Tensor | None) -> dict[str, str]:
-    """The backends that cannot run this form, and why."""
+    """Return the backends that cannot run this form, and why."""
     if projector.feature_weight is None:
         if projector.hidden_size <= _WIDEST_ROW:
             return _NOTHING

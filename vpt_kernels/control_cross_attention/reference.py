@@ -21,7 +21,7 @@ def _features(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """f, [tokens, H]."""
+    """Return f, [tokens, H]."""
     if weight is None:
         return features.flatten(0, -2)
     if features.dim() == 4:

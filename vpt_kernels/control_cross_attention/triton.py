@@ -282,7 +282,7 @@ class Condition(NamedTuple):
 
 
 def _conditions(control: Tensor, maps: Condition, columns: int, pdl: bool) -> Tensor:
-    """k, u and β of every image: float32 [images, H + columns], columns D + 1, or 0 in the identity form."""
+    """Return k, u and β of every image: float32 [images, H + columns], columns D + 1, or 0 in the identity form."""
     images, hidden = control.shape
     out = torch.empty((images, hidden + columns), dtype=torch.float32, device=control.device)
     size = "one image" if images == 1 else "images"

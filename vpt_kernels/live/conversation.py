@@ -158,7 +158,7 @@ class LiveConversation:
     def cut(
         self, box: Sequence[float], image: int = -1, coordinates: str = "pixels", clip: bool = False
     ) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """A crop's pixels, uint8 [height, width, 3], and its box in pixels, without appending it; as `crop`.
+        """Return a crop's pixels, uint8 [height, width, 3], and its box in pixels, without appending it; as `crop`.
 
         clip: cut off what lies outside the image and exchange borders in the wrong order instead of raising.
         """

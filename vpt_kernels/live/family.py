@@ -36,7 +36,7 @@ class Family:
 
     @classmethod
     def of(cls, model: Any) -> Family:
-        """The family of `model`; raises TypeError or ValueError with the reason where it cannot be followed."""
+        """Return the family of `model`; raises TypeError or ValueError with the reason where it cannot be followed."""
         if not isinstance(model, nn.Module) or not callable(getattr(model, "generate", None)):
             raise TypeError(f"model is a {type(model).__name__}; give a generating model of transformers")
         name, config, device = type(model).__name__, cast(Any, model.config), cast(torch.device, model.device)
@@ -70,7 +70,8 @@ class Family:
         return family
 
     def positions(self, ids: Sequence[int], grids: Sequence[Sequence[int]], start: int) -> tuple[Tensor, list[int]]:
-        """M-RoPE positions int64 [3, T] of a chunk that begins at position `start`, and the position behind each token.
+        """Return M-RoPE positions int64 [3, T] of a chunk that begins at position `start`, and the position behind each
+        token.
 
         grids: (frames, rows, columns) in patches, one per image of the chunk.
         """
@@ -95,11 +96,11 @@ class Family:
             self.core.rope_deltas = before
 
     def kinds(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The argument that tells a model's text from its images, for ids [1, T]."""
+        """Return the argument that tells a model's text from its images, for ids [1, T]."""
         return {"mm_token_type_ids": (tokens == self.image).int()}
 
     def count(self, grid: Sequence[int]) -> int:
-        """Visual tokens of an image of (frames, rows, columns) patches."""
+        """Return how many visual tokens an image of (frames, rows, columns) patches is."""
         frames, rows, columns = grid
         return frames * rows * columns // self.merge**2
 
@@ -128,7 +129,9 @@ def _first(config: Any, *names: str) -> int | None:
 
 
 def new_cache(model: Any, cache: Any, capacity: int | None) -> Any:
-    """An empty cache for `model`: "dynamic", "static" with room for `capacity` tokens, or the one that is given."""
+    """Return an empty cache for `model`: "dynamic", "static" with room for `capacity` tokens, or the one that is
+    given.
+    """
     from transformers import Cache, DynamicCache, StaticCache
 
     text = model.config.get_text_config()
@@ -150,18 +153,18 @@ def new_cache(model: Any, cache: Any, capacity: int | None) -> Any:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name under which `model` takes its cache: from transformers 5.24 on it is "cache"."""
+    """Return the name under which `model` takes its cache: from transformers 5.24 on it is "cache"."""
     parameters = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
 def capacity_of(cache: Any) -> int | None:
-    """Tokens that a cache of fixed size holds, or None for one that grows."""
+    """Return how many tokens a cache of fixed size holds, or None for one that grows."""
     return min((layer.max_cache_len for layer in cache.layers if type(layer).__name__ == "StaticLayer"), default=None)
 
 
 def cache_length(cache: Any) -> int:
-    """Tokens that a cache of transformers holds."""
+    """Return how many tokens a cache of transformers holds."""
     return int(cache.get_seq_length())
 
 

@@ -15,7 +15,7 @@ class Messages:
         self._answer: int | None = None  # where the ids of the answer to the last messages begin
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it stands."""
+        """Return the token ids of a text as it stands."""
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; it must be a string")
         return self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -23,7 +23,8 @@ class Messages:
     def joined(
         self, messages: Sequence[Mapping[str, Any]], ids: Sequence[int]
     ) -> tuple[list[dict[str, Any]], list[Any]]:
-        """The history with the last answer, read from `ids`, and the new messages; and the new messages' pictures.
+        """Return the history with the last answer, read from `ids`, and the new messages; and the new messages'
+        pictures.
 
         Raises:
             TypeError, ValueError: no message, or one that is not made of a role, texts and images.
@@ -39,14 +40,16 @@ class Messages:
         return history + new, pictures
 
     def rendered(self, history: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
-        """The history as text, with the header of the next answer."""
+        """Return the history as text, with the header of the next answer."""
         given = {"tokenize": False, "add_generation_prompt": True} | dict(options)
         if given["tokenize"] or not given["add_generation_prompt"]:
             raise ValueError("tokenize and add_generation_prompt follow from the conversation: leave them out")
         return self._processor.apply_chat_template(history, **given)
 
     def unanswered(self, ids: Sequence[int]) -> bool:
-        """Whether nothing stands behind the header that invites an answer: the next messages replace that header."""
+        """Return whether nothing stands behind the header that invites an answer: the next messages replace that
+        header.
+        """
         return self._answer == len(ids)
 
     def accept(self, history: list[dict[str, Any]], answer: int) -> None:
@@ -55,7 +58,7 @@ class Messages:
 
 
 def _separated(message: Mapping[str, Any], pictures: list[Any]) -> dict[str, Any]:
-    """The message without pixels; its pictures join `pictures`."""
+    """Return the message without pixels; its pictures join `pictures`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
         raise ValueError(f"a message is {message!r}; it must be a dictionary with a role and a content")
     content = message["content"]
@@ -83,7 +86,7 @@ def _separated(message: Mapping[str, Any], pictures: list[Any]) -> dict[str, Any
 
 
 def expanded(ids: Sequence[int], image: int, counts: Sequence[int]) -> tuple[list[int], list[range]]:
-    """`ids` with every image token repeated as often as its picture has visual tokens, and where they lie.
+    """Return `ids` with every image token repeated as often as its picture has visual tokens, and where they lie.
 
     Raises:
         ValueError: the template shows another number of images than there are.

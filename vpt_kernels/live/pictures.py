@@ -25,8 +25,9 @@ class Pictures:
         self._kernels = kernels and type(image_processor).__name__.endswith("Pil")
 
     def prepared(self, pixels: Tensor) -> tuple[tuple[int, ...], dict[str, Tensor] | None]:
-        """The grid (frames, rows, columns) of a picture, uint8 [height, width, 3], and its `inputs` where no weights
-        are in them: embeddings wait for the weights of the call that they are fed in."""
+        """Return the grid (frames, rows, columns) of a picture, uint8 [height, width, 3], and its `inputs` where no
+        weights are in them: embeddings wait for the weights of the call that they are fed in.
+        """
         ours = self._ours()
         if ours is not None:
             height, width = pixels.shape[:2]
@@ -35,7 +36,7 @@ class Pictures:
         return tuple(made["image_grid_thw"][0].tolist()), made
 
     def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
-        """`pixel_values` and `image_grid_thw` int64 [1, 3] of one picture, uint8 [height, width, 3]."""
+        """Return `pixel_values` and `image_grid_thw` int64 [1, 3] of one picture, uint8 [height, width, 3]."""
         ours = self._ours()
         if ours is not None:
             return ours(pixels)
@@ -53,14 +54,14 @@ class Pictures:
             return None  # another family, or a part that does something else: its own code is right by definition
 
     def resized(self, grid: Sequence[int]) -> tuple[int, int]:
-        """(height, width) of a picture as the model saw it, from its grid (frames, rows, columns) in patches."""
+        """Return (height, width) of a picture as the model saw it, from its grid (frames, rows, columns) in patches."""
         return grid[1] * self._theirs.patch_size, grid[2] * self._theirs.patch_size
 
 
 def box_in_pixels(
     box: Sequence[float], size: tuple[int, int], coordinates: str, resized: tuple[int, int], clip: bool = False
 ) -> tuple[int, int, int, int]:
-    """The whole pixels that a box (left, top, right, bottom) touches, of a picture of `size` (height, width).
+    """Return the whole pixels that a box (left, top, right, bottom) touches, of a picture of `size` (height, width).
 
     clip: cut what lies outside, and exchange borders in the wrong order, as models write them; else they are errors.
 

@@ -41,7 +41,8 @@ class ZoomAnswer:
 
 
 def parse_zoom_calls(text: str) -> list[Zoom]:
-    """The zooms that an answer asks for in the format of Qwen's `image_zoom_in_tool`, as DeepEyes writes it, too.
+    """Return the zooms that an answer asks for in the format of Qwen's `image_zoom_in_tool`, as DeepEyes writes it,
+    too.
 
     A call is `<tool_call>{"name": …, "arguments": {"bbox_2d": [left, top, right, bottom], "label": …, "img_idx": …}}
     </tool_call>`; `bbox` and `box` are read like `bbox_2d`, and arguments may be JSON in a string. What is no such call
@@ -118,7 +119,7 @@ def zoom(
 
 
 def _shown(answer: ZoomAnswer, request: Zoom, coordinates: str) -> list[dict[str, Any]]:
-    """The parts of a message that answer one request: the crop, or why there is none."""
+    """Return the parts of a message that answer one request: the crop, or why there is none."""
     try:
         pixels, box = answer.conversation.cut(request.box, request.image, coordinates, clip=True)
     except ValueError as error:

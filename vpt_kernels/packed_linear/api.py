@@ -87,7 +87,7 @@ def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor | None
 
 
 def _empty(tensor: Tensor) -> Tensor:
-    """Rows of a tensor without elements, which a reshape cannot count."""
+    """Return the rows of a tensor without elements, which a reshape cannot count."""
     return tensor.new_empty(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 

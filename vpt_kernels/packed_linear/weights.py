@@ -53,7 +53,7 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same weight on another device; ValueError if there is none of this name."""
+        """Return the same weight on another device; ValueError if there is none of this name."""
         require_type("device", device, (torch.device, str), "a torch.device or its name")
         try:
             data, scales = self.data.to(device), None if self.scales is None else self.scales.to(device)
@@ -62,7 +62,7 @@ class PackedWeight:
         return replace(self, data=data, scales=scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The numbers that the product is made of, in the order of the weight's rows: [rows, K] in `dtype`.
+        """Return the numbers that the product is made of, in the order of the weight's rows: [rows, K] in `dtype`.
 
         A gated weight gives the gate's rows first. int8 weights are the integer times its scale, rounded to float32.
 
@@ -77,7 +77,7 @@ class PackedWeight:
         return halves[:, : self.out_features].flatten(0, 1)
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows `ids`, int64 of any shape, of a weight that is not gated: [*ids.shape, K] in `dtype`.
+        """Return the rows `ids`, int64 of any shape, of a weight that is not gated: [*ids.shape, K] in `dtype`.
 
         An embedding table that is also the head needs no second copy.
 
@@ -109,7 +109,7 @@ def _require_float(dtype: torch.dtype) -> None:
 
 
 def _by_row(data: Tensor) -> Tensor:
-    """Panels with their rows as an axis: [P, pairs, 16, 2], or [P, pairs, 2, 16] of float32 and float16."""
+    """Return panels with their rows as an axis: [P, pairs, 16, 2], or [P, pairs, 2, 16] of float32 and float16."""
     return data.unflatten(2, (PANEL, 2) if _side_by_side(data.dtype) else (2, PANEL))
 
 
@@ -118,12 +118,12 @@ def _side_by_side(dtype: torch.dtype) -> bool:
 
 
 def _per_column(scales: Tensor, columns: int) -> Tensor:
-    """Scales [..., 1 or groups] → [..., 1 or columns]."""
+    """Return scales [..., 1 or groups] → [..., 1 or columns]."""
     return scales if scales.shape[-1] == 1 else scales.repeat_interleave(GROUP, -1)[..., :columns]
 
 
 def _values(packed: PackedWeight, data: Tensor, scales: Tensor | None) -> Tensor:
-    """Panels as the rows they hold: [P, 16, 2·pairs]."""
+    """Return panels as the rows they hold: [P, 16, 2·pairs]."""
     order = (0, 2, 1, 3) if _side_by_side(data.dtype) else (0, 3, 1, 2)
     rows = _by_row(data).permute(order).flatten(2)
     if scales is None:
@@ -196,7 +196,7 @@ def _checked(weight: Tensor | Sequence[Tensor], gated: bool) -> list[Tensor]:
 
 
 def _rows(parts: Sequence[Tensor], first: int, last: int) -> Tensor:
-    """Rows first … last − 1 of all parts, one below the other; without a copy where one part holds them."""
+    """Return the rows first … last − 1 of all parts, one below the other; without a copy where one part holds them."""
     found = []
     for part in parts:
         if first < len(part) and last > 0:
@@ -206,7 +206,7 @@ def _rows(parts: Sequence[Tensor], first: int, last: int) -> Tensor:
 
 
 def _panels(parts: Sequence[Tensor], gate: int | None) -> Iterator[Tensor]:
-    """Rows in the order of the panels, a multiple of 16 at a time; gate: rows of the gate, if there is one."""
+    """Yield rows in the order of the panels, a multiple of 16 at a time; gate: rows of the gate, if there is one."""
     total = sum(len(part) for part in parts)
     if gate is None:
         for first in range(0, total, _ROWS_AT_ONCE):
@@ -224,7 +224,7 @@ def _padded(rows: Tensor, multiple: int) -> Tensor:
 
 
 def _quantise(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Integers of `rows` as float32 [n, K], and their scales [n, groups]."""
+    """Return integers of `rows` as float32 [n, K], and their scales [n, groups]."""
     wide, columns = rows.float(), rows.shape[1]
     if groups > 1:
         wide = torch.nn.functional.pad(wide, (0, -columns % GROUP)).unflatten(1, (groups, GROUP))

@@ -90,7 +90,7 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
 
 
 def _unknown(module: nn.Module) -> str | None:
-    """Why a class that should be in the tables is in none, or None: a newer transformers may have renamed it."""
+    """Return why a class that should be in the tables is in none, or None: a newer transformers may have renamed it."""
     for family, words in FAMILIES.items():
         if type(module).__module__.startswith(family) and any(word in type(module).__name__ for word in words):
             return "a class of a supported family that this version does not know; report it"

@@ -52,7 +52,7 @@ class LegacyLayer:
 
 
 def layer(cache: Any, index: int) -> LegacyLayer:
-    """The layer of a cache without layers; raises OwnForward where it is not the dynamic one."""
+    """Return the layer of a cache without layers; raises OwnForward where it is not the dynamic one."""
     kind = type(cache)
     if kind.__name__ != "DynamicCache" or not hasattr(cache, "key_cache"):
         raise OwnForward(f"a {kind.__name__} has no layers")
@@ -63,7 +63,9 @@ def layer(cache: Any, index: int) -> LegacyLayer:
 
 
 def handed_on(output: Any, stand_in: Any, cache: Any) -> Any:
-    """The attention's output with the caller's cache in it: before transformers 5 an attention returned its cache."""
+    """Return the attention's output with the caller's cache in it: before transformers 5 an attention returned its
+    cache.
+    """
     if type(output) is tuple and any(part is stand_in for part in output):
         return tuple(cache if part is stand_in else part for part in output)
     return output

@@ -76,7 +76,7 @@ class PatchReport:
         self._in_place = False
 
     def __enter__(self) -> PatchReport:
-        """The report; raises ValueError if it was undone, for then nothing is replaced inside."""
+        """Return the report; raises ValueError if it was undone, for then nothing is replaced inside."""
         if not self._in_place:
             raise ValueError("this patch was undone by unpatch(); call patch(model) again")
         return self
@@ -87,7 +87,7 @@ class PatchReport:
         self.unpatch()
 
     def __str__(self) -> str:
-        """A table, what stays first; modules that differ in their numbers only share a line."""
+        """Return a table, what stays first; modules that differ in their numbers only share a line."""
         lines = _reasons({name: self.skipped[name] for name in self.stays})
         for (pattern, kind, op, waits), calls in _grouped(self.replaced).items():
             counted = sum(calls, Counter())

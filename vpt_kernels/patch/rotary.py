@@ -71,7 +71,7 @@ class Angles:
         return self._ahead.pop(id(start))[-1]
 
     def of(self, batch: int, count: int) -> tuple[Tensor, Tensor]:
-        """The kernel's table, one row per angle, and the positions [3, batch · count] that read it.
+        """Return the kernel's table, one row per angle, and the positions [3, batch · count] that read it.
 
         A batch or a number of tokens of one is that of every row or token, as where the model multiplies.
         """
@@ -86,7 +86,7 @@ class Angles:
 
 
 def _static(layer: Any, page: int, device: torch.device) -> bool:
-    """Whether a layer of a cache counts its tokens on this device and has pages of this size."""
+    """Return whether a layer of a cache counts its tokens on this device and has pages of this size."""
     ready = type(layer).__name__ == "StaticLayer" and layer.is_initialized
     return ready and layer.max_cache_len == page and layer.cumulative_length.device == device
 
@@ -95,12 +95,12 @@ _angles: dict[int, tuple[ref[Tensor], ref[Tensor], Angles]] = {}
 
 
 def _stamp(*tensors: Tensor) -> tuple[int, ...]:
-    """What tells that none was changed in place; inference tensors cannot say it."""
+    """Return what tells that none was changed in place; inference tensors cannot say it."""
     return tuple(0 if t.is_inference() else t._version for t in tensors)
 
 
 def angles_of(cos: Tensor, sin: Tensor) -> Angles:
-    """The angles of this very pair of tensors, remembered as long as cos lives."""
+    """Return the angles of this very pair of tensors, remembered as long as cos lives."""
     key = id(cos)
     known = _angles.get(key)
     if known is None or known[0]() is not cos or known[1]() is not sin or known[2].stamp != _stamp(cos, sin):
@@ -133,7 +133,7 @@ class AppendingCache:
         return getattr(self._cache, name)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values of the layer, [B, heads, length, D]; rotates the held q in place."""
+        """Return all keys and values of the layer, [B, heads, length, D]; rotates the held q in place."""
         held = self._held
         query, held.query = held.query, None
         q = query.transpose(1, 2).contiguous()
@@ -159,7 +159,7 @@ class _Names(dict):
 
 
 def changed_copy(function: FunctionType, exchanged: dict[str, Any]) -> FunctionType:
-    """The function with some of its global names exchanged, inside the decorators that it has."""
+    """Return the function with some of its global names exchanged, inside the decorators that it has."""
     inner, cells, names = getattr(function, "__wrapped__", None), function.__closure__, function.__globals__
     if inner is None:
         names = _Names(names, exchanged)
@@ -172,7 +172,7 @@ def changed_copy(function: FunctionType, exchanged: dict[str, Any]) -> FunctionT
 
 
 def innermost(function: Any) -> FunctionType:
-    """The function inside decorators of transformers' own, which pass the call on.
+    """Return the function inside decorators of transformers' own, which pass the call on.
 
     Raises:
         OwnForward: it is no plain function, or somebody else's decorator is around it.
@@ -189,7 +189,7 @@ def innermost(function: Any) -> FunctionType:
 
 
 def _why_rotated_elsewhere(function: FunctionType) -> str | None:
-    """Why the function that the attention calls to rotate is not the one beside it, or None."""
+    """Return why the function that the attention calls to rotate is not the one beside it, or None."""
     for name in ROTATIONS:
         if name in function.__code__.co_names:
             found = function.__globals__.get(name)
@@ -202,13 +202,13 @@ def _why_rotated_elsewhere(function: FunctionType) -> str | None:
 
 
 def _own_update(holder: Any) -> bool:
-    """Whether `holder.update` is the library's own."""
+    """Return whether `holder.update` is the library's own."""
     update = getattr(type(holder).update, "__globals__", {})
     return update.get("__name__") == LIBRARY and "update" not in vars(holder)
 
 
 def _layer(cache: Any, index: int) -> Any:
-    """The cache's layer that the kernel can append to; raises OwnForward where there is none."""
+    """Return the cache's layer that the kernel can append to; raises OwnForward where there is none."""
     if cache is None:
         raise OwnForward("no cache")
     if getattr(cache, "offloading", False):
@@ -231,7 +231,7 @@ def _layer(cache: Any, index: int) -> Any:
 
 
 def _served(function: FunctionType, hidden: Tensor | None, given: dict[str, Any], name: str | None, index: int) -> Any:
-    """The layer to append to; raises OwnForward for a call that the kernel does not serve."""
+    """Return the layer to append to; raises OwnForward for a call that the kernel does not serve."""
     # Hooks see what they saw: every module that the attention calls is still called.
     reason = "torch.jit.trace" if torch.jit.is_tracing() else _why_rotated_elsewhere(function)
     if reason is not None:

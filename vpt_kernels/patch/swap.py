@@ -35,7 +35,9 @@ _ANOTHER = "its class has another forward than when it was patched"
 
 
 def _subclass(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
-    """The subclass of `cls` whose forward asks `rule`; the same for all modules, so that compiled code is shared."""
+    """Return the subclass of `cls` whose forward asks `rule`; the same for all modules, so that compiled code is
+    shared.
+    """
     original = cls.forward
     serve = rule.make(original)
 
@@ -75,7 +77,7 @@ def _subclass(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has unpatched."""
+    """Return the class that the module has unpatched."""
     return vars(type(module)).get("_stands_for", type(module))
 
 
@@ -88,7 +90,7 @@ def entry_of(module: nn.Module) -> Entry | None:
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether the instance was given a forward that is not its class's."""
+    """Return whether the instance was given a forward that is not its class's."""
     return "forward" in vars(module) and not is_own_forward(module)
 
 

@@ -101,7 +101,7 @@ def fold_patch_weight(
 
 
 def _three(name: str, values: Any) -> tuple[float, float, float]:
-    """Three finite numbers, one per channel."""
+    """Return three finite numbers, one per channel."""
     try:
         numbers = tuple([math.nan if isinstance(value, (str, bytes)) else float(value) for value in values])
     except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -83,7 +83,7 @@ _ORDER = ("scaled", "swapped", "rounded", "clipped", "widened")
 
 
 def _interval(edges: Sequence[float], size: int, changes: list[str]) -> tuple[int, int]:
-    """The whole pixels [first, last) of 0…size that two edges enclose, at least one."""
+    """Return the whole pixels [first, last) of 0…size that two edges enclose, at least one."""
     low, high = sorted(edges)
     if (low, high) != tuple(edges):
         changes.append("swapped")

@@ -233,7 +233,7 @@ class RegionPlan:
 
 
 def _nearest_steps(height: int, width: int, edge: int | None) -> tuple[int, ...]:
-    """Sizes (w, h, w, h, w, h) after each of LLaMA-Factory's NEAREST steps, in its own arithmetic."""
+    """Return the sizes (w, h, w, h, w, h) after each of LLaMA-Factory's NEAREST steps, in its own arithmetic."""
     if edge is None:
         return (width, height) * 3
     if max(width, height) > edge:
@@ -348,7 +348,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def image_sizes(sizes: Any) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each image. Raises TypeError for anything but pairs of integers."""
+    """Return (height, width) of each image. Raises TypeError for anything but pairs of integers."""
     try:
         listed = list(sizes)
     except TypeError:
@@ -357,7 +357,9 @@ def image_sizes(sizes: Any) -> tuple[tuple[int, int], ...]:
 
 
 def listed_boxes(boxes: Any) -> Sequence[Any]:
-    """Boxes that can be gone through, a tensor's read at once. Raises TypeError where there is no list of boxes."""
+    """Return boxes that can be gone through, a tensor's read at once. Raises TypeError where there is no list of
+    boxes.
+    """
     if isinstance(boxes, Tensor) and boxes.dim() == 2 and not boxes.is_meta and boxes.layout == torch.strided:
         return boxes.tolist()
     if not hasattr(boxes, "__iter__") or (isinstance(boxes, Tensor) and boxes.dim() != 1):
@@ -366,7 +368,7 @@ def listed_boxes(boxes: Any) -> Sequence[Any]:
 
 
 def _numbers(number: int, box: Any) -> tuple[int, ...]:
-    """The five integers of a box. Whole floats, as models print them and arrays hold them, are integers too."""
+    """Return the five integers of a box. Whole floats, as models print them and arrays hold them, are integers too."""
     try:
         numbers = len(box)
     except TypeError:

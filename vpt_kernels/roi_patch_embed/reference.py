@@ -69,7 +69,7 @@ def nearest_indices(in_size: int, out_size: int) -> Tensor:
 
 
 def _resample_rows(image: Tensor, out_size: int, name: str) -> Tensor:
-    """One pass along dim 0 of uint8 [n, m, c] → uint8 [out_size, m, c]."""
+    """Resample uint8 [n, m, c] along dim 0 in one pass to uint8 [out_size, m, c]."""
     in_size = image.shape[0]
     if in_size == out_size:
         return image
@@ -83,7 +83,7 @@ def _resample_rows(image: Tensor, out_size: int, name: str) -> Tensor:
 
 
 def _region_pixels(images: Sequence[Tensor], row: list[int]) -> Tensor:
-    """The window of one region, uint8 [window_h, window_w, 3]; padding is `PIXEL_ZERO`."""
+    """Return the window of one region, uint8 [window_h, window_w, 3]; padding is `PIXEL_ZERO`."""
     c = Column
     top, left = row[c.TOP], row[c.LEFT]
     pixels = images[row[c.IMAGE]][top : top + row[c.HEIGHT], left : left + row[c.WIDTH]]
@@ -119,7 +119,7 @@ def roi_patches(images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: in
 
 
 def _bias_rows(plan: Tensor, bias: Tensor) -> Tensor:
-    """The float32 bias of every patch row, [rows, E], from the table of biases by valid rows and columns."""
+    """Return the float32 bias of every patch row, [rows, E], from the table of biases by valid rows and columns."""
     patch = bias.shape[1] - 1
     full = bias[0, patch]
     parts = []

@@ -183,7 +183,9 @@ def roi_patches(images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: in
 
 
 def patch_row_layout(row_bytes: int) -> tuple[int, int]:
-    """(bytes between rows of the workspace, offset of a row's bias entry): 592 and 588 for a patch of 14 × 14."""
+    """Return (bytes between rows of the workspace, offset of a row's bias entry): 592 and 588 for a patch
+    of 14 × 14.
+    """
     entry = -(-row_bytes // 4) * 4
     return -(-(entry + 4) // 16) * 16, entry
 

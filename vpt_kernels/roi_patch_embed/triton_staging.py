@@ -117,13 +117,15 @@ def _check_rows(number: int, region: Region, row_bytes: int, first_row: int) -> 
 
 
 def _pitches(region: Region, tile: int) -> tuple[int, int]:
-    """Distance of tiles, (x, y), in pixels of the window."""
+    """Return the distance of tiles, (x, y), in pixels of the window."""
     support = 4 if region.filter == _BICUBIC else 2
     across, down = region.nearest_width_3 / region.resized_width, region.nearest_height_3 / region.resized_height
     return _pitch(across, support, tile), _pitch(down, support, tile)
 
 
 def _pitch(scale: float, support: int, tile: int) -> int:
-    """Outputs of a tile whose taps span at most `tile` pixels, so that one product does; all where these are few."""
+    """Return the outputs of a tile whose taps span at most `tile` pixels, so that one product does; all where these are
+    few.
+    """
     outputs = int((tile - 1 - support * max(scale, 1.0)) / scale) + 1
     return min(outputs, tile) if 2 * outputs >= tile else tile

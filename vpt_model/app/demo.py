@@ -186,7 +186,7 @@ FAULTS: dict[str, Callable[[Executor], Executor]] = {
 
 
 def default_image() -> Image.Image:
-    """The Hubble deep field that scikit-image ships, 1000×872. Raises ValueError without scikit-image."""
+    """Return the Hubble deep field that scikit-image ships, 1000×872. Raises ValueError without scikit-image."""
     try:
         from skimage import data
     except ImportError as error:
@@ -273,7 +273,7 @@ def run(
 
 
 def default_looks(preset: str, seed: int) -> list[str]:
-    """A region and a re-encoding; vpt-mini's region is the one that its first question is about."""
+    """Return a region and a re-encoding; vpt-mini's region is the one that its first question is about."""
     if preset != TRAINED:
         return list(LOOKS)
     region = make_question(make_scene(seed, "test"), "tag", seed).look
@@ -292,7 +292,9 @@ def _weights(
 
 
 def _by_encoder(looks: Sequence[str]) -> dict[str, list[str]]:
-    """The looks that each variant's model takes; regions, which every variant has, go to the first one asked for."""
+    """Return the looks that each variant's model takes; regions, which every variant has, go to the first one asked
+    for.
+    """
     asked = [look for look in looks if look in ENCODERS] or ["clip"]
     groups: dict[str, list[str]] = {}
     for look in looks:
@@ -301,12 +303,12 @@ def _by_encoder(looks: Sequence[str]) -> dict[str, list[str]]:
 
 
 def activities(preset: str, looks: Sequence[str]) -> int:
-    """How often `run` calls `progress`."""
+    """Return how often `run` calls `progress`."""
     return (2 + (preset == TRAINED)) * len(_by_encoder(looks)) + 2 * len(looks)
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain values; milliseconds, pixels, logits."""
+    """Return the report as plain values; milliseconds, pixels, logits."""
 
     def timed(run: Run) -> dict[str, Any]:
         steps = [{"look": s.look, "stage": s.name, "milliseconds": s.milliseconds, "work": s.work} for s in run.steps]
@@ -357,7 +359,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _median(report: Report, ask: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-    """What `ask` returns, a Run first; of a model of short times, its median run."""
+    """Return what `ask` returns, a Run first; of a model of short times, its median run."""
     asked = sorted((ask() for _ in range(5 if report.overhead else 1)), key=lambda answer: answer[0].total)
     return asked[len(asked) // 2]
 
@@ -398,7 +400,7 @@ _COUNTS |= {"images": "images", "vit_patches": "patches", "vit_calls": "ViT call
 
 
 def _steps(timings: Sequence[Any]) -> Iterator[Step]:
-    """The stages of a conversation, summed by name within the first and the second look."""
+    """Yield the stages of a conversation, summed by name within the first and the second look."""
     looks: tuple[dict[str, Step], ...] = ({}, {})
     second = False
     for index, stage in enumerate(timings):

@@ -116,7 +116,7 @@ def _save(figure: Figure, path: str | Path | BytesIO) -> None:
 
 
 def richest_window(image: np.ndarray, box: Box) -> Box:
-    """The square, a seventh of the box's shorter side wide, in which neighbouring pixels differ most."""
+    """Return the square, a seventh of the box's shorter side wide, in which neighbouring pixels differ most."""
     left, top, right, bottom = box
     grey = np.asarray(Image.fromarray(image[top:bottom, left:right]).convert("L"), dtype=np.float32)
     side = max(min(grey.shape) // 7, 4)

@@ -117,7 +117,9 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def _declare(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The configuration with the dtype under each name that it has there, in sections too; `torch_dtype` if none."""
+    """Return the configuration with the dtype under each name that it has there, in sections too; `torch_dtype` if
+    none.
+    """
     named = [name for name in ("torch_dtype", "dtype") if name in fields] or ["torch_dtype"]
     content = {**fields, **dict.fromkeys(named, dtype)}
     for section in ("text_config", "vision_config"):

@@ -26,14 +26,14 @@ _LAYER = r"(?:^|\.)encoder\.layer\.\d+\."
 
 
 def state_name(name: str) -> str:
-    """The state dict's name of a tensor of DINOv2 under any version's name; every other name as it is."""
+    """Return the state dict's name of a tensor of DINOv2 under any version's name; every other name as it is."""
     for ours, theirs in _SYNONYMS:
         name = re.sub(rf"({_LAYER}){re.escape(theirs)}(?=\.(?:weight|bias)$)", rf"\g<1>{ours}", name)
     return name
 
 
 def packed_name(name: str) -> str:
-    """The name under which a file may hold the tensor together with others, one after the other; or its own.
+    """Return the name under which a file may hold the tensor together with others, one after the other; or its own.
 
     transformers stores SwiGLU's gate and up projection, in this order, as one tensor.
     """
@@ -41,7 +41,8 @@ def packed_name(name: str) -> str:
 
 
 def state_for(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` under the names of `module`, one of transformers' encoders or of its parts, whatever their versions.
+    """Return `state` under the names of `module`, one of transformers' encoders or of its parts, whatever their
+    versions.
 
     The module's own names decide. Tensors are shared with `state`, but where the module wants gate and up in one; what
     it has no place for is returned too, so that loading it strictly raises.
@@ -60,7 +61,7 @@ def state_for(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _state_names(name: str) -> list[str]:
-    """The state dict's names of what a tensor under any version's name holds, in its order."""
+    """Return the state dict's names of what a tensor under any version's name holds, in its order."""
     divided = re.split(rf"({_LAYER}){re.escape(_PACKED)}(?=\.(?:weight|bias)$)", name)
     if len(divided) == 1:
         return [state_name(name)]

@@ -10,7 +10,8 @@ _SMALL_FILES = ["*.json", "merges.txt"]
 
 
 def model_folder(model: str) -> Path:
-    """The folder of `model`: a folder, or `owner/name@revision` on the hub (a commit, tag or branch; default: main).
+    """Return the folder of `model`: a folder, or `owner/name@revision` on the hub (a commit, tag or branch; default:
+    main).
 
     Files come from the hub's cache and are downloaded where it lacks them; HF_HUB_OFFLINE=1 forbids that. Only
     configuration, tokenizer and weights are fetched, pickled weights only where there are no others. The name of the

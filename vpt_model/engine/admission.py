@@ -27,7 +27,9 @@ def admit(
     keep_logits: bool,
     sampling: Sampling | None,
 ) -> Question:
-    """A checked question; arguments and errors as in `Engine.stream`. picture: new where it has no features yet."""
+    """Return a checked question; arguments and errors as in `Engine.stream`. picture: new where it has no features
+    yet.
+    """
     if not isinstance(question, str):
         raise TypeError(f"question is a {type(question).__name__}; it must be a string")
     if require_integer("max_new_tokens", max_new_tokens, -(1 << 63)) < 1:
@@ -58,7 +60,7 @@ def admit(
 
 
 def uploaded(image: Any, device: torch.device) -> Picture:
-    """An image (what `decode_image` takes) on `device`, which no conversation has been shown yet."""
+    """Return an image (what `decode_image` takes) on `device`, which no conversation has been shown yet."""
     notices: list[str] = []
     pixels = perception.upload(decode_image(image, notices=notices), device)
     height, width = pixels.shape[:2]
@@ -68,7 +70,7 @@ def uploaded(image: Any, device: torch.device) -> Picture:
 def paired(
     images: Sequence[Any], questions: Sequence[str], looks: Sequence[Sequence[str] | None] | None
 ) -> list[tuple[Any, str, Sequence[str] | None]]:
-    """The rows of a batch: image, question and forced looks of each; errors as in `Engine.ask_batch`."""
+    """Return the rows of a batch: image, question and forced looks of each; errors as in `Engine.ask_batch`."""
     for name, rows in (("images", images), ("questions", questions), ("looks", looks)):
         if not isinstance(rows, (list, tuple)) and (rows is not None or name != "looks"):
             raise TypeError(f"{name} is {shown(rows)}; it must be a list, with one entry for every row")

@@ -55,7 +55,7 @@ class Chat:
         self.close()
 
     def __len__(self) -> int:
-        """Turns that have been taken."""
+        """Return how many turns have been taken."""
         return len(self.exchanges)
 
     @property
@@ -84,7 +84,7 @@ class Chat:
         keep_logits: bool = False,
         sampling: Sampling | None = None,
     ) -> Answer:
-        """The answer to a further question; arguments and errors as in `stream`."""
+        """Return the answer to a further question; arguments and errors as in `stream`."""
         options = {"max_new_tokens": max_new_tokens, "keep_logits": keep_logits, "sampling": sampling}
         return last_answer(self._events(self.row(question, image, looks, **options)))
 
@@ -98,7 +98,8 @@ class Chat:
         keep_logits: bool = False,
         sampling: Sampling | None = None,
     ) -> Iterator[Event]:
-        """One turn's events as they happen, `Done` last. A turn that is closed early, or fails, has not happened.
+        """Return one turn's events as they happen, `Done` last. A turn that is closed early, or fails, has not
+        happened.
 
         image: a new picture, which the model is shown before the question (what `decode_image` takes); a number, of a
         picture that it was shown before (0 is the first); None for the picture of the last turn. Looks go to it. Other
@@ -109,7 +110,7 @@ class Chat:
         return self._events(self.row(question, image, looks, **options))
 
     def row(self, question: str, image: Any = None, looks: Sequence[str] | None = None, **options: Any) -> Row:
-        """One turn, checked, as a coroutine for a `Scheduler`; arguments and errors as of `stream`."""
+        """Return one turn, checked, as a coroutine for a `Scheduler`; arguments and errors as of `stream`."""
         self.conversation.mark()  # of a closed chat this raises
         return self._turn(question, self.engine.question(self._picture(image), question, looks, **options))
 
@@ -134,7 +135,7 @@ class Chat:
             yield from (event for _, event in events)
 
     def fork(self, n: int = 1) -> list[Chat]:
-        """`n` chats that go on from here, each on its own; what was said so far is shared, not copied.
+        """Return `n` chats that go on from here, each on its own; what was said so far is shared, not copied.
 
         They run without CUDA graphs. Raises ValueError as `stream` does, and if `n` is less than 1.
         """
@@ -211,7 +212,7 @@ class ChatMixin:
     capacity: int
 
     def chat(self, image: Any = None, *, capacity: int | None = None, keep_pixels: bool = True) -> Chat:
-        """A live conversation, of which each turn feeds only what is new; use it in a `with` statement.
+        """Return a live conversation, of which each turn feeds only what is new; use it in a `with` statement.
 
         image: shown in the first turn. capacity: tokens that it may hold, by default the engine's; it takes memory as
         it grows. keep_pixels: False drops the pixels of each picture after its turn: then regions of it, and dino and
@@ -224,7 +225,8 @@ class ChatMixin:
         return Chat(cast("Engine", self), conversation, image, keep_pixels)
 
     def load_chat(self, file: str | Path) -> Chat:
-        """The chat that `Chat.save` has written to a file, which goes on with the ids that it would have gone on with.
+        """Return the chat that `Chat.save` has written to a file, which goes on with the ids that it would have gone on
+        with.
 
         Raises ValueError if the file is none of `Chat.save`, if another model wrote it, or if it does not fit.
         """
@@ -240,7 +242,8 @@ class ChatMixin:
         samplings: Sequence[Sampling | None] | None = None,
         **options: Any,
     ) -> list[Answer]:
-        """One turn of several chats, such as forks of one, in one ragged batch; options as of `Chat.ask`, for all.
+        """Take one turn of several chats, such as forks of one, in one ragged batch; options as of `Chat.ask`, for
+        all.
 
         Raises ValueError or TypeError as `Chat.ask` does for any of them, and if the lists differ in length; an error
         ends all of these turns.

@@ -132,7 +132,7 @@ class Conversation:
         self.tokens += tokens
 
     def mark(self) -> Mark:
-        """Where the conversation is now."""
+        """Return where the conversation is now."""
         return Mark(self.length, self.next_position, len(self.pictures), self.unfed)
 
     def truncate(self, mark: Mark) -> None:
@@ -145,7 +145,7 @@ class Conversation:
         self.unfed = mark.unfed
 
     def fork(self, rows: int = FORK_ROWS) -> Conversation:
-        """A second conversation that begins behind this one's tokens, which it reads where they are.
+        """Return a second conversation that begins behind this one's tokens, which it reads where they are.
 
         rows: tokens that its own buffer takes before it grows. Both go on independently.
         """
@@ -222,13 +222,14 @@ class Question:
         return None if self.forced and self.forced[0] else self.sampler
 
     def begin_turn(self) -> Turn:
-        """The next round, with what is forced on it."""
+        """Return the next round, with what is forced on it."""
         turn = Turn(deque(self.forced.popleft() if self.forced else ()))
         self.turns.append(turn)
         return turn
 
     def can_look_again(self, turn: Turn, reencodes_pixels: bool, region_start: int | None) -> bool:
-        """Whether the picture still has the pixels that the look needs for which the turn asks, if any; else a notice.
+        """Return whether the picture still has the pixels that the look needs for which the turn asks, if any; else a
+        notice.
 
         reencodes_pixels: whether re-encoding needs them; "clip" reads the first look's features.
         """
@@ -241,7 +242,9 @@ class Question:
         return False
 
     def fits(self, conversation: Conversation, count: int) -> bool:
-        """Whether a look of `count` tokens can be appended; if not, the round ends for want of space, with a notice."""
+        """Return whether a look of `count` tokens can be appended; if not, the round ends for want of space, with a
+        notice.
+        """
         needed = conversation.length + count
         if needed > conversation.capacity:
             self.turns[-1].end = "capacity"
@@ -252,7 +255,7 @@ class Question:
         return needed <= conversation.capacity
 
     def unfed(self, conversation: Conversation, ids: TokenIds) -> tuple[int, ...]:
-        """What the last round said and the conversation was not fed: what stands before the next question.
+        """Return what the last round said and the conversation was not fed: what stands before the next question.
 
         The token that ended the answer goes, and so does the beginning of a look that was not taken.
         """
@@ -261,7 +264,7 @@ class Question:
         return tuple(token for token in left if token not in (*ids.stop, ids.action_start, ids.action))
 
     def summary(self, decode: Callable[[list[int]], str], timings: list[Stage], keep_prefix: bool) -> Answer:
-        """What has come of the question."""
+        """Return what has come of the question."""
         first, last = self.turns[0], self.turns[-1]
         text = decode(last.ids)
         return Answer(
@@ -288,7 +291,7 @@ class CachePool:
         self.idle = [make()]
 
     def conversation(self, clock: Clock) -> Conversation:
-        """A new conversation over one of the caches."""
+        """Return a new conversation over one of the caches."""
         return Conversation(self.idle.pop() if self.idle else self._make(), clock, self._take_back)
 
     def keep_only(self, caches: Sequence[KVCache]) -> None:

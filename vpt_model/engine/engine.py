@@ -112,7 +112,7 @@ class Engine(ChatMixin):
         keep_logits: bool = False,
         sampling: Sampling | None = None,
     ) -> Answer:
-        """The answer to `question`; arguments and errors as in `stream`."""
+        """Return the answer to `question`; arguments and errors as in `stream`."""
         return last_answer(self._stream(self.question(image, question, looks, max_new_tokens, keep_logits, sampling)))
 
     def ask_batch(
@@ -125,7 +125,7 @@ class Engine(ChatMixin):
         keep_logits: bool = False,
         sampling: Sampling | None = None,
     ) -> list[Answer]:
-        """The answers to several questions, each about its own image (or None), in one ragged batch.
+        """Return the answers to several questions, each about its own image (or None), in one ragged batch.
 
         Row i is `ask(images[i], questions[i], looks=looks[i], ...)`, with a cache and a sampler of its own: rows may
         take different paths and have different lengths. Whatever the unfinished rows have to append (a prompt, a second
@@ -151,7 +151,7 @@ class Engine(ChatMixin):
         keep_logits: bool = False,
         sampling: Sampling | None = None,
     ) -> Iterator[Event]:
-        """Events as they happen, `Done` last. Closing the iterator early gives its cache back.
+        """Return the events as they happen, `Done` last. Closing the iterator early gives its cache back.
 
         image: what `decode_image` takes, copied now, or None for a question without image; files are turned upright,
         PIL images and pixels are not, with a notice in the answer where the image's EXIF says otherwise. looks: forced
@@ -171,13 +171,15 @@ class Engine(ChatMixin):
         keep_logits: bool = False,
         sampling: Sampling | None = None,
     ) -> Question:
-        """A question that has been checked and not been asked; arguments and errors as in `stream`."""
+        """Return a question that has been checked and not been asked; arguments and errors as in `stream`."""
         picture = image if image is None or isinstance(image, Picture) else self.picture(image)
         asked = picture, question, looks, self.max_looks, max_new_tokens, keep_logits, sampling
         return admit(self.loop, *asked)
 
     def picture(self, image: Any) -> Picture:
-        """An image (what `decode_image` takes) on the model's device, which no conversation has been shown yet."""
+        """Return an image (what `decode_image` takes) on the model's device, which no conversation has been shown
+        yet.
+        """
         return uploaded(image, self.model.device)
 
     def events(self, questions: Sequence[Question]) -> Generator[tuple[int, Event], None, None]:
@@ -192,7 +194,7 @@ class Engine(ChatMixin):
             yield from (event for _, event in events)
 
     def _row(self, question: Question) -> Row:
-        """A question in a conversation of its own, which leases a cache when it is first advanced."""
+        """Run a question in a conversation of its own, which leases a cache when it is first advanced."""
         with closing(self.pool.conversation(Clock(self.model.device))) as conversation:
             answer = yield from self.loop.answer(conversation, question)
         yield Done(answer)

@@ -93,7 +93,7 @@ Event = Token | Region | Reencode | Look | Done
 
 
 def last_answer(events: Iterable[Event]) -> Answer:
-    """The answer with which a stream of events ends."""
+    """Return the answer with which a stream of events ends."""
     *_, done = events
     assert isinstance(done, Done), "the last event of a stream is Done"
     return done.answer

@@ -23,7 +23,7 @@ class Executor(Protocol):
     """Runs requests of different conversations together."""
 
     def run(self, requests: Sequence[Request]) -> list[Output | Request]:
-        """What came of each request, in order, or what is left of it, to be run with the next ones.
+        """Return what came of each request, in order, or what is left of it, to be run with the next ones.
 
         Raises ValueError, before anything is written, if the tokens do not fit into a cache.
         """
@@ -69,7 +69,7 @@ class Eager:
         return [Fed(state, next(logits) if a.logits else None) for a, state in zip(appends, last, strict=True)]
 
     def states(self, appends: Sequence[Append]) -> list[Tensor]:
-        """Every token passes the language model here, once, and the caches are advanced: hidden states [T_i, H]."""
+        """Run every token through the language model, once, and advance the caches; return hidden states [T_i, H]."""
         lengths = [len(append.tokens) for append in appends]
         caches = [append.conversation.cache for append in appends]
         embeds = torch.cat([self._embed(a.tokens) if a.embeds is None else a.embeds for a in appends])
@@ -84,7 +84,7 @@ class Eager:
         return list(hidden.split(lengths))
 
     def _prepare(self, request: Request) -> tuple[Append, tuple[Tensor, ...]]:
-        """The tokens that a request feeds first, and the features of what it looked at before."""
+        """Return the tokens that a request feeds first, and the features of what it looked at before."""
         if isinstance(request, Append):
             return request, ()
         if isinstance(request, Decode):
@@ -112,7 +112,7 @@ class Eager:
         return _append(request, request.tokens, request.positions, embeds, stage=request.stage), features
 
     def _encode(self, request: ReencodeAndAppend) -> tuple[Append, tuple[Tensor, ...]]:
-        """The picture as the projector reads it, and the token whose state is the control."""
+        """Return the picture as the projector reads it, and the token whose state is the control."""
         picture = request.picture
         features = perception.reencode(
             self.model, picture.pixels, picture.seen, request.conversation.clock, picture.ahead
@@ -122,7 +122,9 @@ class Eager:
         return _append(request, request.tokens[:1], trigger, None, **place), (features,)
 
     def _project(self, request: ReencodeAndAppend, control: Tensor) -> tuple[Append, tuple[Tensor, ...]]:
-        """The look itself: the control state in the action token's place, the re-encoded picture in the pads'."""
+        """Return the look itself: the control state in the action token's place, the re-encoded picture in the
+        pads'.
+        """
         assert request.features is not None, "they come with the control state"
         tokens = request.tokens[1:]
         first, count = tokens.index(request.pad), tokens.count(request.pad)
@@ -137,7 +139,7 @@ class Eager:
 
 
 def decoded(request: Decode) -> Append:
-    """A generated token as one that is appended."""
+    """Return a generated token as one that is appended."""
     begin = request.conversation.next_position
     positions = torch.full((3, 1), begin, device="cpu")
     return _append(request, [request.token], positions, request.embeds, next_position=begin + 1, stage="decode")
@@ -179,7 +181,7 @@ class Captured(Eager):
         return [fed[row] for row in range(len(appends))]
 
     def _buckets(self, appends: Sequence[Append]) -> Iterator[tuple[Bucket, list[int]]]:
-        """Which rows are replayed together."""
+        """Yield which rows are replayed together."""
         inside = [row for row, a in enumerate(appends) if a.conversation.cache.slab is self.graphs.slab]
         if len(inside) < len(appends) and not self._told:
             self._told = True

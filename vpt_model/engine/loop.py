@@ -183,18 +183,20 @@ class Loop:
         return ()
 
     def boxes(self, picture: Picture, tokens: Sequence[int]) -> tuple[Box, ...]:
-        """The pixels of the regions that an answer names. Raises ValueError for a region that has none."""
+        """Return the pixels of the regions that an answer names. Raises ValueError for a region that has none."""
         _, _, width, height = picture.whole
         return tuple(crop_box(span, width, height) for span in parse_region_ids(tokens, self.ids))
 
     def _counts(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Visual tokens of images of these grids."""
+        """Return how many visual tokens images of these grids are."""
         return [height * width // self.vision.config.spatial_merge_size**2 for height, width in grids]
 
     def _place(
         self, conversation: Conversation, tokens: Sequence[int], grids: Sequence[tuple[int, int]] = ()
     ) -> dict[str, Any]:
-        """What every request to feed `tokens` next says: where they stand, and where the conversation goes on."""
+        """Return what every request to feed `tokens` next says: where they stand, and where the conversation
+        goes on.
+        """
         ids, merge = torch.tensor(tokens, device="cpu"), self.vision.config.spatial_merge_size
         positions, following = mrope_positions(ids, grids, conversation.next_position, self.ids.image_pad, merge)
         return {"conversation": conversation, "tokens": tokens, "positions": positions, "next_position": following}

@@ -16,7 +16,8 @@ from vpt_model.network.vision import VisionTower
 
 
 def plan(vision: VisionTower, image: Tensor, boxes: Sequence[Box], policy: RegionPolicy, clock: Clock) -> RegionPlan:
-    """How each box of an image is cropped and resized; nothing but the image's size is read. Stage: "crop+embed".
+    """Return how each box of an image is cropped and resized; nothing but the image's size is read. Stage:
+    "crop+embed".
 
     Raises ValueError for a box that is empty or outside the image.
     """
@@ -25,7 +26,7 @@ def plan(vision: VisionTower, image: Tensor, boxes: Sequence[Box], policy: Regio
 
 
 def look(model: Model, image: Tensor, regions: RegionPlan, clock: Clock) -> tuple[Tensor, ...]:
-    """Features [n_i, H] of each region of a decoded image.
+    """Return the features [n_i, H] of each region of a decoded image.
 
     image: uint8 [height, width, 3] on the model's device. regions: from `plan`. Stages: "crop+embed", "ViT".
     """
@@ -38,7 +39,8 @@ def look(model: Model, image: Tensor, regions: RegionPlan, clock: Clock) -> tupl
 
 
 def upload(image: Tensor, device: torch.device) -> Tensor:
-    """The image on the model's device, in memory of its own; to a GPU from pinned memory, without waiting for the copy.
+    """Return the image on the model's device, in memory of its own; to a GPU from pinned memory, without waiting for
+    the copy.
 
     A camera's buffer may be written again while the question is being answered.
     """
@@ -63,7 +65,7 @@ class Ahead:
         image.record_stream(self.stream)
 
     def take(self) -> Tensor:
-        """The features, for work on the current stream, which waits for them."""
+        """Return the features, for work on the current stream, which waits for them."""
         current = torch.cuda.current_stream(self.features.device)
         current.wait_stream(self.stream)
         self.features.record_stream(current)
@@ -71,7 +73,7 @@ class Ahead:
 
 
 def reencode(model: Model, image: Tensor | None, features: Tensor, clock: Clock, ahead: Ahead | None = None) -> Tensor:
-    """The image as the projector reads it: [N, H] ("clip"), [1, N, D] (DINOv2) or [1, C, h, w] (SAM).
+    """Return the image as the projector reads it: [N, H] ("clip"), [1, N, D] (DINOv2) or [1, C, h, w] (SAM).
 
     image: uint8 [height, width, 3] on the model's device. features: [N, H], its first look; the "clip" re-encoder is
     the vision tower itself on the same image, so what it would compute is already there. ahead: where the work was
@@ -111,7 +113,7 @@ def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tenso
 
 
 def conditioning(model: Model, features: Tensor, control: Tensor) -> Tensor:
-    """How strongly the control state changes each re-encoded token: a = f·k of `f + a·k`, float32 [tokens].
+    """Return how strongly the control state changes each re-encoded token: a = f·k of `f + a·k`, float32 [tokens].
 
     features, control: as in `reencode_into`, which computes the same a on its way. Source: vpt_kernels'
     control_cross_attention/README.md.

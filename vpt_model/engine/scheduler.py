@@ -27,7 +27,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def events(self) -> Generator[tuple[int, Event], None, None]:
-        """Every event with the number of its row. Closing the iterator closes the rows."""
+        """Yield every event with the number of its row. Closing the iterator closes the rows."""
         with ExitStack() as stack:
             for row in self.rows.values():
                 stack.callback(row.close)
@@ -52,7 +52,7 @@ class Scheduler:
                     self.requests[number] = result
 
     def _advance(self, number: int, row: Row) -> Iterator[tuple[int, Event]]:
-        """The events of a row up to its next request or its end."""
+        """Yield the events of a row up to its next request or its end."""
         try:
             step = row.send(self.outputs.pop(number, None))
             while not isinstance(step, Request):

@@ -35,7 +35,7 @@ class Chapter:
 
 
 def tell(engine: Engine, scene: Scene, seed: int) -> Iterator[Chapter]:
-    """A chapter for every kind of question about the scene."""
+    """Yield a chapter for every kind of question about the scene."""
     for kind in KINDS:
         yield _chapter(engine, scene, make_question(scene, kind, seed))
 

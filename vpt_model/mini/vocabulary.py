@@ -21,7 +21,7 @@ _SENTENCES = (
 
 @cache
 def tokenizer() -> Tokenizer:
-    """The tokenizer that vpt-mini is trained with, and whose file is shipped with its weights."""
+    """Return the tokenizer that vpt-mini is trained with, and whose file is shipped with its weights."""
     words = dict.fromkeys([*COLOURS, *SHAPES])
     for sentence in (_SENTENCES, DIRECT_TRIGGER, REGION_TRIGGER, REENCODE_TRIGGER):
         for number, word in enumerate(sentence.replace(".", "").replace(",", "").replace("?", "").split()):

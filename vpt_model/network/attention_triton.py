@@ -155,7 +155,7 @@ def merge_kernel(
 
 
 def launch_of(dtype: torch.dtype, rows: int) -> Launch:
-    """The launch for `rows` query rows (tokens times heads of a group) per key/value head."""
+    """Return the launch for `rows` query rows (tokens times heads of a group) per key/value head."""
     if dtype == torch.float32:
         return FLOAT32
     return DECODE if rows <= DECODE.rows else APPEND

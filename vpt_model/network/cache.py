@@ -66,7 +66,7 @@ class KVCache:
     def side_by_side(
         cls, count: int, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | str
     ) -> list[KVCache]:
-        """`count` caches, one behind the other in one pair of buffers, so that one launch can serve them all."""
+        """Return `count` caches, one behind the other in one pair of buffers, so that one launch can serve them all."""
         _check_capacity(config, capacity)
         slab = _buffers(config, count * capacity, dtype, device)
         caches = [cls.__new__(cls) for _ in range(count)]
@@ -123,7 +123,7 @@ class KVCache:
             self._renew(min(max(2 * self.rows, count), self.capacity - self.length))
 
     def slots(self, count: int) -> torch.Tensor:
-        """Rows of `keys` and `values` for the next `count` tokens, int64 `[count]` on their device.
+        """Return the rows of `keys` and `values` for the next `count` tokens, int64 `[count]` on their device.
 
         Raises ValueError where `check` does, or if there is no room before `reserve(count)`.
         """
@@ -162,7 +162,7 @@ class KVCache:
         self.truncate(0, 0)
 
     def fork(self, rows: int) -> KVCache:
-        """A second conversation that begins behind this one's tokens, which it reads where they are.
+        """Return a second conversation that begins behind this one's tokens, which it reads where they are.
 
         rows: of its own buffer at first. Both can be appended to, truncated and forked further.
         """
@@ -179,7 +179,7 @@ class KVCache:
         return fork
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A copy of all keys and values `[layers, length, kv_heads, head_dim]`."""
+        """Return a copy of all keys and values `[layers, length, kv_heads, head_dim]`."""
         parts = [*self.shared, *self._stored(0, None)]
         if not parts:
             return self.keys[:, :0].clone(), self.values[:, :0].clone()

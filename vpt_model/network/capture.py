@@ -33,12 +33,12 @@ def record(
 
 @cache
 def _warm_up_stream(device: int) -> torch.cuda.Stream:
-    """One for all: every further stream would cost another workspace of cuBLAS."""
+    """Return the one stream of all warm-ups: every further one would cost another workspace of cuBLAS."""
     return torch.cuda.Stream(device)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context in which the current stream is that of `tensor`'s device."""
+    """Return a context in which the current stream is that of `tensor`'s device."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)

@@ -17,7 +17,7 @@ def mrope_positions(
     image_pad: int,
     merge_size: int = 2,
 ) -> tuple[torch.Tensor, int]:
-    """Positions of a chunk of one conversation that begins at position `start`.
+    """Return the positions of a chunk of one conversation that begins at position `start`.
 
     Text tokens, and the pads of re-encoded images, advance all three axes by one. A run of `image_pad` stands for one
     image of merged grid (rows, columns): its token (r, c) sits at (p, p + r, p + c), and the text behind it continues
@@ -63,7 +63,7 @@ def mrope_positions(
 
 
 def vision_positions(grids: Sequence[tuple[int, int]], merge_size: int = 2) -> torch.Tensor:
-    """Row and column of every patch of the given images, int64 [N, 2], in the vision tower's merge-block order.
+    """Return row and column of every patch of the given images, int64 [N, 2], in the vision tower's merge-block order.
 
     The merge_size x merge_size patches of a block are adjacent, blocks are row-major.
 

@@ -44,7 +44,7 @@ class SamAttention(nn.Module):
         self._augments = self.rel_pos_h.device.type != "cpu"
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
-        """[n, S, S, C] → [n, S, S, C], and None for the weights, which nobody computes."""
+        """Map [n, S, S, C] to [n, S, S, C]; None stands for the weights, which nobody computes."""
         images, height, width, _ = hidden_states.shape
         packed = self.qkv(hidden_states).view(images, height * width, 3, self.heads, -1)
         q, k, v = packed.permute(2, 0, 3, 1, 4).contiguous()  # [n, heads, S · S, D]

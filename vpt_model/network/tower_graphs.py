@@ -35,7 +35,7 @@ class _Replayed:
         raise NotImplementedError
 
     def result(self) -> Tensor:
-        """The output for what now lies in the buffers, in memory of its own."""
+        """Return the output for what now lies in the buffers, in memory of its own."""
         if self.graph is None:
             return self.run()[0]
         self.graph.replay()
@@ -55,7 +55,7 @@ class PatchStep(_Replayed):
         self.count = torch.full((1,), patches, dtype=torch.int32, device=tower.device)
 
     def __call__(self, patch_embeds: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch embeddings [n, E] of one image → features [n / 4, H]."""
+        """Map the patch embeddings [n, E] of one image to features [n / 4, H]."""
         count = len(patch_embeds)
         with on_device(self.x):
             self.x[:count] = patch_embeds
@@ -117,7 +117,7 @@ class CapturedEncoder(_Replayed):
 
 
 def captured(model: Model) -> tuple[Model, dict[str, float]]:
-    """The model with its towers captured, on its GPU, and the seconds of each capture."""
+    """Return the model with its towers captured, on its GPU, and the seconds of each capture."""
     tower, seconds = CapturedTower(model.vision), dict[str, float]()
     encoder: Any = model.encoder
     steps: dict[str, _Replayed] = {f"{patches} patches": step for patches, step in reversed(tower.steps.items())}

@@ -30,7 +30,9 @@ MIN_PIXELS, MAX_PIXELS = 3136, 12845056
 
 
 def first_resize(image: Image.Image, longest_edge: int) -> Image.Image:
-    """The authors' step before the processor: NEAREST to `longest_edge`, RGB, at least 28 px, aspect at most 200."""
+    """Return the authors' step before the processor: NEAREST to `longest_edge`, RGB, at least 28 px, aspect at most
+    200.
+    """
     if max(image.size) > longest_edge:
         factor = longest_edge / max(image.size)
         image = image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.NEAREST)
@@ -152,18 +154,18 @@ class Reencoder:
         self.process, self.module = process, module
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
-        """Normalised pixels float32 [images, 3, height, width]."""
+        """Return the normalised pixels float32 [images, 3, height, width]."""
         return torch.stack([self.process(first_resize(image, self.longest_edge)) for image in images])
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        """[n, tokens, D] of DINOv2 without its class token, [n, C, h, w] of SAM."""
+        """Return DINOv2's [n, tokens, D] without the class token, or SAM's [n, C, h, w]."""
         weight = next(self.module.parameters())
         out = self.module(pixel_values.to(weight)).last_hidden_state
         return out if out.dim() == 4 else out[:, 1:]
 
 
 def reencoder(config: ModelConfig, state: Mapping[str, Tensor]) -> Reencoder | None:
-    """The re-encoder of the variant; None where the model's own vision tower re-encodes."""
+    """Return the re-encoder of the variant; None where the model's own vision tower re-encodes."""
     if config.kind not in ("detection", "seg"):
         return None
     from transformers import Dinov2Config, Dinov2Model, SamVisionConfig
@@ -210,7 +212,7 @@ def normalised(image: Image.Image) -> Tensor:
 
 
 def project(kind: str | None, weights: Weights, features: Any, control: Tensor | None) -> Tensor:
-    """The authors' Minimal{,Sam,CLIP}Projector: f + (f·k)k with one control state per image; without control f.
+    """Return the authors' Minimal{,Sam,CLIP}Projector: f + (f·k)k with one control state per image; without control f.
 
     features: DINOv2's [n, tokens, D], SAM's [n, C, h, w], or the vision tower's, one [tokens, H] for each image, which
     are padded to a batch. Returns the tokens of all images [tokens, H].

@@ -44,7 +44,9 @@ SPAN = re.compile(r"<\|region_token_start\|>(?:<\|[xy]_[0-7]\|>)+<\|region_token
 
 
 def region_box(span: str, size: tuple[int, int]) -> Box | None:
-    """Pixel box of one region span on a (width, height) file: named cells of an 8×8 grid and a one-cell margin."""
+    """Return pixel box of one region span on a (width, height) file: named cells of an 8×8 grid and a one-cell
+    margin.
+    """
     bounds = []
     for axis, length in zip("xy", size, strict=True):
         cells = {int(digit) for digit in re.findall(rf"<\|{axis}_([0-7])\|>", span)}
@@ -77,7 +79,7 @@ class Decoder:
         self.config, self.weights = config, weights
 
     def empty_cache(self) -> Cache:
-        """Keys and values [1, kv heads, length, head dim] of each layer, of length 0."""
+        """Return the keys and values [1, kv heads, length, head dim] of each layer, of length 0."""
         shape = (1, self.config.num_key_value_heads, 0, self.config.head_dim)
         empty = self.weights.tensors["norm.weight"].new_empty(shape)
         return [(empty, empty)] * self.config.num_hidden_layers
@@ -187,7 +189,7 @@ class PublishedProcedure:
         again_grids: Sequence[Grid] = (),
         stages: tuple[str, str] = ("prefill", "prefill"),
     ) -> tuple[Tensor, Tensor, Cache]:
-        """One published forward call: two passes of the language model, each over its own deep copy of `cache`.
+        """Run one published forward call: two passes of the language model, each over its own deep copy of `cache`.
 
         ids: T new ids. positions: [3, T]. Images as pixel values [N, 1176] and grids in patches; `again`: those of the
         images to re-encode, for DINOv2 and SAM [n, 3, h, w]. `stages` names the two passes in `timings`. Returns hidden

@@ -91,11 +91,12 @@ class Recording:
         return {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
 
     def pixel_values(self, row: int) -> Tensor:
-        """Patches [N, 1176] of the ordinary images of a row; row 0 is that of every case with one row."""
+        """Return the patches [N, 1176] of the ordinary images of a row; row 0 is that of every case with one row."""
         return self.tensors[f"gen_b2.pixel_values_row{row}" if row else "fwd.pixel_values"]
 
     def reencoded_pixels(self, row: int) -> tuple[Tensor, list[tuple[int, int]]]:
-        """The image that a row has re-encoded: pixel values and, if the vision tower does it, its grid in patches.
+        """Return the image that a row has re-encoded: pixel values and, if the vision tower does it, its grid in
+        patches.
 
         Of "clip" [N, 1176], and another image than the row's ordinary one, so that mix-ups show; of "dino" and "sam"
         [1, 3, h, w], without a grid.
@@ -179,7 +180,7 @@ class Replay:
         self.loop = Loop(self.model, cast(Any, _Wordless(self.ids)), PromptFormat(), qwen2_vl_policy())
 
     def requests(self, case: str) -> list[Request]:
-        """The prompts of `case`, unpadded, with the images that the recording shows them."""
+        """Return the prompts of `case`, unpadded, with the images that the recording shows them."""
         rows = self.tensors[f"{case}.input_ids"]
         mask = self.tensors.get(f"{case}.attention_mask", torch.ones_like(rows)).bool()
         sizes = _grids(self.tensors["fwd.image_grid_thw" if len(rows) == 1 else "gen_b2.image_grid_thw"])
@@ -216,7 +217,8 @@ class Replay:
         embeds[0] = request.control[0]
 
     def generate(self, requests: Sequence[Request], steps: int) -> tuple[Tensor, Tensor]:
-        """The engine's greedy decoding of all rows: ids int64 [rows, steps] and logits float32 [rows, steps, vocab].
+        """Return the engine's greedy decoding of all rows: ids int64 [rows, steps] and logits float32 [rows, steps,
+        vocab].
 
         Nothing ends a row before `steps` tokens.
         """
@@ -274,5 +276,5 @@ def _grids(grid_thw: Tensor) -> list[tuple[int, int]]:
 
 
 def left_padded(rows: Sequence[Tensor], length: int, value: int) -> Tensor:
-    """Rows [..., T_i] as one tensor [..., rows, length], each at the right end."""
+    """Return the rows [..., T_i] as one tensor [..., rows, length], each at the right end."""
     return torch.stack([torch.nn.functional.pad(row, (length - row.shape[-1], 0), value=value) for row in rows], -2)

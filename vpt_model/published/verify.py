@@ -194,7 +194,7 @@ def _projectors(recording: Recording) -> Iterator[tuple[str, Tensor]]:
 def _features(
     tensors: Mapping[str, Tensor], form: str, images: int, weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """The recorded input of the first `images` images, and its cu_seqlens where it is ragged."""
+    """Return the recorded input of the first `images` images, and its cu_seqlens where it is ragged."""
     if form == "identity":
         counts = tensors["input.clip_grid_thw"][:images].prod(1) // 4
         ends = F.pad(counts.cumsum(0), (1, 0))
@@ -254,7 +254,9 @@ PARTS = {
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each part and in total; the language model's are without its embedding, a tied head counts once."""
+    """Return parameters of each part and in total; the language model's are without its embedding, a tied head counts
+    once.
+    """
     shapes = {name: torch.Size(shape).numel() for name, shape in expected_shapes(config).items()}
     counts = {part: sum(n for name, n in shapes.items() if name.startswith(prefix)) for part, prefix in PARTS.items()}
     counts["language model"] -= counts["embedding"]
@@ -267,7 +269,7 @@ SAMPLE_QUESTION = "What is in the picture?"
 
 
 def sample_picture() -> Image.Image:
-    """A red disc on white, 224x224: what a model says about it shows whether it sees."""
+    """Return a red disc on white, 224x224: what a model says about it shows whether it sees."""
     picture = Image.new("RGB", (224, 224), "white")
     ImageDraw.Draw(picture).ellipse((56, 56, 168, 168), fill="red")
     return picture

@@ -42,7 +42,7 @@ def byte_pairs(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a folder, with every token that its files name; text is never cut and never padded.
+    """Return the tokenizer of a folder, with every token that its files name; text is never cut and never padded.
 
     Raises ValueError naming the file where one is missing or unreadable, or where two disagree about a token's id.
     """
@@ -90,7 +90,7 @@ def _read_pairs(vocabulary: Path, merges: Path) -> models.BPE:
 
 
 def _numbered_tokens(folder: Path) -> Iterator[tuple[str, AddedToken, int]]:
-    """File, token and id of every token that stands beside the vocabulary."""
+    """Yield the file, token and id of every token that stands beside the vocabulary."""
     special = set(_special_names(folder))
     for content, number in _object(folder / _ADDED).items():
         if type(number) is not int:
@@ -110,7 +110,7 @@ def _numbered_tokens(folder: Path) -> Iterator[tuple[str, AddedToken, int]]:
 
 
 def _special_names(folder: Path) -> Iterator[str]:
-    """Every special token that is named, with or without an id."""
+    """Yield every special token that is named, with or without an id."""
     for file in (_SPECIAL, _CONFIG):
         content = _object(folder / file)
         for name in _SPECIAL_FIELDS:

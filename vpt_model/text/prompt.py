@@ -40,7 +40,7 @@ class PromptFormat:
         require_type("trigger", self.trigger, (str, type(None)), "a string or None")
 
     def user_text(self, question: str, image: bool) -> str:
-        """The text of the first user turn, behind the image if there is one."""
+        """Return the text of the first user turn, behind the image if there is one."""
         require_type("question", question, str, "a string")
         require_type("image", image, bool, "True or False")
         text = self.image_separator + question if image else question
@@ -48,7 +48,7 @@ class PromptFormat:
 
 
 def first_round(ids: TokenIds, system: Sequence[int], user: Sequence[int], image_tokens: int | None) -> list[int]:
-    """The prompt up to and including the assistant header.
+    """Return the prompt up to and including the assistant header.
 
     system, user: ids of the two texts. image_tokens: pads of the image before the user's text; None: no image.
     """
@@ -57,7 +57,8 @@ def first_round(ids: TokenIds, system: Sequence[int], user: Sequence[int], image
 
 
 def next_round(ids: TokenIds, user: Sequence[int], image_tokens: int | None) -> list[int]:
-    """What follows an answer when the user speaks again: the answer's end, the user's turn, the assistant header.
+    """Return what follows an answer when the user speaks again: the answer's end, the user's turn, the assistant
+    header.
 
     user, image_tokens: as in `first_round`.
     """
@@ -65,7 +66,8 @@ def next_round(ids: TokenIds, user: Sequence[int], image_tokens: int | None) -> 
 
 
 def region_round(ids: TokenIds, image_tokens: Sequence[int], encode: Callable[[str], list[int]]) -> list[int]:
-    """What follows the first answer when its regions are shown: the answer's end, the crops, the assistant header.
+    """Return what follows the first answer when its regions are shown: the answer's end, the crops, the assistant
+    header.
 
     image_tokens: pads of each crop. One crop stands alone (12 ids and its pads); several are numbered from 0.
     `encode` turns the numbering into ids.
@@ -83,7 +85,7 @@ def region_round(ids: TokenIds, image_tokens: Sequence[int], encode: Callable[[s
 
 
 def action_round(ids: TokenIds, image_tokens: int) -> list[int]:
-    """What follows the action start token: the rest of the action span and the re-encoded image's turn.
+    """Return what follows the action start token: the rest of the action span and the re-encoded image's turn.
 
     image_tokens: tokens of the re-encoded image; the result has 14 more.
     """

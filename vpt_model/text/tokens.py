@@ -145,7 +145,7 @@ class TokenIds:
         return self.action_start, self.action, self.action_end
 
     def region_span(self, x_min: int, y_min: int, x_max: int, y_max: int) -> tuple[int, ...]:
-        """The six ids of a region span; ValueError if the variant has no region tokens."""
+        """Return the six ids of a region span; ValueError if the variant has no region tokens."""
         if self.region_start is None or self.region_end is None or not self.x or not self.y:
             raise ValueError("the tokenizer has no region tokens: use a VPT checkpoint (alignment variants lack them)")
         for name, cell in (("x_min", x_min), ("y_min", y_min), ("x_max", x_max), ("y_max", y_max)):
@@ -163,7 +163,7 @@ class RegionSpan:
 
 
 def parse_regions(text: str) -> list[RegionSpan]:
-    """Every region span of `text`, in order: a start, one or more column or row tokens in any order, an end."""
+    """Return every region span of `text`, in order: a start, one or more column or row tokens in any order, an end."""
     spans = []
     for match in _SPAN.finditer(text):
         cells = _CELL.findall(match[1])
@@ -180,7 +180,7 @@ def parse_region_ids(tokens: Iterable[int], ids: TokenIds) -> list[RegionSpan]:
 
 
 def crop_box(region: RegionSpan, width: int, height: int) -> tuple[int, int, int, int]:
-    """Pixel box (left, top, right, bottom), right and bottom exclusive, of a region of a width x height image.
+    """Return pixel box (left, top, right, bottom), right and bottom exclusive, of a region of a width x height image.
 
     One cell of margin on every side, clipped at the border; cell edges are truncated to whole pixels.
     Raises ValueError if the region names no column or no row, or if the box holds no pixel.
@@ -207,7 +207,7 @@ def crop_box(region: RegionSpan, width: int, height: int) -> tuple[int, int, int
 
 
 def parse_look(spec: str, ids: TokenIds) -> list[int]:
-    """The answer that a forced look stands for, as token ids.
+    """Return the answer that a forced look stands for, as token ids.
 
     `"region:x2,y1,x5,y4"` is one region span (first and last column and row, 0..7) and the end of the turn, several
     boxes are joined by `+` (`"region:x2,y1,x5,y4+x0,y0,x3,y3"`); the name of the variant's re-encoder, `"clip"`,
@@ -241,7 +241,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, kind: str | None) -> Tokenizer:
-        """The tokenizer of a checkpoint folder, in `tokenizer.json` or the files of older generations.
+        """Return the tokenizer of a checkpoint folder, in `tokenizer.json` or the files of older generations.
 
         Raises ValueError if a file is missing, unreadable or contradicts another.
         """
@@ -250,7 +250,7 @@ class Tokenizer:
 
     @classmethod
     def byte_level(cls, vocab_size: int, kind: str | None, words: Sequence[str] = ()) -> Tokenizer:
-        """A tokenizer for random weights: one token per byte, and the special and perception tokens.
+        """Return a tokenizer for random weights: one token per byte, and the special and perception tokens.
 
         From 151,679 tokens on, all of them, the role words and the words of the system prompt have the ids that they
         have in Qwen2-VL and its VPT variants; below, they follow the 256 bytes, and behind them come `words`, each with
@@ -285,7 +285,7 @@ class Tokenizer:
         return cls(backend, kind)
 
     def to_json(self) -> str:
-        """The content of a `tokenizer.json` from which `from_folder` makes this tokenizer."""
+        """Return the content of a `tokenizer.json` from which `from_folder` makes this tokenizer."""
         return self._backend.to_str()
 
     def check_vocabulary(self, rows: int, declared: Mapping[str, Any]) -> None:
@@ -336,7 +336,7 @@ class Tokenizer:
         return self.ids.kind is not None and self.ids.region_start is None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; names of special and perception tokens in it become those tokens.
+        """Return the ids of `text`; names of special and perception tokens in it become those tokens.
 
         Raises TypeError for anything but a string, ValueError for one that is no text (lone surrogates).
         """
@@ -352,7 +352,7 @@ class Tokenizer:
             ) from None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of `tokens` without special tokens; perception tokens stay, an id without a token n reads ⟨n⟩.
+        """Return text of `tokens` without special tokens; perception tokens stay, an id without a token n reads ⟨n⟩.
 
         Raises TypeError for ids that are not integers, ValueError for ids that do not fit into 32 bits.
         """
@@ -375,7 +375,9 @@ def _numbered(tokens: Iterable[str], first: int) -> dict[str, int]:
 
 
 def _byte_symbols() -> dict[int, str]:
-    """The character that stands for each byte in byte-level BPE, in the order of GPT-2's and Qwen's vocabulary."""
+    """Return the character that stands for each byte in byte-level BPE, in the order of GPT-2's and Qwen's
+    vocabulary.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

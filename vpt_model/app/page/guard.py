@@ -55,7 +55,7 @@ class Guard:
         await self.app(scope, receive, guarded)
 
     def _problem(self, headers: Headers) -> str | None:
-        """Why another site's page must be behind this request, if one must."""
+        """Return why another site's page must be behind this request, if one must."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.local and urlsplit(f"//{host}").hostname not in LOCAL:
             return f"This page answers to {LOCAL[0]} and {LOCAL[1]} only, not to {host!r}."
@@ -67,5 +67,5 @@ class Guard:
 
 
 def _is_visit(headers: Headers) -> bool:
-    """Whether somebody follows a link to here, which shows the page and gives the other site nothing."""
+    """Return whether somebody follows a link to here, which shows the page and gives the other site nothing."""
     return headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"

@@ -100,7 +100,7 @@ class Line:
             self._changed.notify()
 
     def ahead(self, job: Job) -> int:
-        """How many jobs run before this one; 0 if it runs, or has."""
+        """Return how many jobs run before this one; 0 if it runs, or has."""
         with self._changed:
             if job not in self._waiting:
                 return 0

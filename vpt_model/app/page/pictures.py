@@ -39,14 +39,16 @@ class Picture:
         return self.pixels.shape[1], self.pixels.shape[0]
 
     def as_json(self) -> dict[str, Any]:
-        """All that the browser gets of it."""
+        """Return all that the browser gets of it."""
         width, height = self.size
         known = {"width": width, "height": height, "preview": preview(self.pixels.numpy())}
         return {"id": self.id, **known, "scene": self.scene}
 
 
 def uploaded(data: bytes, limit: int) -> Picture:
-    """The picture in the bytes of a file. Raises ValueError, for its owner, if it is broken or has > limit pixels."""
+    """Return the picture in the bytes of a file. Raises ValueError, for its owner, if it is broken or has > limit
+    pixels.
+    """
     if not data:
         raise ValueError("The file is empty: choose a picture.")
     try:
@@ -68,7 +70,7 @@ def uploaded(data: bytes, limit: int) -> Picture:
 
 
 def drawn(seed: int | None) -> Picture:
-    """A picture of vpt-mini's test split, with questions about it and their answers.
+    """Return a picture of vpt-mini's test split, with questions about it and their answers.
 
     Raises ValueError without the photographs that it is drawn on.
     """
@@ -86,13 +88,13 @@ def drawn(seed: int | None) -> Picture:
 
 
 def _truths(scene: Scene) -> dict[str, str]:
-    """The answers to questions that the task asks about a scene."""
+    """Return the answers to questions that the task asks about a scene."""
     every = (make_question(scene, kind, seed) for kind in KINDS for seed in range(_VARIATIONS))
     return {question.text: question.answer for question in every}
 
 
 def preview(pixels: np.ndarray) -> str:
-    """Pixels as a data URL, made smaller where they are more than a page shows; small ones lose nothing."""
+    """Return the pixels as a data URL, made smaller where they are more than a page shows; small ones lose nothing."""
     image = Image.fromarray(pixels)
     if max(image.size) <= 640:
         return data_url(image)
@@ -101,7 +103,7 @@ def preview(pixels: np.ndarray) -> str:
 
 
 def data_url(image: Image.Image, form: str = "PNG") -> str:
-    """An image as a data URL; PNG, quickly packed, unless another format is given."""
+    """Return an image as a data URL; PNG, quickly packed, unless another format is given."""
     out = BytesIO()
     image.save(out, form, **({"compress_level": 1} if form == "PNG" else {"quality": 90}))
     return f"data:image/{form.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"

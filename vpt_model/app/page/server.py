@@ -298,7 +298,9 @@ async def _left(request: Request, error: Exception) -> Response:
 
 
 def bind(host: str, port: int) -> tuple[socket.socket, bool]:
-    """A listening socket, and whether this machine alone can reach it. Raises ValueError where it cannot be had."""
+    """Return a listening socket, and whether this machine alone can reach it. Raises ValueError where it cannot be
+    had.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.create_server(address[:2], family=family)

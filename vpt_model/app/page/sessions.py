@@ -99,7 +99,7 @@ class Branch:
     shown: list[Picture] = field(default_factory=list)
 
     def fork(self) -> Branch:
-        """A second conversation that goes on from here."""
+        """Return a second conversation that goes on from here."""
         chat = self.chat.fork()[0] if self.chat else None
         return Branch(list(self.turns), chat, list(self.shown))
 
@@ -154,7 +154,7 @@ class Session:
             raise Refused(409, "An answer is under way: wait for it or stop it first.")
 
     def fork(self, number: int, limit: int) -> int:
-        """The number of a new branch that begins behind this one."""
+        """Return the number of a new branch that begins behind this one."""
         if len(self.branches) >= limit:
             raise Refused(409, f"There are {limit} conversations: close one before you begin another.")
         branch = self.branch(number)
@@ -227,6 +227,6 @@ class Sessions:
         session.pictures[picture.id] = picture
 
     def expired(self) -> list[Session]:
-        """Those that nobody has used for too long."""
+        """Return those that nobody has used for too long."""
         now = time.monotonic()
         return [s for s in self if s.job is None and now - s.used > self.limits.idle]
