@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,8 +32,9 @@ def tiny_state(kind: str | None = "clip", seed: int = 0) -> dict[str, torch.Tens
 
 
 @lru_cache(maxsize=4)
-def tiny_model(kind: str | None = "clip", seed: int = 0) -> Model:
-    return Model.from_state(tiny_config(kind), tiny_state(kind, seed))
+def tiny_model(kind: str | None = "clip", seed: int = 0, **other: Any) -> Model:
+    """other: fields of the configuration that differ."""
+    return Model.from_state(replace(tiny_config(kind), **other), tiny_state(kind, seed))
 
 
 def appended(

@@ -25,6 +25,9 @@ FIRST, SECOND = random_image(150, 230, seed=3), random_image(260, 120, seed=2)
 QUESTION = "What is written on the sign?"
 REGION, THREE = "region:x2,y1,x5,y4", "region:x2,y1,x5,y4+x0,y0,x0,y0+x7,y6,x6,y7"
 
+CAPACITY, LOOKS = 1 << 15, (None, ["clip"], [REGION], None, None)
+"""Room for two hundred turns, and what every five of them look at."""
+
 
 @pytest.fixture(params=ENCODERS)
 def encoder(request) -> str:
@@ -33,7 +36,9 @@ def encoder(request) -> str:
 
 def engine_of(encoder: str = "clip", **options) -> Engine:
     kind = ENCODERS[encoder]
-    return Engine(tiny_model(kind), Tokenizer.byte_level(320, kind), **{"capacity": 4096} | options)
+    options = {"capacity": 4096} | options
+    model = tiny_model(kind, max_position_embeddings=max(4096, options["capacity"]))
+    return Engine(model, Tokenizer.byte_level(320, kind), **options)
 
 
 class Written:
@@ -72,6 +77,7 @@ class Written:
         begin = chat.length - len(answer.ids)
         logits = language.logits(hidden[begin:])
         assert (answer.logits - logits).abs().max() <= 1e-4
+        assert answer.ids == logits.argmax(-1).tolist()
         if answer.finish_reason == "stop":
             assert answer.ids[-1] == int(logits[-1].argmax())
 
@@ -122,6 +128,14 @@ class TestEqualsOnePrefill:
                     [] if looks is None else [encoder if looks == [encoder] else "region"]
                 )
             assert len(chat) == 6 and len(chat.conversation.pictures) == 2
+
+    @pytest.mark.slow
+    def test_two_hundred_turns(self, written):
+        with engine_of(capacity=CAPACITY).chat(FIRST) as chat:
+            for turn in range(200):
+                answer = chat.ask("Why?", looks=LOOKS[turn % len(LOOKS)], max_new_tokens=3, keep_logits=True)
+                if turn % 10 == 9:
+                    written.check(chat, answer)
 
     def test_forks_and_rewinds(self, encoder, written):
         with engine_of(encoder).chat(FIRST) as chat:
@@ -222,32 +236,25 @@ class TestWork:
 
     @pytest.mark.slow
     def test_two_hundred_turns_and_sixty_four_forks(self):
-        """Ids equal those of fresh conversations at every tenth turn; memory does not grow with what was undone."""
-        engine = engine_of()
-        looks = [None, ["clip"], [REGION], None, None]
-        with engine.chat(FIRST, capacity=4096) as chat, LiveMemory() as memory:
-            base, alive = chat.ask(QUESTION, max_new_tokens=2).ids, []
-            fresh = {}
+        """Beside cache and pictures a conversation keeps nothing: not of its turns, forks or what was undone."""
+        engine = engine_of(capacity=CAPACITY)
+        with engine.chat(FIRST) as chat, LiveMemory() as memory:
+            beside = []
             for turn in range(200):
-                kind = turn % len(looks)
-                answer = chat.ask("Why?", looks=looks[kind], max_new_tokens=3)
-                if turn % 10 == 0:
-                    if kind not in fresh:
-                        with engine.chat(FIRST) as other:
-                            assert other.ask(QUESTION, max_new_tokens=2).ids == base
-                            fresh[kind] = other.ask("Why?", looks=looks[kind], max_new_tokens=3).ids
-                    assert answer.ids == fresh[kind]
-                chat.rewind()
+                chat.ask("Why?", looks=LOOKS[turn % len(LOOKS)], max_new_tokens=3)
                 if turn % 20 == 19:
                     gc.collect()
-                    alive.append(memory.now)
-            assert set(alive) == {alive[0]}
+                    beside.append(memory.now - chat.nbytes)
+            assert set(beside) == {beside[0]}
+            before = memory.now
             forks = chat.fork(64)
-            answers = engine.ask_chats(forks, ["Why?"] * 64, max_new_tokens=3)
-            assert {tuple(answer.ids) for answer in answers} == {tuple(fresh[0])}
-            del forks, answers, answer
+            answers = engine.ask_chats(forks, ["How?"] * 64, max_new_tokens=3)
+            assert memory.now - before < sum(fork.nbytes for fork in forks) + (64 << 10)
+            assert {tuple(answer.ids) for answer in answers} == {tuple(chat.ask("How?", max_new_tokens=3).ids)}
+            chat.rewind()
+            del forks, answers
             gc.collect()
-            assert memory.now == alive[0]
+            assert memory.now == before
 
 
 class TestTurns:
