@@ -28,10 +28,13 @@ _ONLY_WRITES = {aten.fill_, aten.zero_, aten.copy_, aten.index_put_, aten.full_l
 """Their first argument is not read."""
 _GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """They read as many bytes of their source as they return."""
-_UNREAD = {"out", "q_out", "sums", "weights", "k_cache", "v_cache", "table", "cos_sin"}
+_UNREAD = {
+    "out", "q_out", "sums", "weights", "partials", "tickets", "logits", "tops", "choices", "tokens", "k_cache",
+    "v_cache", "table", "cos_sin",
+}  # fmt: skip
 """Parameters of our Triton kernels that are written, not read, where a kernel's own entry says nothing else; and the
 table of angles, of which a token reads three rows of 512 bytes."""
-_READ_BY = {"merge_kernel": {"sums", "weights"}}
+_READ_BY = {"merge_kernel": {"sums", "weights"}, "linear_add_kernel": {"partials"}}
 OPERATORS = {"append_visual_kv": 1, "control_cross_attention": 2, "roi_patches": 1, "roi_patch_embed": 2}
 """Kernels of one call of our operators, with a control and few regions, on Triton and on CUDA alike (there the second
 of `roi_patch_embed` is the library's product): so the count does not depend on which of them is installed."""

@@ -3,7 +3,7 @@
     python -m tests.aot.compile OUT.json
 
 writes, per variant and target: registers, spilled bytes, shared memory, the matrix instructions, whether products and
-sums were contracted and whether the kernel takes part in programmatic dependent launch.
+sums were contracted, whether the kernel takes part in programmatic dependent launch, and its loads of 16 bytes.
 Results are kept under build/aot by the hash of what they depend on.
 """
 
@@ -30,6 +30,7 @@ from tests.aot.variants import VARIANTS
 CACHE = Path(__file__).resolve().parents[2] / "build" / "aot"
 
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
+WIDE = re.compile(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global\S* \[[^;]*, 0x10")
 
 
 def compile_variant(variant: Variant, target: int) -> dict:
@@ -54,6 +55,7 @@ def compile_variant(variant: Variant, target: int) -> dict:
         "matrix": sorted(set(MATRIX.findall(compiled.asm["ptx"]))),
         "contracted": re.search(r"\bfma\.rn\.f(32|64)\b", compiled.asm["ptx"]) is not None,
         "waits": "griddepcontrol" in compiled.asm["ptx"],
+        "wide": len(WIDE.findall(compiled.asm["ptx"])),
     }
 
 

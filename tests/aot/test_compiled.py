@@ -78,6 +78,13 @@ def test_dependent_launch(compiled, variant, target):
     assert compiled[variant.name][str(target)]["waits"] == (chained and target >= 90)
 
 
+@each_compilation
+def test_streams(compiled, variant, target):
+    """Weights and keys are read by 16 bytes a thread."""
+    if variant.streams:
+        assert compiled[variant.name][str(target)]["wide"]
+
+
 def test_at_most_three_configurations():
     """Per kernel: the launch tables are short enough to read, and nothing is tuned while it runs."""
     for kernel in {variant.kernel.__name__ for variant in VARIANTS}:

@@ -19,6 +19,7 @@ class Variant:
         unaligned: arguments not known to be multiples of 16.
         tensor_cores: its PTX must hold the target's matrix instruction; else it must hold none.
         batched: besides, it multiplies batches of matrices, which takes mma.sync on every target.
+        streams: its PTX must load global memory by 16 bytes a thread, into registers or into shared memory.
         spilled: bytes stored and loaded by spills that are accepted, per thread.
     """
 
@@ -33,6 +34,7 @@ class Variant:
     unaligned: tuple[str, ...] = ()
     tensor_cores: bool = False
     batched: bool = False
+    streams: bool = False
     spilled: int = 0
     tuned: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_TOKENS", "BLOCK_HEADS", "BLOCK_IMAGES")
     options: dict[str, object] = field(default_factory=lambda: {"enable_fp_fusion": True})

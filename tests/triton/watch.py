@@ -1,10 +1,10 @@
-"""What a call on Triton's interpreter launches and allocates."""
+"""What a call on Triton's interpreter launches and allocates, and in which order its programs run."""
 
 from __future__ import annotations
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import GridExecutor
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 class Launches:
@@ -42,3 +42,28 @@ class Allocations(TorchDispatchMode):
 def outputs(seen: Allocations) -> list[int]:
     """Without the empty tensors that the interpreter makes of every argument."""
     return [size for size in seen.bytes if size]
+
+
+class Permuted:
+    """The programs of every launch run in an order drawn from `seed`, each of them once."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> Permuted:
+        self.original = original = InterpreterBuilder.set_grid_idx
+        orders: dict[tuple[int, ...], list[int]] = {}
+
+        def place(builder, x, y, z):
+            grid = tuple(builder.grid_dim)
+            if grid not in orders:
+                generator = torch.Generator().manual_seed(self.seed)
+                orders[grid] = torch.randperm(grid[0] * grid[1] * grid[2], generator=generator).tolist()
+            number = orders[grid][(x * grid[1] + y) * grid[2] + z]
+            original(builder, number // (grid[1] * grid[2]), number // grid[2] % grid[1], number % grid[2])
+
+        InterpreterBuilder.set_grid_idx = place
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        InterpreterBuilder.set_grid_idx = self.original

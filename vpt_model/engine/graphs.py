@@ -17,7 +17,6 @@ from torch import Tensor
 from vpt_kernels import RegionPolicy
 from vpt_model.engine import perception
 from vpt_model.engine.requests import Append
-from vpt_model.engine.sampling import greedy
 from vpt_model.network.attention import Padded
 from vpt_model.network.cache import KVCache
 from vpt_model.network.capture import on_device, record
@@ -94,6 +93,8 @@ class Step:
         self.host, self.device = StepMetadata(bucket, "cpu", on_gpu), StepMetadata(bucket, language.device)
         shape = (bucket.rows * bucket.tokens, language.config.hidden_size)
         self.given = torch.zeros(shape, dtype=language.dtype, device=language.device)
+        tickets = max(language.config.hidden_size, shape[0] * language.config.num_attention_heads)
+        self.tickets = torch.zeros(tickets, dtype=torch.int32, device=language.device)
         self.copied = torch.cuda.Event() if on_gpu else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: tuple[Tensor, ...] = ()
@@ -125,12 +126,13 @@ class Step:
         embeds = language.embed(metadata.tokens.clamp_min(0))
         x = torch.where((metadata.tokens >= 0)[:, None], embeds, self.given)
         lengths = (metadata.starts, metadata.past, metadata.counts)
-        attend = Padded(*self.slab, self.capacity, metadata.positions, metadata.slots, lengths, language.rotary)
+        attend = Padded(
+            *self.slab, self.capacity, metadata.positions, metadata.slots, lengths, language.rotary, self.tickets
+        )
         hidden = language.run(x, attend).unflatten(0, (self.bucket.rows, -1))[:, -1]
         if not self.bucket.sample:
             return (hidden,)
-        logits = language.logits(hidden)
-        return hidden, logits, greedy(logits)
+        return hidden, *language.choose(hidden, self.tickets)
 
     def capture(self, pool: object) -> None:
         self.upload(())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vpt_model.config import require_integer, shown
+from vpt_model.network.decode.reference import greedy
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,6 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-
-
-def greedy(logits: Tensor) -> Tensor:
-    """The argmax of logits [..., vocab], the lowest id on ties, −1 where a logit is NaN: int64 [...].
-
-    Computed where the logits are, without a wait.
-    """
-    top, token = logits.max(dim=-1)
-    return torch.where(top.isnan(), -1, token)
 
 
 class Sampler:

@@ -92,6 +92,7 @@ class Padded:
 
     keys, values: [layers, slots, Hkv, D], shared by all conversations, `capacity` slots each. positions: [3, R · N].
     slots: [R · N], −1 for padding, which is neither stored nor seen. lengths: starts, past and counts of `attend`.
+    tickets: int32 zeros, one per channel and one per token and head, by which a launch's programs know who is last.
     """
 
     def __init__(
@@ -103,9 +104,11 @@ class Padded:
         slots: Tensor,
         lengths: tuple[Tensor, Tensor, Tensor],
         rotary: Rotary,
+        tickets: Tensor | None = None,
     ) -> None:
         self.keys, self.values, self.capacity = keys, values, capacity
         self.positions, self.slots, self.lengths, self.rotary = positions, slots, lengths, rotary
+        self.tickets = tickets
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 
 from vpt_kernels import rotary_table
 from vpt_model.config import ModelConfig
+from vpt_model.network import decode
 from vpt_model.network.attention import Padded, Ragged, Rotary
 from vpt_model.network.cache import KVCache
+from vpt_model.network.decode.reference import greedy
 from vpt_model.network.linear import linear
 
 
@@ -99,6 +101,13 @@ class LanguageModel:
 
     def run(self, x: torch.Tensor, attend: Ragged | Padded) -> torch.Tensor:
         """All layers and the final norm: embeddings [T, H] → hidden states [T, H]. Nothing is read by the host."""
+        if isinstance(attend, Padded) and attend.tickets is not None and len(x) == len(attend.lengths[0]):
+            if decode.serves(x):
+                from vpt_model.network.decode import layers
+
+                return self._rms_norm(
+                    layers.run(self.layers, self.config.rms_norm_eps, x, attend, attend.tickets), self.norm
+                )
         for index, layer in enumerate(self.layers):
             x = x + self._attention(index, layer, self._rms_norm(x, layer.input_norm), attend)
             x = x + self._mlp(layer, self._rms_norm(x, layer.post_norm))
@@ -107,6 +116,15 @@ class LanguageModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits float32 `[n, vocab]` of the rows `[n, H]`; pass only the rows that are sampled from."""
         return linear(hidden, self.head).float()
+
+    def choose(self, hidden: torch.Tensor, tickets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logits` of the rows `[n, H]` and the `greedy` choice of each; tickets: as of `Padded`."""
+        if decode.serves(hidden):
+            from vpt_model.network.decode.head import head
+
+            return head(hidden, self.head, tickets)
+        logits = self.logits(hidden)
+        return logits, greedy(logits)
 
     def _check(
         self, embeds: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache], lengths: Sequence[int]
