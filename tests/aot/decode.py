@@ -41,9 +41,9 @@ def _attention(name: str, kind: str, registers: int, shared: int, heads: int, kv
 
 
 # One row: 32 weights of a step and as many sums a thread, twice for gates and ups: four blocks of 4 warps a
-# multiprocessor (128; sm_80 schedules more loads ahead and keeps three), 32 KB in flight. Rows: two warps a block, which
-# may have every register; shared memory holds four stages of weights, of gates and ups two blocks of it fit. Float32
-# rows are outer products in 128 threads.
+# multiprocessor (128; sm_80 schedules more loads ahead and keeps three), 32 KB in flight. Rows: two warps a block with
+# every register; shared memory holds four stages of weights, of gates and ups two blocks of it fit. Float32 rows are
+# outer products in 128 threads.
 _RESOURCES = {
     "one bf16": (ONE_ROW, "bf16"), "one fp32": (ONE_ROW, "fp32"), "rows bf16": (ROWS, "bf16"),
     "rows fp16": (ROWS, "fp16"), "rows fp32": (FLOAT32, "fp32"),

@@ -21,7 +21,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and large programs, on a CPU."""
     monkeypatch.setattr(decode, "on_gpu", lambda x: True)
     for name in ("ONE_ROW", "FLOAT32"):
-        monkeypatch.setattr(products, name, getattr(products, name)._replace(outputs=64, step=128))
+        monkeypatch.setattr(products, name, getattr(products, name)._replace(outputs=256, step=128))
 
 
 @pytest.mark.parametrize("name", CASES)
