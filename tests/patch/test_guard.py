@@ -46,6 +46,7 @@ def projector(kind: str) -> Subject:
 
 SUBJECTS = dict.fromkeys(foreign.QWEN, embedding) | {"dinov2": encoder, "sam": encoder}
 SUBJECTS |= dict.fromkeys(published.PROJECTORS, projector)
+RUN = {nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Linear: "linear", nn.LayerNorm: "layer_norm"}
 LAYERS = [(kind, name) for kind in SUBJECTS for name in SUBJECTS[kind](kind)[1]]
 each_layer = pytest.mark.parametrize("kind, name", LAYERS, ids=lambda value: value)
 
@@ -152,7 +153,24 @@ def weight_subclass(parent: nn.Module, name: str) -> None:
     part.weight = weight.detach().as_subclass(Scaled)
 
 
-CHANGES = (offload, replace_forward, hook, pre_hook, adapt, parametrise, old_weight_norm, subclass, weight_subclass)
+def compile_itself(parent: nn.Module, name: str) -> None:
+    """What `Module.compile` sets, here to what a backend made of the layer."""
+    part = getattr(parent, name)
+    own = part.forward
+    part._compiled_call_impl = lambda x: 1.5 * own(x)
+
+
+def frozen_as_buffers(parent: nn.Module, name: str) -> None:
+    part = getattr(parent, name)
+    for key in ("weight", "bias"):
+        value = part._parameters.pop(key)
+        part.register_buffer(key, None if value is None else 1.5 * value)
+
+
+CHANGES = (
+    offload, replace_forward, hook, pre_hook, adapt, parametrise, old_weight_norm, subclass, weight_subclass,
+    compile_itself, frozen_as_buffers,
+)  # fmt: skip
 
 
 @each_layer
@@ -182,6 +200,69 @@ def test_what_a_layer_does_beyond_its_weight_is_done(kind, name, change, when) -
         assert "not a plain" in str(report)
     if change not in (offload, weight_subclass):
         assert (want - run(plain, given)).abs().max() > BOUND
+
+
+@pytest.mark.parametrize("kind", ("qwen2_vl", "dinov2", "detection"))
+@pytest.mark.parametrize("change", (offload, replace_forward), ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_a_layer_does_is_in_a_graph_compiled_after_it(kind, change) -> None:
+    module, names, given = SUBJECTS[kind](kind)
+    patch(module)
+    change(module, names[-1])
+    want = run(module, given)
+    torch.compiler.reset()
+    assert_same_bits(run(torch.compile(module, backend="eager"), given), want)
+
+
+@pytest.mark.parametrize("kind", SUBJECTS)
+@torch.no_grad()
+def test_transforms_of_torch_func_reach_the_layers(kind) -> None:
+    """An ensemble over stacked weights: the operators know no batching rule."""
+    module, _, given = SUBJECTS[kind](kind)
+    stacked = {name: torch.stack([value, 1.5 * value]) for name, value in module.named_parameters()}
+    ensemble = torch.func.vmap(lambda weights: torch.func.functional_call(module, weights, given)[0])
+    want = ensemble(stacked)
+    with patch(module) as report:
+        assert_same_bits(ensemble(stacked), want)
+    assert report.calls == {"original: a transform of torch.func": 1}
+
+
+@pytest.mark.parametrize("kind", SUBJECTS)
+@torch.no_grad()
+def test_inputs_with_functions_of_their_own_meet_the_layers(kind) -> None:
+    """Sharded, nested and traced tensors are subclasses, which may know a convolution and no product, or count both."""
+    names: list[str] = []
+
+    class Counted(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Callable, types: Any, args: Any = (), named: Any = None) -> Any:
+            names.append(getattr(function, "__name__", ""))
+            return super().__torch_function__(function, types, args, named or {})
+
+    module, _, (x, *others) = SUBJECTS[kind](kind)
+    want = run(module, (x.as_subclass(Counted), *others))
+    before = [name for name in names if name in RUN.values()]
+    names.clear()
+    with patch(module) as report:
+        assert_same_bits(run(module, (x.as_subclass(Counted), *others)), want)
+    assert report.calls == {"original: its input is a Counted": 1}
+    assert before == [name for name in names if name in RUN.values()]
+
+
+@pytest.mark.parametrize("kind", SUBJECTS)
+@torch.no_grad()
+def test_what_every_layer_calls_may_be_replaced(kind, monkeypatch) -> None:
+    """As a profiler or a library of faster kernels replaces `torch.nn.functional.conv3d` for everyone."""
+    module, names, given = SUBJECTS[kind](kind)
+    function = RUN[type(getattr(module, names[-1]))]
+    own = getattr(nn.functional, function)
+    with patch(module) as report:
+        monkeypatch.setattr(nn.functional, function, lambda *x, **named: 1.5 * own(*x, **named))
+        found = run(module, given)
+    assert_same_bits(found, run(module, given))
+    assert report.calls == {
+        f"original: the forward of every {type(getattr(module, names[-1])).__name__} was replaced": 1
+    }
 
 
 @pytest.mark.parametrize("kind", SUBJECTS)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpt_kernels.checks import CHECK_VALUES, require_inference
-from vpt_kernels.guard import OwnForward, why_called
+from vpt_kernels.guard import OwnForward, part_of, why_called
 from vpt_kernels.patch.rules import Forward, Rule, Serve, folded, lacks, record
 from vpt_kernels.patch.supported import DINOV2, NORMALISATION, SAM
 from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed, fold_patch_weight, roi_patch_embed
@@ -18,9 +18,9 @@ from vpt_kernels.roi_patch_embed.geometry import MAX_SIZE, RegionPolicy, plan_re
 
 
 def _refuse_geometry(projection: nn.Module, kernel: tuple[int, ...]) -> str | None:
-    plain = (kernel, kernel, (0,) * len(kernel), (1,) * len(kernel), 1, 3)
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels")
-    found = tuple(getattr(projection, name, None) for name in names)
+    p, axes = projection, len(kernel)
+    plain = (kernel, kernel, (0,) * axes, (1,) * axes, 1, 3)
+    found = (p.kernel_size, p.stride, p.padding, p.dilation, p.groups, p.in_channels)
     if found != plain:
         return f"its convolution has (kernel, stride, padding, dilation, groups, channels) {found}; needed: {plain}"
     return None
@@ -30,17 +30,18 @@ def _refuse_flat(module: nn.Module) -> str | None:
     missing = lacks(module, "proj", "patch_size", "temporal_patch_size", "in_channels", "embed_dim")
     if missing:
         return missing
-    kernel = (module.temporal_patch_size, module.patch_size, module.patch_size)
-    if not all(isinstance(size, int) for size in kernel):
-        return f"its patch sizes {kernel} are not integers"
-    if not isinstance(module.proj, nn.Conv3d):
-        return why_called(module.proj, nn.Conv3d, "projection")
-    return _refuse_geometry(module.proj, kernel)
+    frames, side = module.temporal_patch_size, module.patch_size
+    if not (isinstance(frames, int) and isinstance(side, int)):
+        return f"its patch sizes {(frames, side, side)} are not integers"
+    projection = part_of(module, "proj")
+    if not isinstance(projection, nn.Conv3d):
+        return why_called(projection, nn.Conv3d, "projection")
+    return _refuse_geometry(projection, (frames, side, side))
 
 
 def why_flat_called(module: nn.Module, x: Tensor | None = None) -> str | None:
     """Why a patch embedding of the Qwen-VL family must call its convolution, or None."""
-    return why_called(module.proj, nn.Conv3d, "projection", x) or _refuse_flat(module)
+    return why_called(part_of(module, "proj"), nn.Conv3d, "projection", x) or _refuse_flat(module)
 
 
 def _holds(module: nn.Module, rows: Tensor) -> str:
@@ -70,17 +71,17 @@ def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[
         ValueError: uint8 patches of another shape, floats in their place that are no bytes (seen on the CPU), a
             weight that would need a gradient; or E = p·p·3, where cast patches look like embeddings.
     """
-    weight, holds = module.proj.weight, _holds(module, hidden_states)
+    projection, holds = module.proj, _holds(module, hidden_states)
     if holds == "bytes":
         tokens = _embed_bytes(module, hidden_states)
         record(calls, "roi_patch_embed")
         return tokens
     if holds == "embeddings":
         record(calls, "embedded already")
-        return hidden_states.to(weight.dtype)
+        return hidden_states.to(projection.weight.dtype)
     record(calls, "linear")
-    flat = weight.flatten(1)
-    return F.linear(hidden_states.reshape(-1, flat.shape[1]).to(weight.dtype), flat, module.proj.bias)
+    flat = projection.weight.flatten(1)
+    return F.linear(hidden_states.reshape(-1, flat.shape[1]).to(flat.dtype), flat, projection.bias)
 
 
 def _embed_bytes(module: nn.Module, patches: Tensor) -> Tensor:
@@ -116,9 +117,10 @@ def _refuse_image(module: nn.Module) -> str | None:
     missing = lacks(module, "projection", "patch_size", "num_channels")
     if missing:
         return missing
-    if not isinstance(module.projection, nn.Conv2d):
-        return why_called(module.projection, nn.Conv2d, "projection")
-    return _refuse_geometry(module.projection, tuple(module.patch_size))
+    projection = part_of(module, "projection")
+    if not isinstance(projection, nn.Conv2d):
+        return why_called(projection, nn.Conv2d, "projection")
+    return _refuse_geometry(projection, tuple(module.patch_size))
 
 
 def _refuse_sam(module: nn.Module) -> str | None:
@@ -127,20 +129,20 @@ def _refuse_sam(module: nn.Module) -> str | None:
 
 def why_image_called(module: nn.Module, x: Tensor | None = None) -> str | None:
     """Why a patch embedding of images must call its convolution, or None."""
-    return why_called(module.projection, nn.Conv2d, "projection", x) or _refuse_image(module)
+    return why_called(part_of(module, "projection"), nn.Conv2d, "projection", x) or _refuse_image(module)
 
 
 def embed_images(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
     """Tokens [B, rows, columns, E] of images [B, 3, H, W]; a remainder of pixels is dropped, as by a convolution."""
     if pixel_values.shape[1] != module.num_channels:
         raise ValueError(f"pixel_values have {pixel_values.shape[1]} channels; the model's have {module.num_channels}")
-    weight, (p, r) = module.projection.weight, module.patch_size
+    projection, (p, r) = module.projection, module.patch_size
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // p, width // r
     blocks = pixel_values[:, :, : rows * p, : columns * r].reshape(batch, channels, rows, p, columns, r)
     record(calls, "linear")
     patches = blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, -1)
-    return F.linear(patches, weight.flatten(1), module.projection.bias)
+    return F.linear(patches, projection.weight.flatten(1), projection.bias)
 
 
 def embed_dinov2(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:

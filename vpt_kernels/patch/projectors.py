@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vpt_kernels.control_cross_attention.api import ControlProjector, control_cross_attention, fold_projector
-from vpt_kernels.guard import OwnForward, why_called
+from vpt_kernels.guard import OwnForward, part_of, why_called
 from vpt_kernels.patch.rules import Forward, Rule, Serve, folded, lacks, record
 from vpt_kernels.patch.supported import FORMS
 
@@ -56,11 +56,11 @@ def _refuse(module: nn.Module) -> str | None:
 def why_parts_called(module: nn.Module, x: Tensor | None = None) -> str | None:
     """Why a projector must call its layers, or None."""
     for name, kind in parts(module).items():
-        part = getattr(module, name, None)
+        part = part_of(module, name)
         reason = why_called(part, kind, name, x)
         if reason is not None:
             return reason
-        if part.weight is None or part.bias is None or (kind is nn.LayerNorm and part.eps != _EPS):
+        if part._parameters["bias"] is None or (kind is nn.LayerNorm and part.eps != _EPS):
             return f"its {name} has no weight, no bias or another eps than {_EPS}"
     return None if module.projector_scale == 1 else f"its projector_scale is {module.projector_scale}"
 

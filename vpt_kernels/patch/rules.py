@@ -48,7 +48,8 @@ def record(calls: Counter[str] | None, way: str) -> None:
 
 def lacks(module: nn.Module, *names: str) -> str | None:
     """Why a module without these attributes is not the class that its name says, or None."""
-    missing = [name for name in names if not hasattr(module, name)]
+    own, parts = module.__dict__, module._modules
+    missing = [name for name in names if name not in own and name not in parts and not hasattr(module, name)]
     return f"it has no attribute {', '.join(missing)}" if missing else None
 
 
