@@ -23,8 +23,6 @@ _FORWARDS = {
     kind: (kind.forward, getattr(kind, "_conv_forward", None), name, getattr(F, name)) for kind, name in _RUNS.items()
 }
 """What a call of a plain layer runs, as torch defines it."""
-_OWN = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl", "_is_replica", "weight", "bias")
-"""What a plain layer has no attributes of its own for: its class has them, or its table of parameters."""
 
 
 def part_of(module: nn.Module, name: str) -> object:
@@ -48,10 +46,14 @@ def why_called(part: object, kind: type[nn.Module], name: str, x: Tensor | None 
         return f"its {name} is a {found}, not a plain {kind.__name__}"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return f"its {name} has hooks, which one GEMM would skip"
-    if not part.__dict__.keys().isdisjoint(_OWN) and (reason := _why_own(part, name)):
-        return reason
-    held = part._parameters
-    if "weight" not in held or "bias" not in held:
+    own, held = part.__dict__, part._parameters
+    if "_conv_forward" in own or "_call_impl" in own or ("forward" in own and not is_own_forward(part)):
+        return f"its {name} has a forward of its own, as offloading gives it"
+    if "_compiled_call_impl" in own:
+        return f"its {name} was compiled by itself"
+    if "_is_replica" in own:
+        return f"its {name} is a replica's"
+    if "weight" in own or "bias" in own or "weight" not in held or "bias" not in held:
         return f"its {name}'s weight and bias are no parameters of it"
     weight, bias = held["weight"], held["bias"]
     if type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
@@ -69,18 +71,6 @@ def why_called(part: object, kind: type[nn.Module], name: str, x: Tensor | None 
     if convolve is not None and kind._conv_forward is not convolve:
         return f"the forward of every {kind.__name__} was replaced"
     return why_every_module_is_called()
-
-
-def _why_own(part: nn.Module, name: str) -> str | None:
-    """What the layer has of its own, or None where that is only what removed hooks leave behind."""
-    own = part.__dict__
-    if own.keys() & {"_conv_forward", "_call_impl"} or ("forward" in own and not is_own_forward(part)):
-        return f"its {name} has a forward of its own, as offloading gives it"
-    if "_is_replica" in own:
-        return f"its {name} is a replica's"
-    if own.get("_compiled_call_impl") is not None:
-        return f"its {name} was compiled by itself"
-    return f"its {name}'s weight and bias are no parameters of it" if own.keys() & {"weight", "bias"} else None
 
 
 def is_own_forward(module: nn.Module) -> bool:

@@ -441,3 +441,6 @@ def test_a_plain_layer_is_read() -> None:
     for kind, part in ((nn.Linear, nn.Linear(2, 2)), (nn.LayerNorm, nn.LayerNorm(2)), (nn.Conv3d, nn.Conv3d(3, 2, 2))):
         assert why_called(part, kind, "part", torch.zeros(2)) is None
     assert why_called(nn.Linear(2, 2), nn.Linear, "part", torch.zeros(2, device="meta")) is not None
+    part = nn.Linear(2, 2)
+    part.bias = nn.Parameter(part.bias.to("meta"))
+    assert why_called(part, nn.Linear, "part", torch.zeros(2)) is not None
