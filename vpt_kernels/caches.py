@@ -263,7 +263,7 @@ def append_rows_(
     layer: Any,
     qkv: tuple[Tensor, Tensor, Tensor],
     rotation: tuple[Tensor, Tensor],
-    sections: tuple[int, int, int],
+    sections: Any,
     options: dict[str, Any],
     slots_of: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ def append_rows_(
     static = type(layer).__name__ == "StaticLayer"
     before = {} if layer.is_initialized else dict(vars(layer))
     try:
-        start = _check_capacity(layer, k, v) if static else layer.get_seq_length()
+        start: Any = _check_capacity(layer, k, v) if static else layer.get_seq_length()
         _require_fitting(layer, k, start)
         keys, values = (layer.keys, layer.values) if static else _reserve(layer, k, v, start)
         slots = slots_of(batch, start, count, keys.shape[2], k.device)

@@ -44,8 +44,8 @@ class Angles:
         self.stamp = _stamp(cos, sin)
         self._places = cos.shape[:-1]
         self._table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
-        self._slots: dict[tuple, Tensor] = {}
-        self._ahead: dict[int, tuple] = {}
+        self._slots: dict[tuple[Any, ...], Tensor] = {}
+        self._ahead: dict[int, tuple[Any, ...]] = {}
         self._rows: dict[tuple[int, int], Tensor] = {}
 
     def slots(self, behind: Sequence[Any], batch: int, start: int | Tensor, *place: Any) -> Tensor:
@@ -115,8 +115,19 @@ class HeldQuery:
         self.query: Tensor | None = None
         self.sections: tuple[int, ...] = ()
 
+    def take(self) -> Tensor:
+        """Return the query, which is held for one update of the cache."""
+        query, self.query = self.query, None
+        if query is None:
+            raise RuntimeError(
+                "the cache is updated without a rotation before it; report this version of transformers, and unpatch"
+            )
+        return query
 
-def hold(q: Tensor, k: Tensor, held: HeldQuery, _: Any, sections: Any = None, *__: Any, **___: Any) -> tuple:
+
+def hold(
+    q: Tensor, k: Tensor, held: HeldQuery, _: Any, sections: Any = None, *__: Any, **___: Any
+) -> tuple[Tensor, Tensor]:
     """Takes the place of the function that rotates: q and k as they are, until the cache is updated."""
     held.query = q
     held.sections = (q.shape[-1] // 2, 0, 0) if sections is None else tuple(sections)
@@ -135,19 +146,17 @@ class AppendingCache:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Return all keys and values of the layer, [B, heads, length, D]; rotates the held q in place."""
         held = self._held
-        query, held.query = held.query, None
+        query = held.take()
         q = query.transpose(1, 2).contiguous()
         behind = getattr(self._cache, "layers", [])[layer_idx + 1 :]
-        kv = append_rows_(
-            self._layer, (q, key.transpose(1, 2), value.transpose(1, 2)), self._angles.of(*q.shape[:2]),
-            held.sections, {}, partial(self._angles.slots, behind),
-        )  # fmt: skip
+        qkv, rotation = (q, key.transpose(1, 2), value.transpose(1, 2)), self._angles.of(*q.shape[:2])
+        kv = append_rows_(self._layer, qkv, rotation, held.sections, {}, partial(self._angles.slots, behind))
         if q.data_ptr() != query.data_ptr():
             query.copy_(q.transpose(1, 2))
         return kv
 
 
-class _Names(dict):
+class _Names(dict[str, Any]):
     """The globals of a changed copy: what was exchanged, and for all else what the original would find now."""
 
     def __init__(self, originals: dict[str, Any], exchanged: dict[str, Any]) -> None:
@@ -158,14 +167,14 @@ class _Names(dict):
         return self._originals[name]
 
 
-def changed_copy(function: FunctionType, exchanged: dict[str, Any]) -> FunctionType:
+def changed_copy(function: Any, exchanged: dict[str, Any]) -> FunctionType:
     """Return the function with some of its global names exchanged, inside the decorators that it has."""
     inner, cells, names = getattr(function, "__wrapped__", None), function.__closure__, function.__globals__
     if inner is None:
         names = _Names(names, exchanged)
     else:
         copy = changed_copy(inner, exchanged)
-        cells = tuple(CellType(copy) if cell.cell_contents is inner else cell for cell in cells)
+        cells = tuple(CellType(copy) if cell.cell_contents is inner else cell for cell in cells or ())
     made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
@@ -192,7 +201,7 @@ def _why_rotated_elsewhere(function: FunctionType) -> str | None:
     """Return why the function that the attention calls to rotate is not the one beside it, or None."""
     for name in ROTATIONS:
         if name in function.__code__.co_names:
-            found = function.__globals__.get(name)
+            found: Any = function.__globals__.get(name)
             beside = isinstance(found, FunctionType) and found.__globals__ is function.__globals__
             # The package `kernels` makes a module of it, whose forward it can exchange.
             plain = isinstance(found, nn.Module) and type(found).__module__.startswith("kernels.")
@@ -230,15 +239,15 @@ def _layer(cache: Any, index: int) -> Any:
     return layers[index]
 
 
-def _served(function: FunctionType, hidden: Tensor | None, given: dict[str, Any], name: str | None, index: int) -> Any:
+def _served(function: FunctionType, hidden: Tensor | None, given: dict[str, Any], name: str, index: int) -> Any:
     """Return the layer to append to; raises OwnForward for a call that the kernel does not serve."""
     # Hooks see what they saw: every module that the attention calls is still called.
-    reason = "torch.jit.trace" if torch.jit.is_tracing() else _why_rotated_elsewhere(function)
+    reason = "torch.jit.trace" if torch._C._get_tracing_state() is not None else _why_rotated_elsewhere(function)
     if reason is not None:
         raise OwnForward(reason)
     if torch.is_grad_enabled():
         raise OwnForward("gradients are enabled")
-    if hidden is None or name is None or given.get("position_embeddings") is None:
+    if hidden is None or not name or given.get("position_embeddings") is None:
         raise OwnForward("hidden_states, the cache or position_embeddings is not given by name")
     if type(hidden) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None:
         raise OwnForward("its input is no plain tensor")
@@ -256,11 +265,11 @@ def _served(function: FunctionType, hidden: Tensor | None, given: dict[str, Any]
 def _make(original: Forward) -> Serve:
     function, exchanged = innermost(original), changed_copy(original, dict.fromkeys(ROTATIONS, hold))
 
-    def serve(module: nn.Module, calls: Counter[str] | None, *inputs: Any, **given: Any) -> Any:
+    def serve(module: Any, calls: Counter[str] | None, *inputs: Any, **given: Any) -> Any:
         if torch.compiler.is_compiling():
             raise OwnForward("torch.compile")
         hidden = inputs[0] if inputs else given.get("hidden_states")
-        name = next((name for name in CACHES if name in given), None)
+        name = next((name for name in CACHES if name in given), "")
         layer = _served(function, hidden, given, name, module.layer_idx)
         held, cache = HeldQuery(), given[name]
         append = AppendingCache(cache, layer, angles_of(*given["position_embeddings"]), held)
@@ -276,7 +285,7 @@ def _make(original: Forward) -> Serve:
     return serve
 
 
-def _refuse(module: nn.Module) -> str | None:
+def _refuse(module: Any) -> str | None:
     try:
         function = innermost(type(module).forward)
     except OwnForward as reason:

@@ -121,8 +121,9 @@ class Watched:
     def run(self, requests: Sequence[Request]) -> list[Output | Request]:
         results = self.executor.run(requests)
         for result in results:
-            if isinstance(result, ReencodeAndAppend) and result.control is not None:
-                self.scores.append(perception.conditioning(self.model, result.features, result.control).cpu())
+            if not isinstance(result, ReencodeAndAppend) or result.features is None or result.control is None:
+                continue
+            self.scores.append(perception.conditioning(self.model, result.features, result.control).cpu())
         return results
 
     def take(self) -> list[Tensor]:

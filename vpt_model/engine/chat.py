@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -97,7 +97,7 @@ class Chat:
         max_new_tokens: int = 64,
         keep_logits: bool = False,
         sampling: Sampling | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Return one turn's events as they happen, `Done` last. A turn that is closed early, or fails, has not
         happened.
 
@@ -130,7 +130,7 @@ class Chat:
                 question.picture.pixels = None
         yield Done(answer)
 
-    def _events(self, row: Row) -> Iterator[Event]:
+    def _events(self, row: Row) -> Generator[Event, None, None]:
         with closing(Scheduler(self.engine.executor, [row]).events()) as events:
             yield from (event for _, event in events)
 

@@ -5,7 +5,7 @@ How a question is answered stands in `vpt_model.engine.loop`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -150,7 +150,7 @@ class Engine(ChatMixin):
         max_new_tokens: int = 64,
         keep_logits: bool = False,
         sampling: Sampling | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Return the events as they happen, `Done` last. Closing the iterator early gives its cache back.
 
         image: what `decode_image` takes, copied now, or None for a question without image; files are turned upright,
@@ -189,7 +189,7 @@ class Engine(ChatMixin):
         """
         return Scheduler(self.executor, [self._row(question) for question in questions]).events()
 
-    def _stream(self, question: Question) -> Iterator[Event]:
+    def _stream(self, question: Question) -> Generator[Event, None, None]:
         with closing(self.events([question])) as events:
             yield from (event for _, event in events)
 

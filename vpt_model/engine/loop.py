@@ -194,9 +194,7 @@ class Loop:
     def _place(
         self, conversation: Conversation, tokens: Sequence[int], grids: Sequence[tuple[int, int]] = ()
     ) -> dict[str, Any]:
-        """Return what every request to feed `tokens` next says: where they stand, and where the conversation
-        goes on.
-        """
+        """Return what every request to feed `tokens` next says: where they stand, and which position follows."""
         ids, merge = torch.tensor(tokens, device="cpu"), self.vision.config.spatial_merge_size
         positions, following = mrope_positions(ids, grids, conversation.next_position, self.ids.image_pad, merge)
         return {"conversation": conversation, "tokens": tokens, "positions": positions, "next_position": following}

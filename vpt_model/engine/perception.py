@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_kernels import RegionPlan, RegionPolicy, control_cross_attention, control_cross_attention_into
+from vpt_kernels import (
+    ControlProjector,
+    RegionPlan,
+    RegionPolicy,
+    control_cross_attention,
+    control_cross_attention_into,
+)
 from vpt_model.engine.events import Box, Clock
 from vpt_model.network.encoders import DinoEncoder, SamEncoder
 from vpt_model.network.model import Model
@@ -96,6 +102,11 @@ def _encoder(model: Model) -> DinoEncoder | SamEncoder:
     return model.encoder
 
 
+def _projector(model: Model) -> ControlProjector:
+    assert model.projector is not None, "a model without a projector has no action tokens"
+    return model.projector
+
+
 def _whole(model: Model, image: Tensor) -> Tensor:
     height, width, _ = image.shape
     return _encoder(model).embed_regions([image], [(0, 0, 0, width, height)])
@@ -107,9 +118,8 @@ def reencode_into(model: Model, features: Tensor, control: Tensor, embeds: Tenso
     features: from `reencode`. control: [1, H]. embeds: [L, H]. Raises ValueError if the features do not make `count`
     tokens.
     """
-    assert model.projector is not None, "a model without a projector has no action tokens"
     rows = torch.arange(row, row + count, device=embeds.device)
-    control_cross_attention_into(features, control, model.projector, embeds, rows)
+    control_cross_attention_into(features, control, _projector(model), embeds, rows)
 
 
 def conditioning(model: Model, features: Tensor, control: Tensor) -> Tensor:
@@ -118,7 +128,7 @@ def conditioning(model: Model, features: Tensor, control: Tensor) -> Tensor:
     features, control: as in `reencode_into`, which computes the same a on its way. Source: vpt_kernels'
     control_cross_attention/README.md.
     """
-    projector = model.projector
+    projector = _projector(model)
     size, norm = (projector.hidden_size,), (projector.condition_norm_weight, projector.condition_norm_bias)
     key = F.linear(F.layer_norm(control, size, *norm), projector.condition_weight, projector.condition_bias)
     unconditioned = control_cross_attention(features, None, projector)
