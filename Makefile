@@ -1,6 +1,7 @@
 # make demo        the main job: a trained model looks twice, ours beside the published procedure
 # make app         a page on which one sees it look twice, in the browser
 # make test        the test suite
+# make test-page   the page in headless Chromium, with screenshots in build/page/ (installs the browser where apt-get may)
 # make interpret   the Triton kernels in Triton's interpreter (part of make test)
 # make test-full   longer evidence: thousands of geometries, on the newest Pillow too
 # make test-hub    the layers that the Hugging Face `kernels` library maps, with its own loader (part of test-full)
@@ -26,6 +27,8 @@ NEW_PILLOW ?= pillow==13.0.0
 # The tests read one file of it, Qwen's byte-pair vocabulary; its code and its dependencies are not wanted.
 QWEN_VOCABULARY ?= dashscope==2.0.2
 # Apart from the environment: transformers behaves differently where it finds this package.
+BROWSER_TOOLS ?= selenium==4.51.0
+AXE ?= axe-core@4.11.0
 HUB_KERNELS ?= kernels==0.16.2 kernels-data==0.16.2 tomlkit==0.15.2
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -40,7 +43,7 @@ GPU_ARGS ?=
 SETS_ARGS ?=
 EVIDENCE_ARGS ?=
 
-.PHONY: help demo app test interpret test-full test-hub test-latest test-oldest test-pythons evidence docs dist
+.PHONY: help demo app test test-page interpret test-full test-hub test-latest test-oldest test-pythons evidence docs dist
 .PHONY: test-dist aarch64 sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
 
 help:
@@ -56,8 +59,11 @@ app: $(VENV)/.ready
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.ready lint
 	@mkdir -p build; $(MAKE) -s interpret >build/interpret.log 2>&1 & interpreted=$$!; \
-	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton --ignore=tests/hub $(TEST_ARGS); status=$$?; \
+	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton --ignore=tests/hub --ignore=tests/browser $(TEST_ARGS); status=$$?; \
 	wait $$interpreted || status=1; cat build/interpret.log; exit $$status
+
+test-page: $(VENV)/browser/.ready
+	PYTHONPATH=$(VENV)/browser VPT_REQUIRE=chromium $(BIN)/python -m pytest tests/browser $(TEST_ARGS)
 
 # In a process of its own: the interpreter is chosen when triton is imported, and then nothing compiles.
 interpret: $(VENV)/.ready
@@ -171,6 +177,15 @@ $(VENV)/types/.ready: $(VENV)/.ready
 
 $(VENV)/wheel-tools/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --target $(VENV)/wheel-tools --upgrade $(WHEEL_TOOLS)
+	touch $@
+
+# The browser is the distribution's; the accessibility checker is fetched for the tests and is no part of the package.
+$(VENV)/browser/.ready: $(VENV)/.ready
+	command -v chromium >/dev/null && command -v chromedriver >/dev/null && command -v npm >/dev/null || { \
+		apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver npm; }
+	$(BIN)/python -m pip install -q --target $(VENV)/browser --upgrade $(BROWSER_TOOLS)
+	mkdir -p build/axe
+	cd build/axe && tar xzf "$$(npm pack --silent $(AXE))"
 	touch $@
 
 $(VENV)/hub-kernels/.ready: $(VENV)/.ready

@@ -17,11 +17,11 @@ import torch
 import uvicorn
 from PIL import Image
 
-from vpt_model import mini
 from vpt_model.app.page.command import make_answerer
 from vpt_model.app.page.server import Page, bind
 from vpt_model.app.page.sessions import Limits
 from vpt_model.app.page.turns import Answerer
+from vpt_model.app.terminal import MINI
 from vpt_model.engine.executor import Executor
 from vpt_model.engine.requests import Output, Request
 
@@ -33,7 +33,7 @@ COUNT = "How many objects are purple?"
 @lru_cache
 def answerer() -> Answerer:
     """vpt-mini, shared by the tests, as are the caches that it keeps."""
-    return make_answerer(str(mini.FOLDER), torch.device("cpu"))
+    return make_answerer(MINI, torch.device("cpu"))
 
 
 class Paced:

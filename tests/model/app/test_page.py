@@ -143,6 +143,7 @@ def test_undo_and_fork(visitor: Visitor) -> None:
     for _ in range(3):
         assert visitor.client.post("/api/branches/2/undo").status_code == 200
     assert "nothing to undo" in visitor.client.post("/api/branches/2/undo").json()["error"]
+    assert visitor.turn(TAG, picture, remember=True, branch=2)["answer"]["ids"] == one["answer"]["ids"]
 
 
 def test_answers_are_kept_as_json_and_as_a_picture(visitor: Visitor) -> None:

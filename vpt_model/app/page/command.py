@@ -53,7 +53,7 @@ def make_answerer(model: str, device: torch.device) -> Answerer:
     return Answerer(loaded, tokenizer, state)
 
 
-def _address(name: tuple) -> str:
+def _address(name: tuple[str, int]) -> str:
     host, port = name[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{port}/"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from torch import Tensor
@@ -20,7 +20,8 @@ from vpt_model.app.page.sessions import Branch, Turn
 from vpt_model.app.seen import Seen, Watched, conditioning_map, fed, named_cells, reencoded, tinted
 from vpt_model.config import ModelConfig
 from vpt_model.engine import Chat, Engine
-from vpt_model.engine.events import Answer, Done, Event, Look, Reencode, Region, Stage, Token
+from vpt_model.engine.events import Answer, Box, Done, Event, Look, Reencode, Region, Stage, Token
+from vpt_model.engine.requests import Output, Request
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER
 from vpt_model.network.model import Model
 from vpt_model.published.procedure import PublishedProcedure
@@ -52,9 +53,10 @@ class Answerer:
         capacity = min(8192, model.config.max_position_embeddings)
         self.engine = Engine(model, tokenizer, capacity=capacity)
         self.warmed = self.engine.warm_up()
-        self.engine.executor = self.watched = Watched(model, self.engine.executor)
+        self.engine.executor = self.watched = Stepwise(model, self.engine.executor)
         direct = PromptFormat(trigger=DIRECT_TRIGGER)
         self.blind = Engine(model, tokenizer, capacity=capacity, max_looks=0, prompt=direct)
+        self.blind.executor = self._blind_steps = Stepwise(model, self.blind.executor)
         self._state = state
         self._published: Stoppable | None = None
 
@@ -69,23 +71,22 @@ class Answerer:
 
     def answer(self, job: Job, branch: Branch, asked: Asked) -> None:
         """Ask in a branch, which holds the turn afterwards; stopped or failed, it has not happened."""
-        chat = branch.chat if asked.remember else None
-        shown = branch.shown if chat else []
-        new = self.engine.chat() if chat is None else None
-        chat = chat or new
+        kept = branch.chat if asked.remember else None
+        chat, shown = (self.engine.chat(), []) if kept is None else (kept, branch.shown)
         remembered = len(chat)
         job.tell({"event": "started", "remembered": remembered, "tokens": chat.length})
         if asked.picture is not None and not any(picture is asked.picture for picture in shown):
             job.tell(partial(_first, asked.picture, self.engine.policy))
         try:
-            turn = self._turn(job, chat, shown, asked, remembered)
+            with checked(job, self.watched):
+                turn = self._turn(job, chat, shown, asked, remembered)
         except BaseException:
-            if new is not None:
-                new.close()
+            if kept is None:
+                chat.close()
             raise
-        pictures = len(chat.conversation.pictures)
-        now_shown = [*shown, asked.picture][:pictures] if len(shown) < pictures else shown
-        branch.replace_chat(chat, now_shown)
+        if asked.picture is not None and len(chat.conversation.pictures) > len(shown):
+            shown = [*shown, asked.picture]
+        branch.replace_chat(chat, shown)
         branch.turns.append(turn)
         job.tell({"event": "done", "turn": turn.as_json(), "length": chat.length, "capacity": self.engine.capacity})
 
@@ -96,41 +97,42 @@ class Answerer:
         if asked.picture is not None:
             known = [index for index, picture in enumerate(shown) if picture is asked.picture]
             image = known[-1] if known else asked.picture.pixels
-        options = {"looks": asked.looks, "max_new_tokens": asked.tokens}
-        with closing(chat.stream(asked.question, image, **options)) as events:
-            answer = watch.follow(events, lambda: chat.conversation.clock.stages)
+        events = chat.stream(asked.question, image, looks=asked.looks, max_new_tokens=asked.tokens)
+        answer = watch.follow(events, lambda: chat.conversation.clock.stages)
         times = watch.milliseconds, watch.second_look
         return Turn(asked.question, asked.picture, asked.looks, answer, watch.scores, *times, remembered)
 
     def compare(self, job: Job, turn: Turn, tokens: int) -> None:
         """Ask a turn's question by itself: with the look, without one, and by the published procedure."""
-        assert turn.picture is not None, "only questions about pictures are compared"
-        options = {"max_new_tokens": tokens}
+        picture = turn.picture
+        assert picture is not None, "only questions about pictures are compared"
+        asked = Asked(turn.question, picture, turn.looks, False, tokens)
+        stoppable = self.watched, self._blind_steps, self.published
         ways: dict[str, Callable[[], Message]] = {
-            "second look": partial(self._timed, job, self.engine, turn, looks=turn.looks, **options),
-            "one look": partial(self._timed, job, self.blind, turn, **options),
-            "published": partial(self._by_the_book, job, turn, tokens),
+            "second look": partial(self._timed, job, self.engine, picture, asked, turn.looks),
+            "one look": partial(self._timed, job, self.blind, picture, asked),
+            "published": partial(self._by_the_book, job, picture, asked),
         }
         for name, way in ways.items():
             job.begin()
             job.tell({"event": "comparing", "way": name})
-            outcome = way()
+            with checked(job, *stoppable):
+                outcome = way()
             right = {} if turn.truth is None else {"right": outcome["text"] == turn.truth}
             job.tell({"event": "compared", "way": name, **outcome, **right})
 
-    def _timed(self, job: Job, engine: Engine, turn: Turn, **options: Any) -> Message:
-        watch = Watch(job, engine, turn.picture, self.watched, tells=False)
-        with closing(engine.stream(turn.picture.pixels, turn.question, **options)) as events:
-            answer = watch.follow(events, list)
+    def _timed(
+        self, job: Job, engine: Engine, picture: Picture, asked: Asked, looks: Sequence[str] | None = None
+    ) -> Message:
+        watch = Watch(job, engine, picture, self.watched, tells=False)
+        events = engine.stream(picture.pixels, asked.question, looks=looks, max_new_tokens=asked.tokens)
+        answer = watch.follow(events, list)
         return _outcome(answer.text, watch.milliseconds, watch.second_look, answer.timings)
 
-    def _by_the_book(self, job: Job, turn: Turn, tokens: int) -> Message:
-        published = self.published
-        job.begin()  # the weights may just have been read
-        published.check = job.check
+    def _by_the_book(self, job: Job, picture: Picture, asked: Asked) -> Message:
         start = time.perf_counter()
-        image = Image.fromarray(turn.picture.pixels.numpy())
-        answer = published.ask(image, turn.question, looks=turn.looks, max_new_tokens=tokens)
+        image = Image.fromarray(picture.pixels.numpy())
+        answer = self.published.ask(image, asked.question, looks=asked.looks, max_new_tokens=asked.tokens)
         milliseconds = (time.perf_counter() - start) * 1e3
         text = answer.text.removeprefix(ANSWER_PREFIX)
         return _outcome(text, milliseconds, answer.second_look_ms, answer.timings)
@@ -145,8 +147,30 @@ def told(stages: Sequence[Any]) -> list[Message]:
     return [{"stage": s.name, "milliseconds": s.milliseconds, "work": dict(s.work)} for s in stages]
 
 
+@contextmanager
+def checked(job: Job, *stoppable: Stepwise | Stoppable) -> Iterator[None]:
+    """Let a job end these before every step."""
+    for each in stoppable:
+        each.check = job.check
+    try:
+        yield
+    finally:
+        for each in stoppable:
+            del each.check
+
+
+class Stepwise(Watched):
+    """An executor that `check` can end before every step by raising an exception."""
+
+    check: Callable[[], None] = staticmethod(lambda: None)
+
+    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
+        self.check()
+        return super().run(requests)
+
+
 class Stoppable(PublishedProcedure):
-    """The published procedure, which `check` can end between two tokens by raising an exception."""
+    """The published procedure, which `check` can end before every step by raising an exception."""
 
     check: Callable[[], None] = staticmethod(lambda: None)
 
@@ -174,15 +198,16 @@ class Watch:
     def follow(self, events: Iterator[Event], stages: Callable[[], Sequence[Stage]]) -> Answer:
         """Until the answer. stages: those of the clock, which grow. Raises `Stopped` between two events."""
         start = time.perf_counter()
-        for event in events:
-            now = (time.perf_counter() - start) * 1e3
-            self.job.check()
-            if isinstance(event, Done):
-                self.milliseconds = now
-                return event.answer
-            self._time(event, now)
-            if self.tells:
-                self._tell(event, {"at": now, "stages": told(stages())})
+        with closing(cast("Generator[Event, None, None]", events)):
+            for event in events:
+                now = (time.perf_counter() - start) * 1e3
+                self.job.check()
+                if isinstance(event, Done):
+                    self.milliseconds = now
+                    return event.answer
+                self._time(event, now)
+                if self.tells:
+                    self._tell(event, {"at": now, "stages": told(stages())})
         raise RuntimeError("the stream ended without an answer")
 
     def _time(self, event: Event, now: float) -> None:
@@ -195,18 +220,20 @@ class Watch:
             self._looked = True
 
     def _tell(self, event: Event, when: Message) -> None:
-        tell = self.job.tell
+        tell, picture = self.job.tell, self.picture
         if isinstance(event, Token):
             self._said += event.text
             for message in self._spoken(event.text):
                 tell(message | {"round": self._round} | when)
-        elif isinstance(event, Region):
-            width, height = self.picture.size
+            return
+        assert picture is not None, "looks are at a picture"
+        if isinstance(event, Region):
+            width, height = picture.size
             regions = [r for r in parse_regions(self._said) if r.columns and r.rows]
             cells = [named_cells(region, width, height) for region in regions[-len(event.boxes) :]]
             tell({"event": "region", "boxes": event.boxes, "cells": cells} | when)
             for number, box in enumerate(event.boxes):
-                tell(partial(_crop, self.picture, number, box, self.engine.policy))
+                tell(partial(_crop, picture, number, box, self.engine.policy))
         elif isinstance(event, Reencode):
             tell({"event": "reencode", "kind": event.kind} | when)
         elif isinstance(event, Look):
@@ -215,7 +242,7 @@ class Watch:
             tell({"event": "look", **shown} | when)
             if event.kind != "region":
                 self.scores += self.watched.take()
-                tell(partial(_map, self.engine, self.picture, self.scores[-1], event))
+                tell(partial(_map, self.engine, picture, self.scores[-1], event))
 
     def _spoken(self, text: str) -> Iterator[Message]:
         """Text and perception tokens apart; the sentence that models learned to print before an answer is left out."""
@@ -236,8 +263,8 @@ def _first(picture: Picture, policy: RegionPolicy) -> Message:
     return {"event": "first"} | _image(fed(picture.pixels, None, policy))
 
 
-def _crop(picture: Picture, number: int, box: Sequence[int], policy: RegionPolicy) -> Message:
-    seen = fed(picture.pixels, tuple(box), policy)
+def _crop(picture: Picture, number: int, box: Box, policy: RegionPolicy) -> Message:
+    seen = fed(picture.pixels, box, policy)
     return {"event": "crop", "number": number, "box": box} | _image(seen)
 
 

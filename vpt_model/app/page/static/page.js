@@ -180,7 +180,11 @@ function newBranch(number, from = null) {
 
 function selectBranch(branch) {
   state.branch = branch;
-  $("turns").replaceChildren(...branch.turns.map((view) => view.node));
+  // What is there already stays where it is: put in anew, it would move once more.
+  const wanted = branch.turns.map((view) => view.node);
+  const list = $("turns");
+  for (const node of [...list.children]) if (!wanted.includes(node)) node.remove();
+  for (const node of wanted) if (node.parentNode !== list) list.append(node);
   drawBranches();
 }
 

@@ -34,7 +34,7 @@ export function show(picture) {
 export function describe(picture) {
   const size = `${picture.width} by ${picture.height} pixels`;
   if (!picture.scene) return `Your picture, ${size}`;
-  const things = picture.scene.things.map((thing) => `a ${thing.colour} ${thing.shape}`);
+  const things = picture.scene.things.map((thing) => `${/^[aeiou]/.test(thing.colour) ? "an" : "a"} ${thing.colour} ${thing.shape}`);
   return `Example ${picture.scene.seed}, ${size}: ${things.join(", ")}, each with a tag`;
 }
 
