@@ -72,6 +72,7 @@ CALLS = [
     ("controls of one image", call(cu_seqlens=None), ValueError, ["(2, 20)", "1 image"]),
     ("controls of a batch", call(features=batch(3, 7, 12), cu_seqlens=None), ValueError, ["(2, 20)", "3 image"]),
     ("controls of conv", call("conv", control=batch(1, 20)), ValueError, ["(1, 20)", "2 image"]),
+    ("tokens of no image", call(control=batch(0, 20), cu_seqlens=cu(0)), ValueError, ["no image", "7"]),
     ("one control for none", call(features=batch(0, 12), cu_seqlens=cu(0)), ValueError, ["(2, 20)", "0 image"]),
     ("control width", call(control=batch(2, 21)), ValueError, ["(2, 21)", "(2, 20)"]),
     ("control rank", call(control=batch(40)), ValueError, ["control", "(40,)", "2"]),

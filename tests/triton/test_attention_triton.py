@@ -110,6 +110,27 @@ def test_lengths_that_lie_cannot_leave_the_row():
     assert run(replace(call, past=torch.tensor([500], dtype=torch.int32))).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_scores_that_are_nan_write_what_others_write(monkeypatch, dtype):
+    """Otherwise the merge would read what was in the memory before; other heads are as they were."""
+    made, empty = [], torch.empty
+
+    def stale(*shape: object, **options: object) -> torch.Tensor:
+        made.append(empty(*shape, **options).fill_(7.0))
+        return made[-1]
+
+    call = make([1], [150], 1, heads=(6, 2), dtype=dtype)
+    monkeypatch.setattr(torch, "empty", stale)
+    expected = run(call).unflatten(2, (6, -1))
+    unwritten = [int((tensor == 7.0).sum()) for tensor in made]
+    made.clear()
+    call.keys[int(call.starts) + 3, 0] = NAN
+    found = run(call).unflatten(2, (6, -1))
+    assert [int((tensor == 7.0).sum()) for tensor in made] == unwritten
+    assert found[:, :, :3].isnan().all()
+    assert_same_bits(found[:, :, 3:], expected[:, :, 3:])
+
+
 def test_addresses_are_64_bits():
     """Slots so far apart that the last ones lie beyond 2^31 elements."""
     stride, slots = 1 << 28, 12

@@ -110,7 +110,8 @@ def split_kernel(
             top = higher
         # Rows are [conversation, token, head, split]; what no split of a query wrote, the merge does not read.
         out = ((conversation.to(tl.int64) * tokens + token) * Q_HEADS + head) * splits + split
-        sees = total > 0
+        # A sum that is NaN is written as such: the merge reads every split that it should have.
+        sees = total != 0
         total = tl.where(sees, total, 1.0)
         mixed = mixed / total[:, None]
         tl.store(sums + out[:, None] * HEAD_DIM + d[None, :], mixed, mask=is_query)

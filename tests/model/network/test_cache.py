@@ -53,6 +53,19 @@ def test_starts_zeroed():
     assert (cache.length, cache.next_position, cache.capacity) == (0, 0, 8)
 
 
+def test_buffers_can_be_written_outside_of_inference_mode():
+    """They outlive the call that makes them: at first, side by side, after growing and of a fork."""
+    with torch.inference_mode():
+        cache = KVCache(tiny_config(), 32, rows=4)
+        made = [cache.keys, cache.values]
+        made += [x for c in KVCache.side_by_side(2, tiny_config(), 8, torch.float32, "cpu") for x in (c.keys, c.values)]
+        feed(cache, [1, 2, 3, 4])
+        fork = cache.fork(8)
+        cache.reserve(8)
+        made += [fork.keys, fork.values, cache.keys, cache.values]
+    assert not any(buffer.is_inference() for buffer in made) and len({id(buffer) for buffer in made}) == len(made)
+
+
 @pytest.mark.parametrize("capacity", [0, -1, 4097])
 def test_capacity_out_of_range(capacity):
     with pytest.raises(ValueError, match=f"capacity is {capacity}.*4096"):
