@@ -53,7 +53,10 @@ class ControlCapture(ProcessorV1, ProcessorV2):  # type: ignore[misc]
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Refuse bad options where a request enters: an HTTP 400 there, and an exception in the engine core later."""
-        options = read_options(sampling_params.extra_args, cls.encoder)
+        try:
+            options = read_options(sampling_params.extra_args, cls.encoder)
+        except TypeError as error:  # vLLM makes 400s of ValueErrors alone
+            raise ValueError(str(error)) from None
         if options.looks and sampling_params.structured_outputs is not None:
             raise ValueError(f"{LOOKS} and a grammar or JSON schema exclude each other: a look has tokens of its own")
 
