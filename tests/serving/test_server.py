@@ -1,0 +1,218 @@
+"""One server of vpt-mini and a real OpenAI client; a test for each promise of docs/serving.md."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from tests.serving.engines import Case, our_engine, reference, scene_cases
+from tests.serving.server import data_url, message, metric, vllm_server
+from vpt_model import mini
+
+openai = pytest.importorskip("openai")
+pytestmark = pytest.mark.unpoisoned
+CASES = scene_cases(3)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with vllm_server(mini.FOLDER, log, "--reasoning-parser", "vpt") as where:
+        yield where
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return our_engine(mini.FOLDER)
+
+
+def ask(client, case, **options):
+    extra = {"vllm_xargs": options.pop("xargs", None) or case.options()}
+    options = {"temperature": 0, "max_completion_tokens": 64} | options
+    pictures = () if case.pixels is None else (case.pixels,)
+    return client.chat.completions.create(
+        model=str(mini.FOLDER), messages=[message(case.text, *pictures)], extra_body=extra, **options
+    )
+
+
+def answer_of(engine, case):
+    return reference(engine, case)[1]
+
+
+def test_many_clients_at_a_time(address, engine):
+    """Text and looks are our engine's, which are right."""
+
+    async def all_of_them():
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, case) for case in CASES))
+
+    right = 0
+    for case, told in zip(CASES, asyncio.run(all_of_them()), strict=True):
+        answer, choice = answer_of(engine, case), told.choices[0]
+        assert choice.message.content == answer.text and choice.finish_reason == "stop"
+        looks = (told.kv_transfer_params or {}).get("vpt_looks", [])
+        seen = [(look.kind, [list(box) for box in look.boxes], look.tokens, look.appended) for look in answer.looks]
+        # An action start was fed with its chunk in our engine, and in a step of its own before it here.
+        found = [(x["kind"], x["boxes"], x["tokens"], x["appended"] + (x["kind"] != "region")) for x in looks]
+        assert found == seen
+        assert all(len(look["ids"]) == look["appended"] for look in looks)
+        assert bool(choice.message.reasoning) == bool(answer.looks)
+        right += choice.message.content == case.answer
+    assert right >= len(CASES) - 1
+
+
+def test_streams_are_the_same_text(client):
+    for case in CASES[:4]:
+        whole, reasoning, content = ask(client, case).choices[0].message, "", ""
+        for part in ask(client, case, stream=True):
+            if part.choices:
+                reasoning += getattr(part.choices[0].delta, "reasoning", None) or ""
+                content += part.choices[0].delta.content or ""
+        assert (reasoning, content) == (whole.reasoning or "", whole.content)
+
+
+@pytest.mark.parametrize("look", ["region:x1,y1,x3,y3", "region:x0,y0,x2,y2+x4,y4,x6,y6", "clip"])
+def test_forced_looks(client, engine, look):
+    case = Case(CASES[2].pixels, CASES[2].text, [look])
+    told = ask(client, case, xargs={"vpt_looks": look})
+    assert told.choices[0].message.content == answer_of(engine, case).text
+    assert len(told.kv_transfer_params["vpt_looks"]) == 1
+
+
+def test_no_looks_when_none_are_allowed(client, engine):
+    case = Case(CASES[0].pixels, CASES[0].text, max_looks=0)
+    told = ask(client, case)
+    assert told.kv_transfer_params is None and answer_of(engine, case).finish_reason == "looks"
+    assert told.choices[0].message.content is None and told.choices[0].message.reasoning
+
+
+def test_text_alone(client, engine):
+    case = Case(None, "What colour is the square?", max_tokens=8)
+    told = ask(client, case, max_completion_tokens=8)
+    assert told.choices[0].message.content == answer_of(engine, case).text
+
+
+def test_a_seed_repeats_itself_among_others(client):
+    options = {"temperature": 0.9, "seed": 5, "n": 3}
+    first, second = (ask(client, CASES[0], **options) for _ in range(2))
+    texts = [
+        [(choice.message.reasoning, choice.message.content) for choice in told.choices] for told in (first, second)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 3
+
+
+def test_log_probabilities(client):
+    told = ask(client, CASES[0], logprobs=True, top_logprobs=1)
+    tokens = told.choices[0].logprobs.content
+    assert len(tokens) == told.usage.completion_tokens
+    assert all(token.logprob <= 0 for token in tokens) and tokens[-1].logprob > -1
+
+
+def test_a_stop_string_ends_the_answer(client):
+    whole = ask(client, CASES[0]).choices[0].message.content
+    told = ask(client, CASES[0], stop=[whole[-1]])
+    assert (told.choices[0].message.content or "") == whole[: whole.index(whole[-1])]
+    assert told.choices[0].finish_reason == "stop"
+
+
+def test_the_limit_of_tokens_holds_for_all_rounds_together(client):
+    for limit in range(1, 9):
+        told = ask(client, CASES[0], max_completion_tokens=limit)
+        assert told.usage.completion_tokens <= limit
+        if told.usage.completion_tokens == limit and told.choices[0].finish_reason != "stop":
+            assert told.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "bad", [{"vpt_looks": "region:nonsense"}, {"vpt_looks": "sam"}, {"vpt_max_looks": 99}, {"vpt_max_looks": "many"}]
+)
+def test_a_bad_option_is_a_400_and_the_server_lives(client, bad):
+    with pytest.raises(openai.BadRequestError, match=next(iter(bad))):
+        ask(client, CASES[0], xargs=bad)
+    assert ask(client, CASES[0]).choices[0].message.content
+
+
+SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {"name": "n", "schema": {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}},
+}
+
+
+def test_a_schema_takes_no_looks_and_says_so(client):
+    told = ask(client, CASES[0], response_format=SCHEMA, max_completion_tokens=200)
+    text = (told.choices[0].message.reasoning or "") + (told.choices[0].message.content or "")
+    if told.choices[0].finish_reason == "stop":
+        assert json.loads(text) == {"a": "x"}
+    assert text.lstrip().startswith("{")
+    assert "schema" in told.kv_transfer_params["vpt_notices"][0] and "vpt_looks" not in told.kv_transfer_params
+
+
+def test_a_schema_and_a_forced_look_are_a_400(client):
+    with pytest.raises(openai.BadRequestError, match="exclude each other"):
+        ask(client, CASES[0], response_format=SCHEMA, xargs={"vpt_looks": "clip"})
+
+
+def test_a_forced_look_without_an_image_is_told(client):
+    told = ask(client, Case(None, "What colour is it?"), xargs={"vpt_looks": "clip"}, max_completion_tokens=4)
+    assert told.kv_transfer_params["vpt_notices"] == ["no second look: the request has no image"]
+
+
+def test_several_images_and_turns(client):
+    first, second = CASES[0], CASES[4]
+    said = ask(client, first).choices[0].message.content
+    messages = [
+        message(first.text, first.pixels),
+        {"role": "assistant", "content": said},
+        message(second.text, second.pixels),
+    ]
+    told = client.chat.completions.create(model=str(mini.FOLDER), messages=messages, temperature=0, max_tokens=64)
+    height, width, _ = second.pixels.shape
+    for look in (told.kv_transfer_params or {}).get("vpt_looks", []):
+        assert all(box[2] <= width and box[3] <= height for box in look["boxes"])
+    assert told.choices[0].finish_reason in ("stop", "length")
+
+
+def test_the_responses_interface(client):
+    case = CASES[0]
+    picture = {"type": "input_image", "image_url": data_url(case.pixels), "detail": "auto"}
+    content = [picture, {"type": "input_text", "text": case.text}]
+    told = client.responses.create(
+        model=str(mini.FOLDER), input=[{"role": "user", "content": content}], temperature=0, max_output_tokens=64
+    )
+    assert told.output_text == case.answer
+
+
+def test_clients_that_go_away_leave_nothing(address, client):
+    async def gone(client, case):
+        stream = await ask(client, case, stream=True)
+        async for part in stream:
+            if part.choices and part.choices[0].delta.content:
+                break
+        await stream.close()
+
+    async def all_of_them():
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            await asyncio.gather(*(gone(client, case) for case in CASES))
+
+    asyncio.run(all_of_them())
+    assert ask(client, CASES[1]).choices[0].message.content == CASES[1].answer
+    assert sum(metric(address, "vllm:num_requests_running").values()) == 0
+    assert sum(metric(address, "vllm:kv_cache_usage_perc").values()) == 0
+
+
+def test_looks_among_the_metrics(address, client):
+    for look in ("clip", "region:x1,y1,x3,y3"):
+        ask(client, CASES[0], xargs={"vpt_looks": look})
+    counts = metric(address, "vllm:vpt_look_seconds_count")
+    assert {kind for kind in ("clip", "region") for labels in counts if f'kind="{kind}"' in labels} == {
+        "clip",
+        "region",
+    }
+    assert sum(metric(address, "vllm:vpt_look_seconds_sum").values()) > 0
