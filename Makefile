@@ -8,6 +8,7 @@
 # make test-latest  the suite on the newest of everything, in an environment of its own (SETS_ARGS=--subset: a part)
 # make test-oldest  the suite on the lower bounds that pyproject.toml declares
 # make test-pythons  the wheel of `make test-dist` with every Python from 3.10 on that is found here
+# make test-vllm   serving with vLLM, in an environment of its own (VLLM_ARGS=--quick: a part)
 # make evidence    every suite whole, each run recorded in docs/evidence.jsonl, and docs/versions.md from them
 # make docs        the pages of docs/ that follow from the code
 # make dist        sdist, and from it the wheel of this platform, with a manylinux tag, in dist/
@@ -41,9 +42,11 @@ BENCH_ARGS ?=
 SANITIZE_ARGS ?=
 GPU_ARGS ?=
 SETS_ARGS ?=
+VLLM_ARGS ?=
 EVIDENCE_ARGS ?=
 
-.PHONY: help demo app test test-page interpret test-full test-hub test-latest test-oldest test-pythons evidence docs dist
+.PHONY: help demo app test test-page interpret test-full test-hub test-latest test-oldest test-vllm test-pythons evidence
+.PHONY: docs dist
 .PHONY: test-dist aarch64 sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
 
 help:
@@ -80,6 +83,9 @@ test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
 # With that package also the tests of `patch`: the functions it exchanges are modules then.
 test-hub: $(VENV)/hub-kernels/.ready
 	PYTHONPATH=$(VENV)/hub-kernels VPT_REQUIRE=kernels $(BIN)/python -m pytest tests/hub tests/patch
+
+test-vllm:
+	$(PYTHON) -m tests.serving $(VLLM_ARGS)
 
 test-latest test-oldest:
 	$(PYTHON) -m tests.sets $(@:test-%=%) $(SETS_ARGS)

@@ -20,7 +20,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "evidence.jsonl"
-SUITES = ("test", "test-full", "test-latest", "test-oldest", "test-pythons", "sanitize", "test-page", "gpu-rehearsal")
+SUITES = (
+    "test",
+    "test-full",
+    "test-latest",
+    "test-oldest",
+    "test-vllm",
+    "test-pythons",
+    "sanitize",
+    "test-page",
+    "gpu-rehearsal",
+)
 """Targets of the Makefile."""
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
 COUNTS = ("passed", "failed", "skipped", "errors")

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from tests.serving.engines import nothing_left
 from vpt_model.text.prompt import action_round, first_round, region_round
 from vpt_model.text.tokens import crop_box, parse_region_ids
+from vpt_model.vllm.items import AGAIN, CONTROL, PIXELS
 from vpt_model.vllm.options import MAX_LOOKS, SLOT
 from vpt_model.vllm.perception import Perception, image_grid, image_tokens, reencoded_tokens
 
@@ -108,15 +110,20 @@ class Row:
 
 @dataclass
 class Worker:
-    """One model runner. second: by the rules of the second version, which forgets a request that is preempted."""
+    """One model runner. second: by the rules of the second version, which forgets a request that is preempted.
+
+    encoded: what each feature in the encoder's cache was made of: the tokens behind which its control state was
+    captured, or None for an image or a crop.
+    """
 
     scripts: dict[str, Script]
     action_start: int
     second: bool
     cache: dict[tuple[int, int], tuple[int, str | None]] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
-    encoded: set[str] = field(default_factory=set)
-    captured: list[tuple[int, ...]] = field(default_factory=list)
+    encoded: dict[str, list[int] | None] = field(default_factory=dict)
+    controls: dict[int, list[int]] = field(default_factory=dict)
+    captured: int = 0
     fed: int = 0
 
     def step(self, plan: Any) -> dict[str, list[int]]:
@@ -124,7 +131,8 @@ class Worker:
         gone = [*plan.finished_req_ids, *((plan.preempted_req_ids or ()) if self.second else ())]
         for name in gone:
             self.rows.pop(name, None)
-        self.encoded -= set(plan.free_encoder_mm_hashes)
+        for name in plan.free_encoder_mm_hashes:
+            self.encoded.pop(name, None)
         for new in plan.scheduled_new_reqs:
             whole = new.prefill_token_ids if self.second and new.prefill_token_ids is not None else new.prompt_token_ids
             features, prompt = list(new.mm_features), len(new.prompt_token_ids)
@@ -134,7 +142,10 @@ class Worker:
             self.rows[new.req_id] = row
         self._go_on(plan.scheduled_cached_reqs)
         for name, indices in plan.scheduled_encoder_inputs.items():
-            self.encoded |= {self.rows[name].features[index].identifier for index in indices}
+            for item in (self.rows[name].features[index] for index in indices):
+                assert item.data and (PIXELS in item.data or AGAIN in item.data), f"{name} has lost its pixels"
+                control = item.data[CONTROL].data[0].item() if CONTROL in item.data else None
+                self.encoded[item.identifier] = None if control is None else self.controls[control]
         return {name: self._feed(name, count) for name, count in plan.num_scheduled_tokens.items()}
 
     def _go_on(self, known: Any) -> None:
@@ -158,6 +169,8 @@ class Worker:
             place = item.mm_position
             if place.offset < end and place.offset + place.length > begin:
                 assert item.identifier in self.encoded, f"{name} reads features that were not encoded"
+                behind = self.encoded[item.identifier]
+                assert behind in (None, row.tokens[: place.offset]), f"{name} reads another conversation's action"
             places = range(place.length) if place.is_embed is None else place.is_embed.nonzero().flatten().tolist()
             embedded |= {place.offset + i: item.identifier for i in places}
         for i in range(begin, end):
@@ -169,7 +182,8 @@ class Worker:
         assert names <= {item.identifier for item in row.features}, f"{name} reads another conversation's features"
         tokens = [token for token, _ in seen]
         if SLOT in (row.params.extra_args or {}):
-            self.captured.append(tuple(tokens))
+            self.controls[row.params.extra_args[SLOT]] = tokens
+            self.captured += 1
         row.tokens.append(self.scripts[name].next_token(tokens, self.action_start))
         return row.tokens[-1:]
 
@@ -287,3 +301,15 @@ def simulate(folder: Path, setting: Setting) -> Outcome:
                     if output.finish_reason is not None:
                         outcome.finished[output.request_id] = str(output.finish_reason)
     return outcome
+
+
+def assert_right(outcome: Outcome) -> None:
+    """Every client was told its conversation, whole unless it went away, and nothing is left over."""
+    for name, script in outcome.worker.scripts.items():
+        told = outcome.told.get(name, [])
+        if name in outcome.aborted:
+            assert told == script.told[: len(told)]
+        else:
+            assert told == script.told and name in outcome.finished, f"{name} was told {told}, not {script.told}"
+    assert outcome.worker.captured
+    nothing_left(outcome.scheduler)

@@ -1,0 +1,104 @@
+"""One-line faults in the serving code, each of which the simulation or the rows of the capture must notice."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import SEED
+from tests.serving.folders import folder_of
+from tests.serving.simulation import Setting, assert_right, simulate
+from vpt_model.vllm.options import SLOT
+
+pytestmark = pytest.mark.unpoisoned
+# Name: the module, what stands there once, and what takes its place.
+FAULTS = {
+    "slots of a finished request are kept": (
+        "scheduler",
+        "self.free_slots += [slot for _, slot in talk.slots]",
+        "pass",
+    ),
+    "features behind a rewind are kept": ("scheduler", "if f.mm_position.offset < keep]", "]"),
+    "blocks behind a rewind are written to": ("scheduler", "elif keep < session.num_computed_tokens:", "elif False:"),
+    "requests that wait never give back": ("scheduler", "if self.starved:", "if False:"),
+    "a stale token is told": ("scheduler", "if is_stale and not", "if False and not"),
+    "the limit is that of one round": ("scheduler", "max(1, talk.left)", "max(1, talk.heard)"),
+    "every action has one name": ("talk", "first, uuid.uuid4().hex, pixels", 'first, "action", pixels'),
+    "text before an action stays": ("talk", "keep, count = self.header,", "keep, count = keep,"),
+    "a token that was sampled behind a capture stays": ("talk", "len(conversation) - 1)", "len(conversation))"),
+    "pixels may be stripped": ("items", "keep_on_cpu=True", "keep_on_cpu=False"),
+}
+SETTINGS = (
+    Setting(SEED, False, False, 66, 1100, 4),
+    Setting(SEED, True, True, 80, 300, 6),
+    Setting(SEED + 1, False, False, 80, 300, 6),
+    Setting(SEED + 1, True, False, 66, 1100, 4),
+    Setting(SEED, False, False, disturbed=False),
+)
+ROOM = "vpt_model.vllm"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return folder_of("dino", tmp_path_factory.mktemp("checkpoints"))
+
+
+def faulty(name, old, new):
+    """The room's modules with the fault in one of them, and those that import it made anew."""
+    modules = {}
+    order = ("talk", "items", "capture", "scheduler")
+    with mock.patch.dict(sys.modules):
+        for each in order[order.index(name) :]:
+            original = importlib.import_module(f"{ROOM}.{each}")
+            source = Path(original.__file__).read_text()
+            if each == name:
+                assert source.count(old) == 1, f"{old} stands {source.count(old)} times in {each}"
+                source = source.replace(old, new)
+            module = types.ModuleType(original.__name__)
+            module.__file__ = original.__file__
+            sys.modules[module.__name__] = modules[module.__name__] = module
+            exec(compile(source, module.__file__, "exec"), module.__dict__)
+    return modules
+
+
+def noticed(folder, setting):
+    try:
+        assert_right(simulate(folder, setting))
+    except Exception:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_noticed(fault, folder):
+    with mock.patch.dict(sys.modules, faulty(*FAULTS[fault])):
+        assert any(noticed(folder, setting) for setting in SETTINGS)
+
+
+def test_without_a_fault_nothing_is_noticed(folder):
+    with mock.patch.dict(sys.modules, faulty("talk", "def hear(", "def hear(")):
+        assert not any(noticed(folder, setting) for setting in SETTINGS)
+
+
+@pytest.mark.parametrize("fault", ["", "self.sampled[: len(marked)]"], ids=["none", "the first rows"])
+def test_a_capture_of_another_row_is_noticed(fault):
+    from vllm import SamplingParams
+
+    taken = "self.sampled.index_select(0, places[0])"
+    module = faulty("capture", taken, fault or taken)[f"{ROOM}.capture"]
+    config = SimpleNamespace(instance_id="fault", scheduler_config=SimpleNamespace(max_num_seqs=4))
+    controls, processor = module.Controls(config, 4), module.ClipCapture(config)
+    controls.sampled = torch.randn(3, 4)
+    processor.add_request(7, SamplingParams(extra_args={SLOT: 5}))
+    processor.apply(torch.zeros(3, 9), SimpleNamespace(idx_mapping_np=np.array([2, 7, 1])))
+    right = torch.zeros_like(controls.states)
+    right[5] = controls.sampled[1]
+    assert torch.equal(controls.states, right) == (not fault)
