@@ -74,7 +74,7 @@ def write_script(number: int, perception: Perception, draw: random.Random) -> Sc
             (1, [[*lead, *region(), ids.im_end], answer]),
             (1, [[*region(), *region(), ids.im_end], answer]),
             (1, [[*lead, start], answer]),
-            (1, [[*lead, start], answer]),
+            (1, [[*lead, ids.action, *encode("so "), start], answer]),
             (3, [[start], [*region(), ids.im_end], [*lead, start], answer]),
             (0, [[*region(), ids.im_end]]),
         ]
@@ -190,7 +190,11 @@ class Worker:
 
 @dataclass(frozen=True)
 class Setting:
-    """One simulation. blocks: of the cache. budget: tokens of a step. disturbed: preemptions and aborts happen."""
+    """One simulation.
+
+    blocks: of the cache. budget: tokens of a step. disturbed: how often a step brings a preemption; half as often an
+    abort.
+    """
 
     seed: int
     ahead: bool
@@ -198,7 +202,7 @@ class Setting:
     blocks: int = 400
     budget: int = 2048
     rows: int = 8
-    disturbed: bool = True
+    disturbed: float = 0.02
     talks: int = 24
 
 
@@ -277,9 +281,9 @@ def simulate(folder: Path, setting: Setting) -> Outcome:
             break
         if arriving and draw.random() < 0.5:
             scheduler.add_request(arriving.pop(0))
-        if setting.disturbed and scheduler.running and draw.random() < 0.02:
-            scheduler._preempt_request(scheduler.running.pop(), time.monotonic())
-        if setting.disturbed and scheduler.requests and draw.random() < 0.01:
+        if scheduler.running and draw.random() < setting.disturbed:
+            preempt(scheduler, worker, draw.random() < 0.5)
+        if scheduler.requests and draw.random() < setting.disturbed / 2:
             gone = draw.choice(list(scheduler.requests))
             scheduler.finish_requests(gone, RequestStatus.FINISHED_ABORTED)
             outcome.aborted.add(gone)
@@ -301,6 +305,16 @@ def simulate(folder: Path, setting: Setting) -> Outcome:
                     if output.finish_reason is not None:
                         outcome.finished[output.request_id] = str(output.finish_reason)
     return outcome
+
+
+def preempt(scheduler: Any, worker: Worker, everything: bool) -> None:
+    """Preempt the last running request; or all of them, while every encoded image is forgotten."""
+    while scheduler.running:
+        scheduler._preempt_request(scheduler.running.pop(), time.monotonic())
+        if not everything:
+            return
+    scheduler.encoder_cache_manager.reset()
+    worker.encoded.clear()
 
 
 def assert_right(outcome: Outcome) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ SETTINGS = (
     Setting(SEED, True, True, 80, 300, 6),
     Setting(SEED + 1, False, False, 80, 300, 6),
     Setting(SEED + 1, True, False, 66, 1100, 4),
-    Setting(SEED, False, False, disturbed=False),
+    Setting(SEED, False, False, disturbed=0),
 )
 ROOM = "vpt_model.vllm"
 
@@ -51,22 +51,22 @@ def folder(tmp_path_factory):
     return folder_of("dino", tmp_path_factory.mktemp("checkpoints"))
 
 
+@contextmanager
 def faulty(name, old, new):
-    """The room's modules with the fault in one of them, and those that import it made anew."""
-    modules = {}
+    """The room with the fault in one of its modules, and those that import it made anew; until the end as it was."""
     order = ("talk", "items", "capture", "scheduler")
-    with mock.patch.dict(sys.modules):
-        for each in order[order.index(name) :]:
-            original = importlib.import_module(f"{ROOM}.{each}")
-            source = Path(original.__file__).read_text()
-            if each == name:
-                assert source.count(old) == 1, f"{old} stands {source.count(old)} times in {each}"
+    originals = {f"{ROOM}.{each}": importlib.import_module(f"{ROOM}.{each}") for each in order}
+    try:
+        for full in [f"{ROOM}.{each}" for each in order[order.index(name) :]]:
+            source = Path(originals[full].__file__).read_text()
+            if full == f"{ROOM}.{name}":
+                assert source.count(old) == 1, f"{old} stands {source.count(old)} times in {name}"
                 source = source.replace(old, new)
-            module = types.ModuleType(original.__name__)
-            module.__file__ = original.__file__
-            sys.modules[module.__name__] = modules[module.__name__] = module
-            exec(compile(source, module.__file__, "exec"), module.__dict__)
-    return modules
+            module = sys.modules[full] = types.ModuleType(full)
+            exec(compile(source, originals[full].__file__, "exec"), module.__dict__)
+        yield
+    finally:
+        sys.modules.update(originals)
 
 
 def noticed(folder, setting):
@@ -79,12 +79,12 @@ def noticed(folder, setting):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault, folder):
-    with mock.patch.dict(sys.modules, faulty(*FAULTS[fault])):
+    with faulty(*FAULTS[fault]):
         assert any(noticed(folder, setting) for setting in SETTINGS)
 
 
 def test_without_a_fault_nothing_is_noticed(folder):
-    with mock.patch.dict(sys.modules, faulty("talk", "def hear(", "def hear(")):
+    with faulty("talk", "def hear(", "def hear("):
         assert not any(noticed(folder, setting) for setting in SETTINGS)
 
 
@@ -93,9 +93,10 @@ def test_a_capture_of_another_row_is_noticed(fault):
     from vllm import SamplingParams
 
     taken = "self.sampled.index_select(0, places[0])"
-    module = faulty("capture", taken, fault or taken)[f"{ROOM}.capture"]
     config = SimpleNamespace(instance_id="fault", scheduler_config=SimpleNamespace(max_num_seqs=4))
-    controls, processor = module.Controls(config, 4), module.ClipCapture(config)
+    with faulty("capture", taken, fault or taken):
+        module = sys.modules[f"{ROOM}.capture"]
+        controls, processor = module.Controls(config, 4), module.ClipCapture(config)
     controls.sampled = torch.randn(3, 4)
     processor.add_request(7, SamplingParams(extra_args={SLOT: 5}))
     processor.apply(torch.zeros(3, 9), SimpleNamespace(idx_mapping_np=np.array([2, 7, 1])))

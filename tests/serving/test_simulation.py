@@ -31,7 +31,7 @@ def test_every_client_is_told_its_conversation(folder, ahead, second, memory, se
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
 def test_every_token_passes_the_model_once(folder, ahead):
-    outcome = simulate(folder, Setting(SEED, ahead, False, disturbed=False))
+    outcome = simulate(folder, Setting(SEED, ahead, False, disturbed=0))
     assert_right(outcome)
     scripts = outcome.worker.scripts.values()
     tokens = sum(len(script.whole) + len(script.turns[-1]) - 1 for script in scripts)
