@@ -6,6 +6,8 @@ attributes that `nn.Module` computes cost half as much each, so that only plain 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ def part_of(module: nn.Module, name: str) -> object:
     return module._modules[name] if name in module._modules else getattr(module, name, None)
 
 
-def why_called(part: object, kind: type[nn.Module], name: str, x: Tensor | None = None) -> str | None:
+def why_called(part: object, kind: type[Any], name: str, x: Tensor | None = None) -> str | None:
     """Why `part` must be called, or None where reading its weight and bias does what calling it would do.
 
     Args:
@@ -46,7 +48,8 @@ def why_called(part: object, kind: type[nn.Module], name: str, x: Tensor | None 
         return f"its {name} is a {found}, not a plain {kind.__name__}"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return f"its {name} has hooks, which one GEMM would skip"
-    own, held = part.__dict__, part._parameters
+    own = part.__dict__
+    held: dict[str, Any] = part._parameters
     if "_conv_forward" in own or "_call_impl" in own or ("forward" in own and not is_own_forward(part)):
         return f"its {name} has a forward of its own, as offloading gives it"
     if "_compiled_call_impl" in own:
@@ -92,4 +95,4 @@ def why_every_module_is_called() -> str | None:
         return "the calls of all modules were replaced, as torch.fx does to trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"
-    return "torch.jit.trace" if torch.jit.is_tracing() else None
+    return "torch.jit.trace" if torch.jit.is_tracing() else None  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from vpt_kernels.roi_patch_embed.api import FoldedPatchEmbed, fold_patch_weight,
 from vpt_kernels.roi_patch_embed.geometry import MAX_SIZE, RegionPolicy, plan_regions
 
 
-def _refuse_geometry(projection: nn.Module, kernel: tuple[int, ...]) -> str | None:
+def _refuse_geometry(projection: Any, kernel: tuple[int, ...]) -> str | None:
     p, axes = projection, len(kernel)
     plain = (kernel, kernel, (0,) * axes, (1,) * axes, 1, 3)
     found = (p.kernel_size, p.stride, p.padding, p.dilation, p.groups, p.in_channels)
@@ -26,7 +27,7 @@ def _refuse_geometry(projection: nn.Module, kernel: tuple[int, ...]) -> str | No
     return None
 
 
-def _refuse_flat(module: nn.Module) -> str | None:
+def _refuse_flat(module: Any) -> str | None:
     missing = lacks(module, "proj", "patch_size", "temporal_patch_size", "in_channels", "embed_dim")
     if missing:
         return missing
@@ -39,12 +40,12 @@ def _refuse_flat(module: nn.Module) -> str | None:
     return _refuse_geometry(projection, (frames, side, side))
 
 
-def why_flat_called(module: nn.Module, x: Tensor | None = None) -> str | None:
+def why_flat_called(module: Any, x: Tensor | None = None) -> str | None:
     """Why a patch embedding of the Qwen-VL family must call its convolution, or None."""
     return why_called(part_of(module, "proj"), nn.Conv3d, "projection", x) or _refuse_flat(module)
 
 
-def _holds(module: nn.Module, rows: Tensor) -> str:
+def _holds(module: Any, rows: Tensor) -> str:
     """What the rows are: "pixels", "bytes" of `roi_patches`, or "embeddings"."""
     area, width = module.patch_size**2, rows.shape[-1]
     if rows.dtype == torch.uint8:
@@ -60,7 +61,7 @@ def _holds(module: nn.Module, rows: Tensor) -> str:
     return "bytes" if width == 3 * area else "embeddings" if width == module.embed_dim else "pixels"
 
 
-def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[str] | None) -> Tensor:
+def embed_flat_patches(module: Any, hidden_states: Tensor, calls: Counter[str] | None) -> Tensor:
     """`forward` of the Qwen-VL family's patch embeddings.
 
     hidden_states: normalised patches [N, 3·T·p·p] (any shape of as many numbers) as transformers' processor gives
@@ -84,7 +85,7 @@ def embed_flat_patches(module: nn.Module, hidden_states: Tensor, calls: Counter[
     return F.linear(hidden_states.reshape(-1, flat.shape[1]).to(flat.dtype), flat, projection.bias)
 
 
-def _embed_bytes(module: nn.Module, patches: Tensor) -> Tensor:
+def _embed_bytes(module: Any, patches: Tensor) -> Tensor:
     p = module.patch_size
     if patches.dim() != 2 or patches.shape[1] != 3 * p * p:
         raise ValueError(
@@ -106,14 +107,14 @@ def _embed_bytes(module: nn.Module, patches: Tensor) -> Tensor:
         return roi_patch_embed(images, plan_regions(sizes, boxes, policy), _fold(module))
 
 
-def _fold(module: nn.Module) -> FoldedPatchEmbed:
+def _fold(module: Any) -> FoldedPatchEmbed:
     weight, bias = module.proj.weight, module.proj.bias
     mean, std = NORMALISATION[type(module).__name__]
     tensors = [weight] if bias is None else [weight, bias]
     return folded(module, tensors, lambda: fold_patch_weight(weight, mean, std, bias))
 
 
-def _refuse_image(module: nn.Module) -> str | None:
+def _refuse_image(module: Any) -> str | None:
     missing = lacks(module, "projection", "patch_size", "num_channels")
     if missing:
         return missing
@@ -123,16 +124,16 @@ def _refuse_image(module: nn.Module) -> str | None:
     return _refuse_geometry(projection, tuple(module.patch_size))
 
 
-def _refuse_sam(module: nn.Module) -> str | None:
+def _refuse_sam(module: Any) -> str | None:
     return _refuse_image(module) or lacks(module, "image_size")
 
 
-def why_image_called(module: nn.Module, x: Tensor | None = None) -> str | None:
+def why_image_called(module: Any, x: Tensor | None = None) -> str | None:
     """Why a patch embedding of images must call its convolution, or None."""
     return why_called(part_of(module, "projection"), nn.Conv2d, "projection", x) or _refuse_image(module)
 
 
-def embed_images(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
+def embed_images(module: Any, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
     """Tokens [B, rows, columns, E] of images [B, 3, H, W]; a remainder of pixels is dropped, as by a convolution."""
     if pixel_values.shape[1] != module.num_channels:
         raise ValueError(f"pixel_values have {pixel_values.shape[1]} channels; the model's have {module.num_channels}")
@@ -145,12 +146,12 @@ def embed_images(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | 
     return F.linear(patches, projection.weight.flatten(1), projection.bias)
 
 
-def embed_dinov2(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
+def embed_dinov2(module: Any, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
     """`forward` of DINOv2's patch embedding: [B, rows · columns, E]."""
     return embed_images(module, pixel_values, calls).flatten(1, 2)
 
 
-def embed_sam(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
+def embed_sam(module: Any, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
     """`forward` of SAM's patch embedding: [B, rows, columns, E] of images of exactly the model's size."""
     if tuple(pixel_values.shape[2:]) != tuple(module.image_size):
         raise ValueError(
@@ -159,7 +160,7 @@ def embed_sam(module: nn.Module, pixel_values: Tensor, calls: Counter[str] | Non
     return embed_images(module, pixel_values, calls)
 
 
-def _reject_bytes(module: nn.Module, reason: str, hidden_states: Tensor) -> None:
+def _reject_bytes(module: Any, reason: str, hidden_states: Tensor) -> None:
     """Raise ValueError for uint8 patches: the module's own code would take two of them for one."""
     known = lacks(module, "patch_size", "temporal_patch_size", "in_channels", "embed_dim") is None
     if hidden_states.dtype == torch.uint8 or (known and _holds(module, hidden_states) == "bytes"):
@@ -167,7 +168,7 @@ def _reject_bytes(module: nn.Module, reason: str, hidden_states: Tensor) -> None
 
 
 def _make_flat(_: Forward) -> Serve:
-    def serve(module: nn.Module, calls: Counter[str] | None, hidden_states: Tensor) -> Tensor:
+    def serve(module: Any, calls: Counter[str] | None, hidden_states: Tensor) -> Tensor:
         if _holds(module, hidden_states) != "embeddings":
             reason = why_flat_called(module, hidden_states)
             if reason is not None:
@@ -179,7 +180,7 @@ def _make_flat(_: Forward) -> Serve:
 
 def _make_image(embed: Callable[..., Tensor]) -> Callable[[Forward], Serve]:
     def make(_: Forward) -> Serve:
-        def serve(module: nn.Module, calls: Counter[str] | None, pixel_values: Tensor) -> Tensor:
+        def serve(module: Any, calls: Counter[str] | None, pixel_values: Tensor) -> Tensor:
             reason = why_image_called(module, pixel_values)
             if reason is not None:
                 raise OwnForward(reason)

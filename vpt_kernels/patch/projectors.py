@@ -16,7 +16,7 @@ from vpt_kernels.patch.supported import FORMS
 _EPS = 1e-5
 
 
-_PARTS = {
+_PARTS: dict[str, dict[str, type[nn.Module]]] = {
     "linear": {"layernorm_feature": nn.LayerNorm, "linear_feature": nn.Linear},
     "conv": {"layernorm_feature": nn.LayerNorm, "conv_feature": nn.Conv2d},
     "identity": {},
@@ -25,11 +25,11 @@ _CONDITION = {"linear_condition": nn.Linear, "layernorm_condition": nn.LayerNorm
 """The layers whose weights the operator reads, by form, and in every form."""
 
 
-def parts(module: nn.Module) -> dict[str, type[nn.Module]]:
+def parts(module: Any) -> dict[str, type[nn.Module]]:
     return {**_CONDITION, **_PARTS[FORMS[type(module).__name__]]}
 
 
-def _refuse(module: nn.Module) -> str | None:
+def _refuse(module: Any) -> str | None:
     form = FORMS[type(module).__name__]
     names = ["projector_scale", "linear_feature", "layernorm_feature", *parts(module)]
     missing = lacks(module, *names, *(["spatial_merge_size"] if form == "identity" else []))
@@ -53,10 +53,10 @@ def _refuse(module: nn.Module) -> str | None:
     return None
 
 
-def why_parts_called(module: nn.Module, x: Tensor | None = None) -> str | None:
+def why_parts_called(module: Any, x: Tensor | None = None) -> str | None:
     """Why a projector must call its layers, or None."""
     for name, kind in parts(module).items():
-        part = part_of(module, name)
+        part: Any = part_of(module, name)
         reason = why_called(part, kind, name, x)
         if reason is not None:
             return reason
@@ -65,7 +65,7 @@ def why_parts_called(module: nn.Module, x: Tensor | None = None) -> str | None:
     return None if module.projector_scale == 1 else f"its projector_scale is {module.projector_scale}"
 
 
-def fold(module: nn.Module) -> ControlProjector:
+def fold(module: Any) -> ControlProjector:
     """The projector's weights for `control_cross_attention`; nothing is copied but the convolution's weight.
 
     Raises:
@@ -73,19 +73,18 @@ def fold(module: nn.Module) -> ControlProjector:
     """
     form = FORMS[type(module).__name__]
 
-    def pair(part: nn.Module) -> tuple[Tensor, Tensor]:
+    def pair(part: Any) -> tuple[Tensor, Tensor]:
         return part.weight.detach(), part.bias.detach()
 
-    feature = {}
-    if form != "identity":
-        source = module.conv_feature if form == "conv" else module.linear_feature
-        feature = {"feature_norm": pair(module.layernorm_feature), "feature": pair(source)}
-    return fold_projector(
-        form, condition_norm=pair(module.layernorm_condition), condition=pair(module.linear_condition), **feature
-    )
+    condition_norm, condition = pair(module.layernorm_condition), pair(module.linear_condition)
+    if form == "identity":
+        return fold_projector(form, condition_norm=condition_norm, condition=condition)
+    norm = pair(module.layernorm_feature)
+    feature = pair(module.conv_feature if form == "conv" else module.linear_feature)
+    return fold_projector(form, condition_norm=condition_norm, condition=condition, feature_norm=norm, feature=feature)
 
 
-def project(module: nn.Module, hidden_states: Tensor, conditions: Tensor | None, grid_thw: Tensor | None) -> Tensor:
+def project(module: Any, hidden_states: Tensor, conditions: Tensor | None, grid_thw: Tensor | None) -> Tensor:
     """Projected tokens [tokens, H] of [images, tokens, D], [images, C, h, w] or, ragged by grid_thw, [tokens, H].
 
     Raises:
@@ -105,7 +104,7 @@ def project(module: nn.Module, hidden_states: Tensor, conditions: Tensor | None,
 
 
 def _require_served(
-    module: nn.Module,
+    module: Any,
     hidden_states: Tensor,
     conditions: Tensor | None,
     output_intermediate: bool,
@@ -131,7 +130,7 @@ def _require_served(
 
 def _make(_: Forward) -> Serve:
     def serve(
-        module: nn.Module,
+        module: Any,
         calls: Counter[str] | None,
         hidden_states: Tensor,
         conditions: Tensor | None = None,

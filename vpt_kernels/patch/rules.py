@@ -53,7 +53,7 @@ def lacks(module: nn.Module, *names: str) -> str | None:
     return f"it has no attribute {', '.join(missing)}" if missing else None
 
 
-_folded: WeakKeyDictionary[object, tuple[list[tuple], list[Tensor], Any]] = WeakKeyDictionary()
+_folded: WeakKeyDictionary[object, tuple[list[tuple[Any, ...]], list[Tensor], Any]] = WeakKeyDictionary()
 
 
 def folded(owner: object, tensors: list[Tensor], fold: Callable[[], Folded]) -> Folded:

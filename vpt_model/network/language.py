@@ -21,7 +21,7 @@ from vpt_model.network.decode.reference import greedy
 from vpt_model.network.linear import linear
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Layer:
     input_norm: torch.Tensor
     qkv_weight: torch.Tensor

@@ -63,8 +63,8 @@ def attend(
         cos, sin = table[angle, half].to(wide), table[angle, dim // 2 + half].to(wide)
         heads = qkv[row].unflatten(0, (-1, dim))
         first, second = heads.to(wide).chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(qkv.dtype)
-        q, k, v = turned[: group * kv_heads], turned[group * kv_heads : -kv_heads], heads[-kv_heads:]
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(qkv.dtype)
+        q, k, v = rotated[: group * kv_heads], rotated[group * kv_heads : -kv_heads], heads[-kv_heads:]
         if 0 <= slot < len(keys):
             keys[slot], values[slot] = k, v
         for head in range(group * kv_heads):
