@@ -20,7 +20,7 @@ class OwnForward(Exception):  # noqa: N818  (no error: it says whose turn it is)
 
 _PLAIN = (nn.Parameter, Tensor)
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
-_RUNS = {nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Linear: "linear", nn.LayerNorm: "layer_norm"}
+_RUNS: dict[Any, str] = {nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Linear: "linear", nn.LayerNorm: "layer_norm"}
 _FORWARDS = {
     kind: (kind.forward, getattr(kind, "_conv_forward", None), name, getattr(F, name)) for kind, name in _RUNS.items()
 }
@@ -32,7 +32,7 @@ def part_of(module: nn.Module, name: str) -> object:
     return module._modules[name] if name in module._modules else getattr(module, name, None)
 
 
-def why_called(part: object, kind: type[Any], name: str, x: Tensor | None = None) -> str | None:
+def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str | None:
     """Why `part` must be called, or None where reading its weight and bias does what calling it would do.
 
     Args:

@@ -35,8 +35,7 @@ def encoder(request) -> str:
 
 
 def engine_of(encoder: str = "clip", **options) -> Engine:
-    kind = ENCODERS[encoder]
-    options = {"capacity": 4096} | options
+    kind, options = ENCODERS[encoder], {"capacity": 4096} | options
     model = tiny_model(kind, max_position_embeddings=max(4096, options["capacity"]))
     return Engine(model, Tokenizer.byte_level(320, kind), **options)
 
@@ -51,8 +50,8 @@ class Written:
 
         def watched(executor, appends):
             for append in appends:
-                begin, embeds = append.conversation.length, append.embeds
-                embeds = executor._embed(append.tokens) if embeds is None else embeds
+                begin = append.conversation.length
+                embeds = executor._embed(append.tokens) if append.embeds is None else append.embeds
                 rows = zip(append.tokens, embeds.clone(), append.positions.T)
                 self.parts[append.conversation] = [*self.parts.get(append.conversation, [])[:begin], *rows]
             self.calls.append(sum(len(append.tokens) for append in appends))
@@ -69,13 +68,12 @@ class Written:
         conversation, language = chat.conversation, chat.engine.model.language
         ids, embeds, positions = zip(*self.parts[conversation][: chat.length])
         assert list(ids) == conversation.tokens
-        grids = [grid for grid, seen in self.grids(chat)]
-        expected, following = mrope_positions(torch.tensor(ids), grids, 0, chat.engine.ids.image_pad)
+        grids, pad = [grid for grid, seen in self.grids(chat)], chat.engine.ids.image_pad
+        expected, following = mrope_positions(torch.tensor(ids), grids, 0, pad)
         assert torch.equal(torch.stack(positions, 1), expected) and following == conversation.next_position
         cache = language.new_cache(len(ids))
         hidden = language.forward(torch.stack(embeds), expected, [cache], [len(ids)])
-        begin = chat.length - len(answer.ids)
-        logits = language.logits(hidden[begin:])
+        logits = language.logits(hidden[chat.length - len(answer.ids) :])
         assert (answer.logits - logits).abs().max() <= 1e-4
         assert answer.ids == logits.argmax(-1).tolist()
         if answer.finish_reason == "stop":
@@ -83,24 +81,20 @@ class Written:
 
     def grids(self, chat: Chat) -> Iterator[tuple[tuple[int, int], bool]]:
         """Of every image in the ordinary form, in the order in which they were fed."""
-        pictures = iter(chat.conversation.pictures)
-        seen = set()
+        pictures, seen = iter(chat.conversation.pictures), set()
         for exchange in chat.exchanges:
-            while len(seen) < exchange.before.pictures:
-                seen.add(id(picture := next(pictures)))
-                yield picture.grids[0], True
-            upto = self.shown_after(chat, exchange)
-            while len(seen) < upto:
-                seen.add(id(picture := next(pictures)))
-                yield picture.grids[0], True
+            for upto in (exchange.before.pictures, self.shown_after(chat, exchange)):
+                while len(seen) < upto:
+                    seen.add(id(picture := next(pictures)))
+                    yield picture.grids[0], True
             for look in exchange.answer.looks:
                 if look.kind == "region":
                     yield from ((grid, False) for grid in look.grids)
 
     @staticmethod
     def shown_after(chat: Chat, exchange) -> int:
-        later = chat.exchanges[chat.exchanges.index(exchange) + 1 :]
-        return later[0].before.pictures if later else len(chat.conversation.pictures)
+        later = (other.before.pictures for other in chat.exchanges[chat.exchanges.index(exchange) + 1 :])
+        return next(later, len(chat.conversation.pictures))
 
 
 @pytest.fixture
