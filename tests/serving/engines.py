@@ -34,7 +34,7 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Small, quiet, and in this process; read when vLLM is imported, so after this module."""
 os.environ |= SETTINGS
