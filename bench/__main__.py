@@ -1,4 +1,4 @@
-"""`python -m bench run | report | compare | launches | traces`."""
+"""`python -m bench run | report | compare | launches | load | traces`."""
 
 from __future__ import annotations
 
@@ -209,6 +209,20 @@ def launches(
         for what, row in rows.items():
             table.add_row(what, *(f"{number:,}" for number in row.values()))
         console.print(table)
+
+
+@app.command()
+def load(
+    people: Annotated[int, typer.Option(min=1, help="Visitors of the page at once.")] = 8,
+    questions: Annotated[int, typer.Option(min=20, help="Asked by all of them together.")] = 200,
+) -> None:
+    """Let several people ask vpt-mini on `vpt app`; the exit status is 1 if anything went wrong."""
+    from bench.load import measure
+
+    found = measure(people, questions)
+    for line in found.lines():
+        console.print(line)
+    raise typer.Exit(int(bool(found.problems)))
 
 
 @app.command()

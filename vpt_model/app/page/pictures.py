@@ -84,7 +84,8 @@ def drawn(seed: int | None) -> Picture:
         ],
         "questions": [{"kind": q.kind, "text": q.text, "answer": q.answer, "look": q.look} for q in asked],
     }
-    return Picture(torch.from_numpy(scene.pixels), known, _truths(scene))
+    truths = _truths(scene) | {q.text: q.answer for q in asked}
+    return Picture(torch.from_numpy(scene.pixels), known, truths)
 
 
 def _truths(scene: Scene) -> dict[str, str]:
