@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench import goals, scaling
+from bench import goals, scaling, site
 from bench import report as reports
 from bench.budget import expected_setup, further_processes
 from bench.environment import ROOT, commit, machine
@@ -135,8 +135,18 @@ def report(
     pages: Annotated[
         bool, typer.Option("--pages", help="Also write the numbers of README.md and docs/results.md.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Only write the committed results of all machines into this one HTML file.")
+    ] = None,
 ) -> None:
     """Print a result, and write its Markdown and pictures beside it."""
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(
+            site.page(committed(), {p.parent.name: gpu_report.load(p) for p in RESULTS.glob("*/results.jsonl")})
+        )
+        console.print(f"saved: {html}")
+        return
     from bench import charts
 
     folder = folder or RESULTS / machine()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _cells(row: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines or [("", "", "", "")]
 
 
-def _rate(row: dict[str, Any]) -> str:
+def rate(row: Mapping[str, Any]) -> str:
     """Of what bounds the row."""
     if row["work"] is None:
         return "–"
@@ -87,7 +87,7 @@ def terminal(result: Result) -> Table:
         for number, cells in enumerate(lines):
             head = ("", "", "")
             if number == 0:
-                head = (row["name"], f"{row['ours_ms']:.3g}", _rate(row))
+                head = (row["name"], f"{row['ours_ms']:.3g}", rate(row))
             elif number == 1:
                 head = (f"  {facts}", "", "")
             table.add_row(*head, *cells, end_section=number == len(lines) - 1)
@@ -107,7 +107,7 @@ def markdown(result: Result) -> str:
         head = (
             row["name"].replace(" |", ","),
             f"{row['ours_ms']:.3g}",
-            _rate(row),
+            rate(row),
             f"{row['roofline']:.0%}" if row["work"] is not None else "–",
         )
         for cells in _cells(row):
@@ -162,7 +162,7 @@ def is_ceiling(name: str) -> bool:
     return any(word in name for word in ("alone", "copy of", "floor"))
 
 
-def strongest(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def strongest(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the fastest alternative that does the same work; ("", {}) if there is none."""
     found = [
         (name, other) for name, other in row["alternatives"].items() if "absent" not in other and not is_ceiling(name)

@@ -50,12 +50,14 @@ def start() -> webdriver.Chrome:
 class View:
     """The page in a tab of its own."""
 
-    def __init__(self, browser: webdriver.Chrome, address: str, width: str = "desktop") -> None:
+    def __init__(
+        self, browser: webdriver.Chrome, address: str, width: str = "desktop", ready: str = "body.ready"
+    ) -> None:
         browser.switch_to.new_window("tab")
         self.browser, self.tab = browser, browser.current_window_handle
         self.resize(width)
         browser.get(address)
-        self.until(lambda: self.has("body.ready"))
+        self.until(lambda: self.has(ready))
 
     def resize(self, width: str, height: int | None = None) -> None:
         wide, high = WIDTHS[width]
