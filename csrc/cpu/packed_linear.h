@@ -12,7 +12,7 @@ namespace vpt {
 // A panel holds 16 rows of W, its columns two by two: [⌈K/2⌉][32], zero where W ends.
 constexpr int64_t kPanel = 16;
 // Columns of W that one sum in float32 runs over: longer ones are added up block by block, as exact as a pairwise sum.
-constexpr int64_t kDepth = 128;
+constexpr int64_t kDepth = 256;
 // Panels whose expanded blocks stay in the second-level cache together.
 constexpr int64_t kPanelGroup = 8;
 

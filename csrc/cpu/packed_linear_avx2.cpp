@@ -28,31 +28,38 @@ struct Vector {
   static __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 
-  static void load_pair(const float* from, Float even[2], Float odd[2]) {
+  template <int odd>
+  static void load_column(const float* pair, Float column[2]) {
+    for (int w = 0; w < 2; ++w) column[w] = load(pair + 16 * odd + 8 * w);
+  }
+  template <int odd>
+  static void load_column(const BFloat16* pair, Float column[2]) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
     for (int w = 0; w < 2; ++w) {
-      even[w] = load(from + 8 * w);
-      odd[w] = load(from + 16 + 8 * w);
+      const __m256i words = load_bytes(pair + 16 * w);
+      column[w] = _mm256_castsi256_ps(odd ? _mm256_and_si256(words, high) : _mm256_slli_epi32(words, 16));
     }
   }
-  static void load_pair(const BFloat16* from, Float even[2], Float odd[2]) {
+  template <int odd>
+  static void load_column(const Float16* pair, Float column[2]) {
+    for (int w = 0; w < 2; ++w) column[w] = _mm256_cvtph_ps(load_half(pair + 16 * odd + 8 * w));
+  }
+  template <int odd>
+  static void load_column(const Int8* pair, Float column[2]) {
     for (int w = 0; w < 2; ++w) {
-      const __m256i words = load_bytes(from + 16 * w);
-      even[w] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-      odd[w] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+      const __m256i words = _mm256_cvtepi8_epi16(load_half(pair + 16 * w));
+      column[w] = _mm256_cvtepi32_ps(_mm256_srai_epi32(odd ? words : _mm256_slli_epi32(words, 16), 16));
     }
   }
-  static void load_pair(const Float16* from, Float even[2], Float odd[2]) {
-    for (int w = 0; w < 2; ++w) {
-      even[w] = _mm256_cvtph_ps(load_half(from + 8 * w));
-      odd[w] = _mm256_cvtph_ps(load_half(from + 16 + 8 * w));
-    }
-  }
-  static void load_pair(const Int8* from, Float even[2], Float odd[2]) {
-    for (int w = 0; w < 2; ++w) {
-      const __m256i words = _mm256_cvtepi8_epi16(load_half(from + 16 * w));
-      even[w] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16));
-      odd[w] = _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16));
-    }
+
+  using Int = __m256i;
+  static Int zero_int() { return _mm256_setzero_si256(); }
+  static Int broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }
+  static Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int dot(Int sum, Int a, Int b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static Float to_floats(Int x) { return _mm256_cvtepi32_ps(x); }
+  static void load_words(const Int8* pair, Int words[2]) {
+    for (int w = 0; w < 2; ++w) words[w] = _mm256_cvtepi8_epi16(load_half(pair + 16 * w));
   }
 };
 

@@ -26,23 +26,33 @@ struct Vector {
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float multiply_add(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 
-  static void load_pair(const float* from, Float* even, Float* odd) {
-    *even = load(from);
-    *odd = load(from + 16);
+  template <int odd>
+  static void load_column(const float* pair, Float* column) {
+    *column = load(pair + 16 * odd);
   }
-  static void load_pair(const BFloat16* from, Float* even, Float* odd) {
-    const __m512i words = _mm512_loadu_si512(from);
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  template <int odd>
+  static void load_column(const BFloat16* pair, Float* column) {
+    const __m512i words = _mm512_loadu_si512(pair), high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    *column = _mm512_castsi512_ps(odd ? _mm512_and_si512(words, high) : _mm512_slli_epi32(words, 16));
   }
-  static void load_pair(const Float16* from, Float* even, Float* odd) {
-    *even = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    *odd = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16)));
+  template <int odd>
+  static void load_column(const Float16* pair, Float* column) {
+    *column = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pair + 16 * odd)));
   }
-  static void load_pair(const Int8* from, Float* even, Float* odd) {
-    const __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    *even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
-    *odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
+  template <int odd>
+  static void load_column(const Int8* pair, Float* column) {
+    const __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pair)));
+    *column = _mm512_cvtepi32_ps(_mm512_srai_epi32(odd ? words : _mm512_slli_epi32(words, 16), 16));
+  }
+
+  using Int = __m512i;
+  static Int zero_int() { return _mm512_setzero_si512(); }
+  static Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
+  static Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int dot(Int sum, Int a, Int b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  static Float to_floats(Int x) { return _mm512_cvtepi32_ps(x); }
+  static void load_words(const Int8* pair, Int* words) {
+    *words = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pair)));
   }
 };
 

@@ -37,18 +37,50 @@ struct Vector {
     return each([&](int i) { return VPT_FMA(a.lane[i], b.lane[i], c.lane[i]); });
   }
 
-  template <typename S>
-  static void load_pair(const S* from, Float* even, Float* odd) {
-    *even = each([=](int i) { return to_float(from[i]); });
-    *odd = each([=](int i) { return to_float(from[kPanel + i]); });
+  template <int odd, typename S>
+  static void load_column(const S* pair, Float* column) {
+    *column = each([=](int i) { return to_float(pair[kPanel * odd + i]); });
   }
-  static void load_pair(const BFloat16* from, Float* even, Float* odd) {
-    *even = each([=](int i) { return to_float(from[2 * i]); });
-    *odd = each([=](int i) { return to_float(from[2 * i + 1]); });
+  template <int odd>
+  static void load_column(const BFloat16* pair, Float* column) {
+    *column = each([=](int i) { return to_float(pair[2 * i + odd]); });
   }
-  static void load_pair(const Int8* from, Float* even, Float* odd) {
-    *even = each([=](int i) { return static_cast<float>(from[2 * i].value); });
-    *odd = each([=](int i) { return static_cast<float>(from[2 * i + 1].value); });
+  template <int odd>
+  static void load_column(const Int8* pair, Float* column) {
+    *column = each([=](int i) { return static_cast<float>(pair[2 * i + odd].value); });
+  }
+
+  // 16 sums, or 16 pairs of 16-bit integers, the first of a pair in the low half.
+  struct Int {
+    int32_t lane[kPanel];
+  };
+  template <typename F>
+  static Int each_int(F&& value) {
+    Int v;
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = value(i);
+    return v;
+  }
+  static Int zero_int() { return broadcast_int(0); }
+  static Int broadcast_int(int32_t x) {
+    return each_int([=](int) { return x; });
+  }
+  static Int add_int(const Int& a, const Int& b) {
+    return each_int([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static Int dot(const Int& sum, const Int& a, const Int& b) {
+    return each_int([&](int i) {
+      const int32_t low = static_cast<int16_t>(a.lane[i]) * static_cast<int16_t>(b.lane[i]);
+      return sum.lane[i] + low + (a.lane[i] >> 16) * (b.lane[i] >> 16);
+    });
+  }
+  static Float to_floats(const Int& x) {
+    return each([&](int i) { return static_cast<float>(x.lane[i]); });
+  }
+  static void load_words(const Int8* pair, Int* words) {
+    *words = each_int([=](int i) {
+      return (pair[2 * i].value & 0xFFFF) | static_cast<int32_t>(static_cast<uint32_t>(pair[2 * i + 1].value) << 16);
+    });
   }
 };
 

@@ -1,74 +1,12 @@
-// The product of panels, written once over the vectors `V` of an instruction set; included by each packed_linear_*.cpp
-// inside its region. V has: Float, kLanes, kTileRows, kTilePanels, zero, broadcast, load, store, add, multiply,
-// multiply_add, and load_pair of each stored type.
+// The product of panels over tiles; included by each packed_linear_*.cpp inside its instruction-set region, behind its
+// vectors `V`.
 #pragma once
 
-#include "packed_linear_epilogue.h"
+#include "packed_linear_int8.h"
+#include "packed_linear_tile.h"
 
 namespace vpt {
 namespace {
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <typename V>
-constexpr int kVectors = kPanel / V::kLanes;
-
-// c [R][16·P] (+)= a [2·pairs][R] · the blocks b of P panels, each [pairs][32] of type S. Few sums are split over several
-// columns, so that no multiply-add waits for the one before it.
-template <typename V, typename S, int R, int P>
-void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add) {
-  using F = typename V::Float;
-  constexpr int W = P * kVectors<V>, kSplit = R * W > 8 ? 1 : R * W > 4 ? 2 : 4;
-  F sums[kSplit][R][W];
-  for (int s = 0; s < kSplit; ++s)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) sums[s][r][w] = V::zero();
-  const auto step = [&](int64_t i, int first) __attribute__((always_inline)) {
-    F columns[2][W];
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p)
-      V::load_pair(b[p] + i * 2 * kPanel, &columns[0][p * kVectors<V>], &columns[1][p * kVectors<V>]);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const F x = V::broadcast(a[(2 * i + half) * R + r]);
-#pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) {
-          F& sum = sums[(first + half) % kSplit][r][w];
-          sum = V::multiply_add(x, columns[half][w], sum);
-        }
-      }
-  };
-  int64_t i = 0;
-  for (; i + 2 <= pairs; i += 2) {
-    step(i, 0);
-    step(i + 1, 2);
-  }
-  if (i < pairs) step(i, 0);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) {
-      F sum = sums[0][r][w];
-      for (int s = 1; s < kSplit; ++s) sum = V::add(sum, sums[s][r][w]);
-      float* target = c + r * stride + w * V::kLanes;
-      V::store(target, add ? V::add(sum, V::load(target)) : sum);
-    }
-}
-
-template <typename S>
-using Tile = void (*)(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add);
-
-// The tile of 1 … V::kTileRows rows.
-template <typename V, typename S, int P, int R = V::kTileRows>
-Tile<S> tile_of(int64_t rows) {
-  if constexpr (R > 1)
-    if (rows < R) return tile_of<V, S, P, R - 1>(rows);
-  return tile<V, S, R, P>;
-}
 
 template <typename T>
 void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, int64_t last) {
@@ -90,15 +28,14 @@ void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, in
 template <typename V>
 void arrange(const PackedJob& job, int64_t first, int64_t last) {
   const Tiling tiling(job.rows, V::kTileRows);
-  if (job.x.type == Element::f32) return arrange_tiles<float>(job, tiling, first, last);
-  if (job.x.type == Element::bf16) return arrange_tiles<BFloat16>(job, tiling, first, last);
-  return arrange_tiles<Float16>(job, tiling, first, last);
-}
-
-// Columns k … k + 2·pairs of a panel.
-template <typename S>
-const S* block(const PackedJob& job, int64_t panel, int64_t k) {
-  return static_cast<const S*>(job.data) + (panel * job.pairs() * 2 + k) * kPanel;
+  const bool integers = job.stored == Element::int8 && job.rows <= V::kFewRows;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    integers ? arrange_int16<T>(job, tiling, first, last) : arrange_tiles<T>(job, tiling, first, last);
+  };
+  if (job.x.type == Element::f32) return run(float{});
+  if (job.x.type == Element::bf16) return run(BFloat16{});
+  return run(Float16{});
 }
 
 // A block in float32, its columns one after the other.
@@ -108,10 +45,10 @@ const float* expand(const PackedJob& job, int64_t panel, int64_t k, int64_t pair
   if constexpr (__is_same(S, float)) return from;
   typename V::Float pair[2][kVectors<V>];
   for (int64_t i = 0; i < pairs; ++i) {
-    V::load_pair(from + i * 2 * kPanel, pair[0], pair[1]);
+    V::template load_column<0>(from + i * 2 * kPanel, pair[0]);
+    V::template load_column<1>(from + i * 2 * kPanel, pair[1]);
     if constexpr (__is_same(S, Int8)) {
-      const int64_t groups = (job.columns + job.group - 1) / job.group;
-      const float* scales = job.scales + (panel * groups + (k + 2 * i) / job.group) * kPanel;
+      const float* scales = job.scales + (panel * scale_groups(job) + (k + 2 * i) / job.group) * kPanel;
       for (int w = 0; w < kVectors<V>; ++w)
         for (int half = 0; half < 2; ++half)
           pair[half][w] = V::multiply(pair[half][w], V::load(scales + w * V::kLanes));
@@ -122,20 +59,28 @@ const float* expand(const PackedJob& job, int64_t panel, int64_t k, int64_t pair
   return to;
 }
 
-// Few rows: a block of weights is turned into float32 in registers, and read from the first cache by every tile but one.
+// Few rows: weights become float32 in registers. One tile runs through a panel at once; of several the first reads a
+// block from memory, and the others find it in the first cache.
 template <typename V, typename S>
 void multiply_few(const PackedJob& job, const Tiling& tiling, int64_t first, int64_t last, float* sums) {
-  for (int64_t panel = first; panel < last; ++panel)
-    for (int64_t k = 0; k < job.columns; k += kDepth) {
-      const int64_t pairs = least(kDepth / 2, job.pairs() - k / 2);
-      const S* b = block<S>(job, panel, k);
+  const int64_t depth = tiling.count == 1 ? 2 * job.pairs() : kDepth;
+  const int64_t together = job.rows == 1 ? 1 : V::kTilePanels, stride = together * kPanel;
+  for (int64_t panel = first; panel < last; panel += together) {
+    const int64_t panels = least(together, last - panel);
+    const bool whole = panels == V::kTilePanels;
+    for (int64_t k = 0; k < 2 * job.pairs(); k += depth) {
+      const int64_t pairs = least(depth / 2, job.pairs() - k / 2);
+      const S* b[V::kTilePanels];
+      for (int64_t p = 0; p < panels; ++p) b[p] = block<S>(job, panel + p, k);
       for (int64_t t = 0; t < tiling.count; ++t) {
         const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
-        const float* a = job.arranged + k * job.rows + 2 * pairs * row;
-        tile_of<V, S, 1>(rows)(pairs, a, &b, sums + row * kPanel, kPanel, k > 0);
-        if (k + kDepth >= job.columns) finish(job, sums + row * kPanel, kPanel, row, rows, panel);
+        const auto run =
+            t == 0 ? tile_of<V, S, Source::memory>(rows, whole) : tile_of<V, S, Source::cache>(rows, whole);
+        run(pairs, job.arranged + k * job.rows + 2 * pairs * row, b, sums + row * stride, stride, k > 0);
       }
     }
+    for (int64_t p = 0; p < panels; ++p) finish(job, sums + p * kPanel, stride, 0, job.rows, panel + p);
+  }
 }
 
 // Many rows: blocks of a group of panels are expanded once into the second-level cache; the panels of one tile stay in
@@ -146,17 +91,16 @@ void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, in
   float* const sums = scratch + kPanelGroup * kBlock;
   for (int64_t group = first; group < last; group += kPanelGroup) {
     const int64_t panels = least(kPanelGroup, last - group), stride = panels * kPanel;
-    for (int64_t k = 0; k < job.columns; k += kDepth) {
+    for (int64_t k = 0; k < 2 * job.pairs(); k += kDepth) {
       const int64_t pairs = least(kDepth / 2, job.pairs() - k / 2);
       const float* b[kPanelGroup];
       for (int64_t p = 0; p < panels; ++p) b[p] = expand<V, S>(job, group + p, k, pairs, scratch + p * kBlock);
       for (int64_t p = 0; p < panels; p += kTogether)
         for (int64_t t = 0; t < tiling.count; ++t) {
           const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
-          const float* a = job.arranged + k * job.rows + 2 * pairs * row;
-          float* c = sums + row * stride + p * kPanel;
-          const bool whole = p + kTogether <= panels;
-          (whole ? tile_of<V, float, kTogether>(rows) : tile_of<V, float, 1>(rows))(pairs, a, b + p, c, stride, k > 0);
+          const auto run = tile_of<V, float, Source::expanded>(rows, p + kTogether <= panels);
+          run(pairs, job.arranged + k * job.rows + 2 * pairs * row, b + p, sums + row * stride + p * kPanel, stride,
+              k > 0);
           if (k + kDepth < job.columns) continue;
           for (int64_t i = p; i < least(panels, p + kTogether); ++i)
             finish(job, sums + row * stride + i * kPanel, stride, row, rows, i + group);
@@ -168,13 +112,22 @@ void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, in
 template <typename V, typename S>
 void multiply_stored(const PackedJob& job, int64_t first, int64_t last, float* scratch) {
   const Tiling tiling(job.rows, V::kTileRows);
-  if constexpr (!__is_same(S, Int8))
-    if (job.rows <= V::kFewRows) return multiply_few<V, S>(job, tiling, first, last, scratch);
+  if (job.rows <= V::kFewRows) {
+    if constexpr (__is_same(S, Int8))
+      return multiply_int8<V>(job, tiling, first, last, scratch);
+    else
+      return multiply_few<V, S>(job, tiling, first, last, scratch);
+  }
   multiply_many<V, S>(job, tiling, first, last, scratch);
 }
 
 template <typename V>
 void multiply(const PackedJob& job, int64_t first, int64_t last, float* scratch) {
+  if (job.columns == 0) {
+    const float nothing[kPanel] = {};
+    for (int64_t panel = first; panel < last; ++panel) finish(job, nothing, 0, 0, job.rows, panel);
+    return;
+  }
   switch (job.stored) {
     case Element::f32:
       return multiply_stored<V, float>(job, first, last, scratch);

@@ -239,6 +239,8 @@ def _quantise(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def _lay_out(rows: Tensor, panels: Tensor) -> None:
     """Write rows [16·P, K] into panels [P, ⌈K/2⌉, 32] of the same dtype."""
+    if not rows.shape[1]:
+        return
     if rows.shape[1] % 2:
         rows = torch.nn.functional.pad(rows, (0, 1))
     by_panel = rows.unflatten(0, (-1, PANEL))  # [P, 16, 2·pairs]
