@@ -53,6 +53,28 @@ def _measure(rows: str, files: list[Path], only: str, path: Path, seconds: float
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="mini or 2b-slice.")] = "mini",
+    requests: Annotated[int, typer.Option(min=8, help="Requests of each load.")] = 128,
+    soak: Annotated[int, typer.Option(min=0, help="Requests of the endurance run, of which a fifth goes away.")] = 1000,
+    parallel: Annotated[int, typer.Option(min=1, help="Engines side by side, behind the server of one.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="File for the figures; default build/serve-<model>.json.")] = None,
+) -> None:
+    """Put vLLM with second looks under load; in an environment that has vLLM."""
+    from bench import serve as serving  # its clients are needed here alone
+
+    if model not in ("mini", "2b-slice"):
+        raise typer.BadParameter(f"model is {model!r}; give mini or 2b-slice")
+    found = serving.measure(model, requests, soak, sorted({1, parallel}), out or ROOT / "build" / f"serve-{model}.json")
+    for server in found["servers"]:
+        table = Table(*server["loads"][0], title=f"{model}, data parallel {server['data parallel']}")
+        for row in server["loads"]:
+            table.add_row(*("" if value is None else str(value) for value in row.values()))
+        console.print(table)
+    console.print(found.get("soak", ""), found.get("engine", ""))
+
+
+@app.command()
 def run(
     full: Annotated[bool, typer.Option("--full", help="All workloads, not only the quick ones.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default bench/results/<machine>.")] = None,

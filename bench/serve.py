@@ -1,0 +1,432 @@
+"""`python -m bench serve`: vLLM with second looks under load, its clients being real HTTP streams.
+
+A server runs on vpt-mini and on random weights of `2b-slice`. Closed loop: C clients, each with one request at a time;
+open loop: requests arrive by a Poisson process at 70 % of the rate that 16 clients reach. Paths are mixed. Against the
+way people look at a region today (a first request, the crop made by the client, a second request with it; the same
+server, its prefix cache on), and against `vpt_model.Engine`. Nothing is judged by these figures: mini's are Python
+overhead of a tiny model, and on a machine of few cores server, clients and model share them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bench.environment import ROOT, commit, machine
+
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+CLIENTS = (1, 4, 16, 64)
+OPEN = 0.7
+"""Of the rate of 16 clients in the closed loop."""
+PERCEPTION = re.compile(r"<\|(?:region_token_end|(?:clip|detection|seg)_action_start)\|>")
+REGION = re.compile(r"<\|x_(\d)\|><\|y_(\d)\|><\|x_(\d)\|><\|y_(\d)\|>")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question. looks: forced, for weights that ask for none. answer: the right one, where there is one."""
+
+    pixels: np.ndarray
+    text: str
+    looks: str | None = None
+    answer: str | None = None
+
+
+@dataclass
+class Seen:
+    """What a client saw: seconds from the request on; `look` from the token that asks to the first behind it."""
+
+    first: float = 0.0
+    end: float = 0.0
+    look: float | None = None
+    tokens: int = 0
+    text: str = ""
+
+
+@dataclass
+class Load:
+    """The outcome of one load."""
+
+    name: str
+    seconds: float
+    seen: list[Seen] = field(default_factory=list)
+    lost: int = 0
+
+    def row(self) -> dict[str, Any]:
+        """Figures of a table: rates per second, times in milliseconds."""
+        looks = [each.look for each in self.seen if each.look is not None]
+        tokens = sum(each.tokens for each in self.seen)
+        return {
+            "load": self.name,
+            "requests": len(self.seen),
+            "lost": self.lost,
+            "requests/s": round(len(self.seen) / self.seconds, 2),
+            "tokens/s": round(tokens / self.seconds, 1),
+            "first token p50": _ms([each.first for each in self.seen], 50),
+            "first token p99": _ms([each.first for each in self.seen], 99),
+            "look p50": _ms(looks, 50),
+            "look p99": _ms(looks, 99),
+        }
+
+
+def _ms(values: Sequence[float], percent: int) -> float | None:
+    """A percentile in milliseconds; None of nothing."""
+    if not values:
+        return None
+    return round(1e3 * (statistics.quantiles(values, n=100)[percent - 1] if len(values) > 1 else values[0]), 1)
+
+
+@contextmanager
+def served(folder: Path, log: Path, *flags: str) -> Iterator[tuple[str, int]]:
+    """Address and process id of a server of `folder`, which ends with the context; it prints to `log`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The module and not the command, which asks for metadata that builds of vLLM for the CPU lack.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32", *flags]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | SETTINGS)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(1200):
+                if process.poll() is not None:
+                    raise RuntimeError(f"no server: {log.read_text()[-2000:]}")
+                try:
+                    urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield address, process.pid
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def picture_url(pixels: np.ndarray) -> str:
+    """The picture as clients send it."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def user(text: str, *pictures: np.ndarray) -> dict[str, Any]:
+    """A message of the user's."""
+    shown = [{"type": "image_url", "image_url": {"url": picture_url(pixels)}} for pixels in pictures]
+    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+
+
+async def streamed(client: Any, messages: list[Any], **options: Any) -> AsyncIterator[tuple[float, str, int]]:
+    """Time, text and tokens of each piece of an answer."""
+    body = {"messages": messages, "temperature": 0, "max_tokens": 48, "stream": True, "skip_special_tokens": False}
+    body["stream_options"] = {"include_usage": True}
+    async with client.stream("POST", "/v1/chat/completions", json=body | options) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                part = json.loads(line[6:])
+                for choice in part["choices"]:
+                    if text := choice["delta"].get("content"):
+                        yield time.perf_counter(), text, 0
+                if part.get("usage"):
+                    yield time.perf_counter(), "", part["usage"]["completion_tokens"]
+
+
+async def ask(client: Any, asked: Ask) -> Seen:
+    """One question to a server that looks by itself."""
+    options: dict[str, Any] = {"vllm_xargs": {"vpt_looks": asked.looks}} if asked.looks else {}
+    return await _watched(client, [user(asked.text, asked.pixels)], options)
+
+
+async def _watched(client: Any, messages: list[Any], options: dict[str, Any]) -> Seen:
+    seen, began, asking = Seen(), time.perf_counter(), None
+    async for now, text, tokens in streamed(client, messages, **options):
+        seen.tokens += tokens
+        if not text:
+            continue
+        seen.first = seen.first or now - began
+        if asking is not None and seen.look is None and not text.startswith("<|im_end|>"):
+            seen.look = now - asking
+        seen.text += text
+        if PERCEPTION.search(text):
+            asking = now
+        seen.end = now - began
+    return seen
+
+
+async def ask_twice(client: Any, asked: Ask) -> Seen:
+    """A region as people look at it today: the client reads the box, cuts it out and asks a second time."""
+    messages, none = [user(asked.text, asked.pixels)], {"vllm_xargs": {"vpt_max_looks": 0}}
+    began = time.perf_counter()
+    first = await _watched(client, messages, none)
+    found = REGION.findall(first.text)
+    if not found:
+        return first
+    asking, height, width = time.perf_counter(), *asked.pixels.shape[:2]
+    crops = []
+    for x0, y0, x1, y1 in (map(int, cells) for cells in found):
+        left, top = max(x0 - 1, 0) * width // 8, max(y0 - 1, 0) * height // 8
+        right, bottom = min(x1 + 2, 8) * width // 8, min(y1 + 2, 8) * height // 8
+        crops.append(asked.pixels[top:bottom, left:right])
+    said = {"role": "assistant", "content": first.text.removesuffix("<|im_end|>")}
+    second = await _watched(client, [*messages, said, user("", *crops)], none)
+    look = time.perf_counter() - asking - second.end + second.first if second.first else None
+    return Seen(first.first, time.perf_counter() - began, look, first.tokens + second.tokens, second.text)
+
+
+async def closed_loop(address: str, asks: Sequence[Ask], clients: int, question: Any = ask) -> Load:
+    """`clients` clients share the questions, each with one request at a time."""
+    waiting, load = list(asks), Load(f"closed, {clients} clients", 0.0)
+
+    async def one(client: Any) -> None:
+        while waiting:
+            asked = waiting.pop(0)
+            try:
+                load.seen.append(await question(client, asked))
+            except Exception:
+                load.lost += 1
+
+    async with http(address) as client:
+        began = time.perf_counter()
+        await asyncio.gather(*(one(client) for _ in range(clients)))
+    load.seconds = time.perf_counter() - began
+    return load
+
+
+async def open_loop(address: str, asks: Sequence[Ask], rate: float) -> Load:
+    """Questions arrive `rate` times a second on average, whether the server keeps up or not."""
+    draw, load = np.random.default_rng(1), Load(f"open, {rate:.1f}/s", 0.0)
+    began = time.perf_counter()
+
+    async def one(client: Any, asked: Ask, after: float) -> None:
+        await asyncio.sleep(after)
+        try:
+            load.seen.append(await ask(client, asked))
+        except Exception:
+            load.lost += 1
+
+    async with http(address) as client:
+        times = draw.exponential(1 / rate, len(asks)).cumsum()
+        await asyncio.gather(*(one(client, asked, float(after)) for asked, after in zip(asks, times)))
+    load.seconds = time.perf_counter() - began
+    return load
+
+
+async def soak(address: str, pid: int, asks: Sequence[Ask], count: int, clients: int = 16) -> dict[str, Any]:
+    """Requests of which a fifth goes away in the middle: right answers, what is left over, and memory on the way."""
+    draw, numbers, right, told, left, lost = np.random.default_rng(2), iter(range(count)), 0, 0, 0, 0
+    memory = [resident(pid)]
+
+    async def one(client: Any) -> None:
+        nonlocal right, told, left, lost
+        for number in numbers:
+            asked, leaves = asks[number % len(asks)], draw.random() < 0.2
+            try:
+                text, pieces = "", int(draw.integers(0, 8))
+                async for _, piece, _ in streamed(client, [user(asked.text, asked.pixels)]):
+                    text += piece
+                    if leaves and (pieces := pieces - 1) < 0:
+                        left += 1
+                        break
+                else:
+                    told += 1
+                    right += text.removesuffix("<|im_end|>").endswith(str(asked.answer))
+            except Exception:
+                lost += 1
+            if number % max(count // 10, 1) == 0:
+                memory.append(resident(pid))
+
+    async with http(address) as client:
+        await asyncio.gather(*(one(client) for _ in range(clients)))
+        # Until the engine core has heard that the last clients are gone.
+        await asyncio.sleep(2)
+        metrics = (await client.get("/metrics")).text
+    memory.append(resident(pid))
+    busy = {name: _total(metrics, f"vllm:{name}") for name in ("num_requests_running", "num_requests_waiting")}
+    return {
+        "requests": count,
+        "told": told,
+        "right": right,
+        "went away": left,
+        "lost": lost,
+        "left over": busy | {"kv_cache_usage": _total(metrics, "vllm:kv_cache_usage_perc")},
+        "looks": _total(metrics, "vllm:vpt_look_seconds_count"),
+        "MiB on the way": memory,
+    }
+
+
+def _total(metrics: str, name: str) -> float:
+    return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", metrics, re.MULTILINE))
+
+
+def resident(pid: int) -> int:
+    """Memory of a process and all below it, in MiB."""
+    pages = 0
+    for each in [pid, *_below(pid)]:
+        try:
+            pages += int(Path(f"/proc/{each}/statm").read_text().split()[1])
+        except OSError:  # it has just ended
+            continue
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def _below(pid: int) -> list[int]:
+    try:
+        text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    except OSError:
+        return []
+    return [found for child in map(int, text.split()) for found in (child, *_below(child))]
+
+
+def http(address: str) -> Any:
+    """A client without limits of its own."""
+    import httpx
+
+    return httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None))
+
+
+def mini_asks(count: int) -> list[Ask]:
+    """Questions of every kind, so that regions, re-encoding and direct answers are mixed."""
+    from vpt_model.mini.scenes import KINDS, make_question, make_scene
+
+    asks = []
+    for seed in range(-(-count // len(KINDS))):
+        scene = make_scene(seed, "test")
+        questions = [make_question(scene, kind, seed) for kind in KINDS]
+        asks += [Ask(scene.pixels, question.text, None, question.answer) for question in questions]
+    return asks[:count]
+
+
+def slice_asks(count: int) -> list[Ask]:
+    """Forced looks at noise, for random weights: regions, re-encoding, and none."""
+    draw, asks = np.random.default_rng(3), []
+    for number in range(count):
+        pixels = draw.integers(0, 256, (384, 512, 3), dtype=np.uint8)
+        asks.append(Ask(pixels, f"what is it {number}?", (None, "region:x2,y2,x4,y4", "clip")[number % 3]))
+    return asks
+
+
+def slice_folder(folder: Path) -> Path:
+    """A checkpoint of random float32 weights in the shapes of `2b-slice`, made where it is missing."""
+    from safetensors.torch import save_file
+
+    from vpt_model import PRESETS, mini
+    from vpt_model.checkpoint import random_state
+    from vpt_model.text.tokens import Tokenizer
+
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = PRESETS["2b-slice"]
+    tokenizer, state = Tokenizer.byte_level(config.vocab_size, config.kind), random_state(config)
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    save_file(state, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text(tokenizer.to_json())
+    ids, fields = tokenizer.ids, json.loads((mini.FOLDER / "config.json").read_text())
+    fields |= {name: value for name, value in vars(config).items() if name in fields and name != "vision_config"}
+    fields["vision_config"] |= vars(config.vision)
+    fields["rope_scaling"]["mrope_section"] = list(config.mrope_section)
+    fields |= {"image_token_id": ids.image_pad, "vision_start_token_id": ids.vision_start, "torch_dtype": "float32"}
+    fields |= {"vision_end_token_id": ids.vision_end, "para_start_id": ids.im_start, "para_end_id": ids.im_end}
+    fields |= {"clip_image_token_id": ids.kind_pad, "clip_action_start_id": ids.action_start}
+    fields |= {"clip_action_id": ids.action}
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        content = json.loads((mini.FOLDER / name).read_text())
+        if "eos_token_id" in content:
+            content |= {"eos_token_id": [ids.im_end, ids.endoftext], "pad_token_id": ids.endoftext}
+        (folder / name).write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def engine_looks(asks: Sequence[Ask]) -> list[float]:
+    """Seconds from the token that asks to the first behind the look, in our engine, one question at a time."""
+    from vpt_model import Engine, mini
+    from vpt_model.engine.events import Reencode, Region, Token
+
+    engine, times = Engine(*mini.load()), []
+    for asked in asks:
+        asking = None
+        for event in engine.stream(asked.pixels, asked.text):
+            if isinstance(event, (Region, Reencode)):
+                asking = time.perf_counter()
+            elif isinstance(event, Token) and asking is not None:
+                times.append(time.perf_counter() - asking)
+                asking = None
+    return times
+
+
+def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out: Path) -> dict[str, Any]:
+    """Run every load on one model and write the figures to `out` as they come.
+
+    model: "mini" or "2b-slice". requests: of each load. soaked: requests of the endurance run, on mini alone. parallel:
+    engines side by side, a server each.
+    """
+    from vpt_model import mini
+
+    is_mini = model == "mini"
+    folder = mini.FOLDER if is_mini else slice_folder(ROOT / "build" / model)
+    asks = (mini_asks if is_mini else slice_asks)(requests)
+    found: dict[str, Any] = {"model": model, "machine": machine(), "commit": commit(), "servers": []}
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    async def drive(address: str, pid: int, rows: list[dict[str, Any]]) -> None:
+        await closed_loop(address, asks[:8], 4)  # warm
+        rate = 1.0
+        for clients in CLIENTS:
+            load = await closed_loop(address, asks, clients)
+            rate = len(load.seen) / load.seconds if clients == 16 else rate
+            rows.append(load.row())
+            out.write_text(json.dumps(found, indent=1) + "\n")
+        rows.append((await open_loop(address, asks, OPEN * rate)).row())
+        if is_mini:
+            regions = [asked for asked in asks if "tag" in asked.text]
+            for name, question in (("regions, second look", ask), ("regions, second request", ask_twice)):
+                for clients in (1, 16):
+                    load = await closed_loop(address, regions, clients, question)
+                    rows.append(load.row() | {"load": f"{name}, {clients} clients"})
+            if soaked:
+                found["soak"] = await soak(address, pid, asks, soaked)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+    for engines in parallel:
+        flags = ["--data-parallel-size", str(engines)] if engines > 1 else []
+        with served(folder, out.with_suffix(f".{engines}.log"), *flags) as (address, pid):
+            rows: list[dict[str, Any]] = []
+            found["servers"].append({"data parallel": engines, "loads": rows})
+            asyncio.run(drive(address, pid, rows))
+        soaked = 0
+    if is_mini:
+        times = engine_looks(asks)
+        found["engine"] = {"looks": len(times), "look p50": _ms(times, 50), "look p99": _ms(times, 99)}
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    return found
