@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import SEED
 from tests.serving.folders import folder_of
 from tests.serving.simulation import Setting, assert_right, simulate
 from vpt_model.vllm.options import SLOT
@@ -36,12 +35,13 @@ FAULTS = {
     "a token that was sampled behind a capture stays": ("talk", "len(conversation) - 1)", "len(conversation))"),
     "pixels may be stripped": ("items", "keep_on_cpu=True", "keep_on_cpu=False"),
 }
+# Seeds that are known to meet each fault; `test_simulation` draws others.
 SETTINGS = (
-    Setting(SEED, False, False, 66, 1100, 4),
-    Setting(SEED, True, True, 80, 300, 6),
-    Setting(SEED + 1, False, False, 80, 300, 6),
-    Setting(SEED + 1, True, False, 66, 1100, 4),
-    Setting(SEED, False, False, disturbed=0),
+    Setting(0, False, False, 400, 2048, 8, 0, 16),
+    Setting(0, True, False, 400, 2048, 8, 0.15, 16),
+    Setting(2, False, False, 80, 300, 6, 0.1, 16),
+    Setting(1, True, True, 66, 1100, 4, 0.1, 16),
+    Setting(0, False, False, 48, 2048, 3, 0, 16),
 )
 ROOM = "vpt_model.vllm"
 
