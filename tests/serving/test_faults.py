@@ -41,7 +41,7 @@ SETTINGS = (
     Setting(0, True, False, 400, 2048, 8, 0.15, 16),
     Setting(2, False, False, 80, 300, 6, 0.1, 16),
     Setting(1, True, True, 66, 1100, 4, 0.1, 16),
-    Setting(0, False, False, 48, 2048, 3, 0, 16),
+    Setting(2, False, False, 48, 2048, 3, 0, 16),
 )
 ROOM = "vpt_model.vllm"
 
