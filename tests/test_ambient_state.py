@@ -6,6 +6,7 @@ have the bits of a call in no such state.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,7 @@ from tests.helpers import assert_same_bits
 from vpt_kernels import dinov2_policy, sam_policy
 from vpt_kernels.layers import RoiPatchEmbed
 from vpt_model import Engine
+from vpt_model.app.cli import write_plainly
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -214,3 +216,16 @@ def test_a_terminal_of_another_encoding_loses_no_work(encoding: str, arguments: 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)} | locale
     done = subprocess.run(command, capture_output=True, text=True, encoding=encoding, env=environment)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() or "ö" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "gbk", "shift_jis", "utf-8", "utf-16"])
+def test_answers_keep_their_letters_and_signs_become_ascii(encoding: str) -> None:
+    """Whoever reads a pipe may take it for UTF-8; what the encoding has of an answer arrives."""
+    text, signs = "größer 中文", "298×298 “?” …"
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    write_plainly(stream)
+    print(text, signs, file=stream, flush=True)
+    unicode = encoding.startswith("utf")
+    shown = f"{text} {signs}" if unicode else f'{text} 298x298 "?" .'.encode(encoding, "replace").decode(encoding)
+    assert stream.buffer.getvalue().decode(encoding) == f"{shown}\n"

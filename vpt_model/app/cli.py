@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import io
 import json
@@ -73,12 +74,31 @@ Device = Annotated[str, typer.Option(help="auto (a GPU where torch sees one), cp
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
+_SIGNS = str.maketrans("×“”…→·Δ–−", 'x"".>-d--')
+
+
 def main() -> None:
     """The command `vpt`: what a terminal of another encoding cannot show is replaced, so that no work is lost."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            write_plainly(stream)
     app()
+
+
+def write_plainly(stream: io.TextIOWrapper) -> None:
+    """Let a stream that is not Unicode's have signs of ours as ASCII, which whoever reads a pipe reads alike."""
+    encoding = codecs.lookup(stream.encoding).name
+    if encoding.startswith("utf"):
+        stream.reconfigure(errors="replace")
+        return
+
+    def encode(error: UnicodeError) -> tuple[bytes, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return error.object[error.start : error.end].translate(_SIGNS).encode(encoding, "replace"), error.end
+
+    codecs.register_error(f"vpt-{encoding}", encode)
+    stream.reconfigure(encoding="ascii", errors=f"vpt-{encoding}")
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
