@@ -161,7 +161,7 @@ test-dist: dist
 	rm -rf $(VENV)/clean
 	$(PYTHON) -m venv $(VENV)/clean
 	$(VENV)/clean/bin/python -m pip install -q "$(TORCH)"
-	$(VENV)/clean/bin/python -m pip install -q "$$(ls dist/*.whl)[demo]"
+	$(VENV)/clean/bin/python -m pip install -q "$$(ls dist/*.whl)[demo,app]"
 	cp tests/wheel/installed.py $(VENV)/clean/
 	cd $(VENV)/clean && bin/python -I installed.py
 

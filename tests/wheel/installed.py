@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from http.client import HTTPResponse
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import torch
 
@@ -70,6 +73,30 @@ def shell(*command: str) -> str:
     return done.stdout
 
 
+def page() -> str:
+    """`vpt app` on a free port: its files are there, and it answers a question about an example rightly."""
+    command = [str(Path(sys.executable).with_name("vpt")), "app", "--port", "0", "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            said = server.stdout.readline()
+            address = said.split("http://")[1].split("/")[0]
+            for path in ("", "static/page.css", "static/page.js", "static/icon.svg"):
+                assert urlopen(f"http://{address}/{path}", timeout=60).status == 200
+            secret = {"X-VPT-Session": json.load(post(f"http://{address}/api/session", {}))["session"]}
+            picture = json.load(post(f"http://{address}/api/examples", {"seed": 3}, secret))
+            asked = {"question": picture["scene"]["questions"][0]["text"], "picture": picture["id"]}
+            last = json.loads(post(f"http://{address}/api/turns", asked, secret).readlines()[-1])
+            assert last["turn"]["right"], last
+        finally:
+            server.terminate()
+    return said
+
+
+def post(address: str, body: dict[str, object], headers: dict[str, str] | None = None) -> HTTPResponse:
+    return urlopen(Request(address, json.dumps(body).encode(), headers or {}, method="POST"), timeout=300)
+
+
 def main() -> None:
     place = Path(vpt_kernels.__file__)
     assert "site-packages" in place.parts and Path(sys.prefix) in place.parents, place
@@ -86,7 +113,7 @@ def main() -> None:
         Path("demo.png").unlink(missing_ok=True)
         shell("vpt", "demo", *options, "--out", "demo.png")
         assert Path("demo.png").read_bytes().startswith(b"\x89PNG")
-    print(listed)
+    print(page(), listed)
     print(f"vpt_kernels {vpt_kernels.__version__} of {place.parent}: complete")
 
 

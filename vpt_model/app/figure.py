@@ -269,7 +269,7 @@ def _bar(axes: Axes, y: float, bar: Bar, end: float) -> None:
 
 
 def _short(text: str, length: int) -> str:
-    line = " ".join(text.split())
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
 

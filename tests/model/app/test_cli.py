@@ -176,6 +176,27 @@ def test_ask_answers_as_json(checkpoint: Path, photo: Path) -> None:
     assert [stage["stage"] for stage in answer["stages"]][:3] == ["crop+embed", "ViT", "prefill"]
 
 
+@pytest.mark.parametrize("look", ["region:x2,y1,x5,y4+x0,y0,x1,y1", "clip", None])
+def test_ask_draws_what_it_looked_at(checkpoint: Path, photo: Path, look: str | None) -> None:
+    out = photo.with_name("answer.png")
+    arguments = ("--model", checkpoint, "--image", photo, "--question", "$What_{is", "--max-new-tokens", 3)
+    result = vpt("ask", *arguments, "--draw", out, *(("--look", look) if look else ()), "--json")
+    assert result.exit_code == 0, result.output
+    picture = np.asarray(Image.open(out).convert("RGB"))
+    assert min(picture.shape[:2]) > 600
+    # The third panel is there for a second crop alone, the one before it for any look; the title is above both.
+    height, width = picture.shape[:2]
+    panels = [picture[height // 6 : height // 2, width * n // 3 + 40 : width * (n + 1) // 3 - 20] for n in range(3)]
+    drawn = [len(np.unique(panel.reshape(-1, 3), axis=0)) > 100 for panel in panels]
+    assert drawn == [True, look is not None, look is not None and "+" in look]
+
+
+@pytest.mark.parametrize("out, message", [("no/such/folder/a.png", "make it first"), (".", "directory")])
+def test_a_drawing_that_cannot_be_written_is_refused_before_the_answer(out: str, message: str, photo: Path) -> None:
+    result = vpt("ask", "--image", photo, "--question", "what?", "--draw", out)
+    assert result.exit_code == 2 and message in result.stderr and "decode" not in result.stdout
+
+
 def test_ask_runs_the_checkpoint_it_is_given(checkpoint: Path, photo: Path) -> None:
     """The ids are those of the model in memory."""
     from vpt_model import Engine, Model
