@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # noqa: F401  (registers its operator)
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -29,12 +30,12 @@ _ONLY_WRITES = {aten.fill_, aten.zero_, aten.copy_, aten.index_put_, aten.full_l
 _GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """They read as many bytes of their source as they return."""
 _UNREAD = {
-    "out", "q_out", "sums", "weights", "partials", "tickets", "logits", "tops", "choices", "tokens", "k_cache",
-    "v_cache", "table", "cos_sin",
+    "out", "normed", "q_out", "sums", "weights", "partials", "tickets", "logits", "tops", "choices", "tokens",
+    "k_cache", "v_cache", "table", "cos_sin",
 }  # fmt: skip
 """Parameters of our Triton kernels that are written, not read, where a kernel's own entry says nothing else; and the
 table of angles, of which a token reads three rows of 512 bytes."""
-_READ_BY = {"merge_kernel": {"sums", "weights"}, "linear_add_kernel": {"partials"}}
+_READ_BY = {"linear_add_kernel": {"partials"}}
 OPERATORS = {"append_visual_kv": 1, "control_cross_attention": 2, "roi_patches": 1, "roi_patch_embed": 2}
 """Kernels of one call of our operators, with a control and few regions, on Triton and on CUDA alike (there the second
 of `roi_patch_embed` is the library's product): so the count does not depend on which of them is installed."""
@@ -60,6 +61,8 @@ def of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[t
     if packet in _GATHERS:
         tensors = tensors[1:]
     name = packet.__name__.strip("_")
+    if packet is torch.ops.torch_attn._varlen_attn:
+        yield "zeros", []  # what dropout would need
     yield from [(name, tensors)] * _SEVERAL.get(packet, 1)
 
 

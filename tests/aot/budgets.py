@@ -26,7 +26,6 @@ _ONE_BLOCK = "one block of 8 warps a multiprocessor instead of two: nothing spil
 _COPIED = "sm_90: the weight's tile lies once more beside the pipeline; two blocks still share a multiprocessor"
 _STRIP = "sm_80: as on the others, the prologue's addresses leave registers, some more of them"
 _SCALARS = "sm_120: ptxas stops at 80 registers, where three blocks share a multiprocessor, and puts six scalars by"
-_DECODE = "sm_120: five blocks of a decoded token share a multiprocessor instead of six"
 
 BUDGETS: dict[str, dict[str, Budget]] = {
     "3.6": {
@@ -45,8 +44,6 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "project fp32": Budget(_SCALARS, spilled=24),
         "strip bf16": Budget(_STRIP, spilled=680),
         "strip fp32": Budget(_STRIP, spilled=680),
-        "split decode bf16": Budget(_DECODE, registers=96),
-        "split decode fp16 7b": Budget(_DECODE, registers=96),
     },
     "3.9": {
         "append many fp32 paged": Budget(_FLOAT32, registers=100),

@@ -65,8 +65,8 @@ VARIANTS = (
         for kernel, (function, registers, shared, more) in _KERNELS.items()
         for name, (launch, kind) in _RESOURCES.items()
     ),
-    # Keys and values of one step are 16 KB each, two stages of them: five blocks share a multiprocessor.
-    _attention("bf16", "bf16", 96, 38 << 10, 12, 2),
-    _attention("fp16 7b", "fp16", 96, 38 << 10, 28, 4),
-    _attention("fp32", "fp32", 96, 77 << 10, 12, 2),
+    # Keys and values of one step are 16 KB each, two stages of them: four or five blocks share a multiprocessor.
+    _attention("bf16", "bf16", 128, 38 << 10, 12, 2),
+    _attention("fp16 7b", "fp16", 128, 38 << 10, 28, 4),
+    _attention("fp32", "fp32", 128, 77 << 10, 12, 2),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype, virtual_bytes
 from tests.model.attention_inputs import NAN, Call, make, oracle
-from tests.triton.watch import Allocations, Launches, outputs
+from tests.triton.watch import Allocations, Launches, Permuted, outputs
 from vpt_model.network import attention, attention_triton
 from vpt_model.network.attention_triton import APPEND, DECODE, FLOAT32, launch_of
 
@@ -145,13 +145,28 @@ def test_addresses_are_64_bits():
     assert_same_bits(run(moved), run(far))
 
 
-def test_two_launches_and_the_documented_workspace():
+def test_one_launch_and_the_documented_workspace():
     call = make([3], [90], 4, dtype=torch.bfloat16, capacity=200)
     with Launches() as launches, Allocations() as seen:
         run(call)
     rows = 4 * 6 // 2
-    assert launches.grids == [("split_kernel", (-(-rows // DECODE.rows), 2, 4)), ("merge_kernel", (4, 6))]
-    assert sorted(outputs(seen)) == sorted([4 * 6 * 16 * 2, 4 * 6 * 4 * 16 * 4, 4 * 6 * 4 * 4])
+    assert launches.grids == [("split_kernel", (-(-rows // DECODE.rows), 2, 4))]
+    kept = 2 * 1 * 4 * DECODE.rows * 4
+    assert sorted(outputs(seen)) == sorted([4 * 6 * 16 * 2, kept * 16, kept * 2])
+
+
+@each_dtype
+def test_whoever_is_last_merges_the_same_way(dtype):
+    """Several blocks of queries, several splits, a bucket whose first block is padding; tickets that are used again."""
+    call = make([9, 0, 23], [40, 7, 130], 24, dtype=dtype, capacity=180)
+    tickets = torch.zeros(3 * 24 * 6, dtype=torch.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_triton, "APPEND", APPEND._replace(split=64, rows=16))
+        expected = check(call)
+        for seed in range(3):
+            with Permuted(seed):
+                assert_same_bits(attention_triton.attend(**vars(call), tickets=tickets), expected, "in another order")
+            assert not tickets.any()
 
 
 def test_it_is_launched_on_the_queries_device(monkeypatch):
@@ -171,4 +186,4 @@ def test_it_is_launched_on_the_queries_device(monkeypatch):
         launch = GridExecutor.__call__
         monkeypatch.setattr(GridExecutor, "__call__", lambda *a, **k: (seen.append("launch"), launch(*a, **k))[1])
         attention_triton.attend(**vars(call))
-    assert seen == ["enter", "launch", "launch", "leave"] and len(launches.grids) == 2
+    assert seen == ["enter", "launch", "leave"] and len(launches.grids) == 1

@@ -10,7 +10,7 @@ from tests.model.engine.recorded import CASES, Recorded, RecordedEngine, image, 
 from tests.model.inputs import tiny_model
 from tests.triton.watch import Launches
 from vpt_model.engine.graphs import Bucket, Graphs, Step
-from vpt_model.network import decode
+from vpt_model.network import decode, fused
 from vpt_model.network.decode import products
 
 NAN = float("nan")
@@ -19,7 +19,8 @@ NAN = float("nan")
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and large programs, on a CPU."""
-    monkeypatch.setattr(decode, "on_gpu", lambda x: True)
+    for module in (decode, fused):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
     for name in ("ONE_ROW", "FLOAT32"):
         monkeypatch.setattr(products, name, getattr(products, name)._replace(outputs=256, step=128))
 

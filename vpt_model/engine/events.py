@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -100,22 +101,61 @@ def last_answer(events: Iterable[Event]) -> Answer:
 
 
 class Clock:
-    """Times stages; consecutive ones of the same name become one."""
+    """Times stages; consecutive ones of the same name become one.
+
+    On a GPU a stage is the time between two events of its stream, which nobody waits for until the times are asked for.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.stages: list[Stage] = []
         self._device = device
+        self._timed: list[tuple[str, Callable[[], float], dict[str, int]]] = []
 
     @contextmanager
     def __call__(self, name: str, **work: int) -> Iterator[None]:
-        start = time.perf_counter()
+        elapsed = _on_stream(self._device) if self._device.type == "cuda" else _on_host()
         yield
-        if self._device.type == "cuda":
-            # Of this stream only: what runs ahead on another one is not waited for.
-            torch.cuda.current_stream(self._device).synchronize()
+        self._timed.append((name, elapsed(), work))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages that have ended, in order; on a GPU this waits for the last one."""
+        stages: list[Stage] = []
+        for name, milliseconds, work in self._timed:
+            took = milliseconds()
+            if stages and stages[-1].name == name:
+                last = stages.pop()
+                took += last.milliseconds
+                work = {key: last.work.get(key, 0) + work.get(key, 0) for key in last.work | work}
+            stages.append(Stage(name, took, work))
+        return stages
+
+
+def _on_host() -> Callable[[], Callable[[], float]]:
+    """Begin a measurement; the function that is returned ends it and gives what will say its milliseconds."""
+    start = time.perf_counter()
+
+    def end() -> Callable[[], float]:
         milliseconds = (time.perf_counter() - start) * 1e3
-        if self.stages and self.stages[-1].name == name:
-            last = self.stages.pop()
-            milliseconds += last.milliseconds
-            work = {key: last.work.get(key, 0) + work.get(key, 0) for key in last.work | work}
-        self.stages.append(Stage(name, milliseconds, work))
+        return lambda: milliseconds
+
+    return end
+
+
+def _on_stream(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """As `_on_host`, between events of the device's current stream: what runs ahead on another one is not in it."""
+    start = torch.cuda.Event(enable_timing=True)
+    start.record(torch.cuda.current_stream(device))
+
+    def end() -> Callable[[], float]:
+        stop = torch.cuda.Event(enable_timing=True)
+        stop.record(torch.cuda.current_stream(device))
+
+        @cache
+        def milliseconds() -> float:
+            if not stop.query():
+                stop.synchronize()
+            return start.elapsed_time(stop)
+
+        return milliseconds
+
+    return end

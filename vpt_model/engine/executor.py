@@ -14,6 +14,7 @@ from torch import Tensor
 from vpt_model.engine import perception
 from vpt_model.engine.graphs import Bucket, Graphs, smallest
 from vpt_model.engine.requests import Append, CropAndAppend, Decode, Output, ReencodeAndAppend, Request
+from vpt_model.network.capture import uploaded
 from vpt_model.network.model import Model
 
 _log = logging.getLogger(__name__)
@@ -106,9 +107,8 @@ class Eager:
         if self.speculate and request.again:
             picture.ahead = perception.Ahead(self.model, picture.kept)
         embeds = self._embed(request.tokens)
-        embeds[(torch.tensor(request.tokens, device="cpu") == request.pad).nonzero().flatten().to(embeds.device)] = (
-            torch.cat(features)
-        )
+        pads = (torch.tensor(request.tokens, device="cpu") == request.pad).nonzero().flatten()
+        embeds[uploaded(pads, embeds.device)] = torch.cat(features)
         return _append(request, request.tokens, request.positions, embeds, stage=request.stage), features
 
     def _encode(self, request: ReencodeAndAppend) -> tuple[Append, tuple[Tensor, ...]]:

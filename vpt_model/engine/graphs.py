@@ -36,7 +36,7 @@ class Bucket(NamedTuple):
 BUCKETS = (
     Bucket(1, 1, False),
     *(Bucket(rows, 1, True) for rows in (1, 2, 4, 8)),
-    *(Bucket(1, tokens, True) for tokens in (16, 64, 128, 192, 256, 320, 384, 448, 512)),
+    *(Bucket(1, tokens, True) for tokens in (16, 64, 72, 80, 96, 128, 192, 256, 272, 288, 320, 384, 448, 512)),
 )
 """The trigger token of a look, whose logits nobody reads; decoding; a look, or a prompt, of one conversation."""
 ROWS = 8
@@ -110,8 +110,9 @@ class Step:
             return tuple(output.clone() for output in self.outputs)
 
     def upload(self, appends: Sequence[Append]) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()  # the copy before this one may still be reading the pinned block
+        if self.copied is not None and not self.copied.query():
+            # The copy before this one may still be reading the pinned block, unless a token was read since.
+            self.copied.synchronize()
         places = self.host.fill(appends)
         self.device.block.copy_(self.host.block, non_blocking=True)
         if self.copied is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vpt_model.config import require_integer, shown
+from vpt_model.network.capture import uploaded
 from vpt_model.network.decode.reference import greedy
 
 
@@ -65,9 +66,8 @@ class Sampler:
         probabilities = values.softmax(0).double()
         kept = probabilities.cumsum(0) - probabilities < self.sampling.top_p
         ends = torch.where(kept, probabilities, 0).cumsum(0)
-        draw = torch.rand((), dtype=torch.float64, device="cpu", generator=self._generator).to(
-            ends.device, non_blocking=True
-        )
+        draw = torch.rand((), dtype=torch.float64, device="cpu", generator=self._generator)
+        draw = uploaded(draw, ends.device)
         place = torch.minimum((ends <= draw * ends[-1]).sum(), kept.sum() - 1)
         return torch.where(logits.isnan().any(), -1, tokens.gather(0, place[None])[0])
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_kernels import append_visual_kv_
+from vpt_model.network import decode
 from vpt_model.network.cache import KVCache
+from vpt_model.network.capture import uploaded
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,18 @@ class Padded:
             q, k, v, self.rotary.table, self.positions, self.slots, keys, values, sections=self.rotary.sections
         )
         rows = q.unflatten(0, (len(self.lengths[0]), -1))
-        return attend(rows, keys, values, *self.lengths, self.capacity).flatten(0, 1)
+        return attend(rows, keys, values, *self.lengths, self.capacity, self.tickets).flatten(0, 1)
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, past: Tensor, counts: Tensor, capacity: int
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    past: Tensor,
+    counts: Tensor,
+    capacity: int,
+    tickets: Tensor | None = None,
 ) -> Tensor:
     """Attention of padded queries over caches in one buffer; no value is read by the host.
 
@@ -128,20 +136,62 @@ def attend(
     tokens' already in place; row r's are `capacity` slots from `starts[r]` on, past[r] + counts[r] of them used.
     starts, past, counts: int32 [R]. The first real token of row r sees past[r] + 1 keys, each further one another, the
     last all that are used; nothing behind them reaches it, not even NaN. Padding stands in front so that its rows are
-    aligned as flash-attn's are. Returns [R, N, Hq · D], 0 for padding.
+    aligned as flash-attn's are. tickets: as of `Padded`. Returns [R, N, Hq · D], 0 for padding.
     """
     if use_flash(q):
         cached_keys, cached_values = (x.unflatten(0, (-1, capacity)) for x in (keys, values))
         return _flash(q, cached_keys, cached_values, past + counts, starts // capacity).flatten(2)
-    kernel = _triton_kernel() if q.is_cuda else _composed
-    return kernel(q, keys, values, starts, past, counts, capacity)
+    if not decode.on_gpu(q):
+        return _composed(q, keys, values, starts, past, counts, capacity)
+    from vpt_model.network import attention_triton
+
+    return attention_triton.attend(q, keys, values, starts, past, counts, capacity, tickets)
 
 
-def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Full attention of the patches [N, heads, D] of several images, within each: `lengths` patches. [N, heads · D]."""
-    if use_flash(q):
-        ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(q.device, torch.int32)
-        return _flash_within(q, k, v, ends, max(lengths)).flatten(1)
+Within = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Full attention of the patches [N, heads, D] of several images, within each: [N, heads · D]."""
+
+
+def within(x: Tensor, lengths: Sequence[int], head_dim: int) -> Within:
+    """Attention within images of `lengths` patches, for a tower whose patches are like x; made once for all blocks."""
+    if takes_ragged(x, head_dim):
+        ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
+        return partial(_ragged, ends=uploaded(ends, x.device), longest=max(lengths))
+    return partial(_image_by_image, lengths=lengths)
+
+
+def within_padded(x: Tensor, ends: Tensor, head_dim: int) -> Within:
+    """Attention within one image of ends[1] patches that are followed by padding; the host reads nothing.
+
+    x: [N, E], the patches. ends: int32 [3], 0, the image's patches and N. What stands in the rows of padding is finite,
+    if padding is, and without meaning.
+    """
+    if takes_ragged(x, head_dim):
+        return partial(_ragged, ends=ends, longest=len(x))  # padding is an image of its own
+    bias = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    bias = bias.masked_fill_(torch.arange(len(x), device=x.device) >= ends[1], float("-inf"))
+    return partial(_masked, bias=bias[None, None, None])
+
+
+def takes_ragged(x: Tensor, head_dim: int) -> bool:
+    """Whether flash attention over several sequences takes tensors like x: 16 bits, from sm_80 on."""
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _ragged(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+    """flash-attn where it is installed, else the same kernel of PyTorch, which also fills what dropout would need."""
+    if flash := _flash_attn():
+        return flash.flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest
+        ).flatten(1)
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, ends, ends, longest, longest).flatten(1)
+
+
+def _image_by_image(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     images = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     attended = [
         F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image))[0].transpose(0, 1)
@@ -150,19 +200,9 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Te
     return (attended[0] if len(attended) == 1 else torch.cat(attended)).flatten(1)
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, count: Tensor) -> Tensor:
-    """Full attention of one image's patches [N, heads, D], of which the first `count` (int32 [1]) are real.
-
-    Returns [N, heads · D]; what stands in the rows of padding is finite, if padding is, and without meaning.
-    """
-    if use_flash(q):
-        # Padding is an image of its own.
-        ends = torch.cat([torch.zeros_like(count), count, torch.full_like(count, len(q))])
-        return _flash_within(q, k, v, ends, len(q)).flatten(1)
-    bias = torch.zeros(len(q), dtype=q.dtype, device=q.device)
-    bias = bias.masked_fill_(torch.arange(len(q), device=q.device) >= count, float("-inf"))
+def _masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None, None])[0].transpose(0, 1).flatten(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)[0].transpose(0, 1).flatten(1)
 
 
 def attend_parts(q: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -242,15 +282,6 @@ def _composed(
 
 
 @cache
-def _triton_kernel() -> Callable[..., Tensor]:
-    if find_spec("triton") is None:
-        return _composed
-    from vpt_model.network import attention_triton
-
-    return attention_triton.attend
-
-
-@cache
 def _flash_attn() -> Any:
     """flash-attn 2, or None where it is not installed."""
     try:
@@ -269,10 +300,4 @@ def _flash(q: Tensor, keys: Tensor, values: Tensor, stored: Tensor | int, rows: 
     """flash-attn over a cache [rows, capacity, Hkv, D]; its causal mask is aligned at the lower right, as ours is."""
     return _flash_attn().flash_attn_with_kvcache(
         q, keys, values, cache_seqlens=stored, cache_batch_idx=rows, causal=True
-    )
-
-
-def _flash_within(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-    return _flash_attn().flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest
     )

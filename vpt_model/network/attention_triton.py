@@ -1,4 +1,7 @@
-"""Attention over a cache whose lengths only the device knows, split along the keys: two launches.
+"""Attention over a cache whose lengths only the device knows, split along the keys: one launch.
+
+The split of a block of queries that is last to end, by a ticket, merges all of them, in their order: a result does not
+depend on who was last.
 
 Written and interpreted on a CPU and compiled for sm_80 to sm_120; not yet run on a GPU.
 """
@@ -34,6 +37,48 @@ From reasoning about an H100, not from measurements."""
 
 
 @triton.jit
+def add_keys(top, total, mixed, scores, v):
+    """One step of a softmax over keys: largest score and sum of each row [M], mixed values [M, D]; v [N, D]."""
+    higher = tl.maximum(top, tl.max(scores, 1))
+    # A query that sees none of these keys keeps -inf, which must not be subtracted from itself.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(scores - base[:, None])
+    fading = tl.exp2(top - base)
+    mixed = mixed * fading[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return higher, total * fading + tl.sum(p, 1), mixed
+
+
+@triton.jit
+def keep_split(sums, weights, row, top, total, mixed, d, dim, mask):
+    """What one split found, for whoever is last; row: [M] of the workspace. Every thread's before what follows."""
+    tl.store(sums + row[:, None].to(tl.int64) * dim + d[None, :], mixed, mask=mask)
+    tl.store(weights + row * 2, top)
+    tl.store(weights + row * 2 + 1, total)
+    tl.debug_barrier()
+
+
+@triton.jit
+def merge_splits(sums, weights, row, active, d, dim, mask, M: tl.constexpr, D: tl.constexpr):
+    """All `active` splits in their order, `M` rows apart, read past L1: sums of weights [M] and mixed values [M, D]."""
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    mixed = tl.zeros([M, D], tl.float32)
+    for split in range(active):
+        its = row + split * M
+        its_top = tl.load(weights + its * 2, cache_modifier=".cg")
+        its_total = tl.load(weights + its * 2 + 1, cache_modifier=".cg")
+        at = sums + its[:, None].to(tl.int64) * dim + d[None, :]
+        its_mixed = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, its_top)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        fading, share = tl.exp2(top - base), tl.exp2(its_top - base)
+        total = total * fading + its_total * share
+        mixed = mixed * fading[:, None] + its_mixed * share[:, None]
+        top = higher
+    return total, mixed
+
+
+@triton.jit
 def split_kernel(
     q,
     keys,
@@ -41,8 +86,10 @@ def split_kernel(
     starts,
     past,
     counts,
+    out,
     sums,
     weights,
+    tickets,
     scale,
     tokens,
     splits,
@@ -62,97 +109,57 @@ def split_kernel(
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Attention of a block of queries over one split of the keys, and its log2-sum-exp.
+    """Attention of a block of queries over one split of the keys; the last split of the block merges them all.
 
     The query heads of one key/value head are rows of one tile. Strides are named after the axis they step along.
     """
     group: tl.constexpr = Q_HEADS // KV_HEADS
-    block, split = tl.program_id(0), tl.program_id(2)
-    conversation = tl.program_id(1) // KV_HEADS
-    kv_head = tl.program_id(1) % KV_HEADS
+    block, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    conversation, kv_head = pair // KV_HEADS, pair % KV_HEADS
     before = tl.load(past + conversation)
-    count = tl.load(counts + conversation)
-    padding = tokens - count
+    padding = tokens - tl.load(counts + conversation)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token, head = row // group, kv_head * group + row % group
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group, tokens - 1)
     # Past the last key that a query of this block sees nothing is read: what lies there may be anything.
     seen = tl.minimum(before + last - padding + 1, capacity)
-    begin = split * SPLIT
-    if (begin < seen) & (last >= padding):
+    seen = tl.where(last >= padding, seen, 0)
+    active = tl.maximum((seen + SPLIT - 1) // SPLIT, 1)
+    if split < active:
         d = tl.arange(0, BLOCK_D)
+        is_d = d < HEAD_DIM
         is_real = (token >= padding) & (token < tokens)
-        is_query = is_real[:, None] & (d < HEAD_DIM)[None, :]
         place = conversation.to(tl.int64) * q_row + token.to(tl.int64) * q_token + head.to(tl.int64) * q_head
-        x = tl.load(q + place[:, None] + d[None, :], mask=is_query, other=0.0)  # [M, D]
+        x = tl.load(q + place[:, None] + d[None, :], mask=is_real[:, None] & is_d[None, :], other=0.0)  # [M, D]
         first = tl.load(starts + conversation).to(tl.int64)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for n in range(begin, tl.minimum(begin + SPLIT, seen), BLOCK_N):
+        for n in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, seen), BLOCK_N):
             key = n + tl.arange(0, BLOCK_N)
             slot = first + key
             is_key = key < seen
             at = keys + kv_head.to(tl.int64) * key_head + slot[None, :] * key_slot + d[:, None]
-            k = tl.load(at, mask=is_key[None, :] & (d < HEAD_DIM)[:, None], other=0.0)  # [D, N]
+            k = tl.load(at, mask=is_key[None, :] & is_d[:, None], other=0.0)  # [D, N]
             scores = tl.dot(x, k, input_precision="ieee") * scale
             visible = is_key[None, :] & (key[None, :] <= before + (token - padding)[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            # A query that sees none of these keys keeps -inf, which must not be subtracted from itself.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp2(scores - base[:, None])
-            fading = tl.exp2(top - base)
             at = values + kv_head.to(tl.int64) * value_head + slot[:, None] * value_slot + d[None, :]
-            v = tl.load(at, mask=is_key[:, None] & (d < HEAD_DIM)[None, :], other=0.0)  # [N, D]
-            total = total * fading + tl.sum(p, 1)
-            mixed = mixed * fading[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            top = higher
-        # Rows are [conversation, token, head, split]; what no split of a query wrote, the merge does not read.
-        out = ((conversation.to(tl.int64) * tokens + token) * Q_HEADS + head) * splits + split
-        # A sum that is NaN is written as such: the merge reads every split that it should have.
-        sees = total != 0
-        total = tl.where(sees, total, 1.0)
-        mixed = mixed / total[:, None]
-        tl.store(sums + out[:, None] * HEAD_DIM + d[None, :], mixed, mask=is_query)
-        tl.store(weights + out, top + tl.log2(total), mask=is_real & sees)
-
-
-@triton.jit
-def merge_kernel(
-    sums,
-    weights,
-    past,
-    counts,
-    out,
-    tokens,
-    splits,
-    Q_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """One query head of one token: the mean of its splits, weighted by 2^weight; 0 for a token that is padding."""
-    place, head = tl.program_id(0), tl.program_id(1)
-    conversation, token = place // tokens, place % tokens
-    row = place.to(tl.int64) * Q_HEADS + head
-    padding = tokens - tl.load(counts + conversation)
-    visible = tl.load(past + conversation) + token - padding + 1
-    active = tl.minimum((visible + SPLIT - 1) // SPLIT, splits)
-    active = tl.where(token >= padding, active, 0)
-    s = tl.arange(0, BLOCK_SPLITS)
-    exponents = tl.load(weights + row * splits + s, mask=s < active, other=float("-inf"))
-    top = tl.max(exponents, 0)
-    top = tl.where(active > 0, top, 0.0)
-    total = tl.sum(tl.exp2(exponents - top), 0)
-    d = tl.arange(0, BLOCK_D)
-    mean = tl.zeros([BLOCK_D], tl.float32)
-    for n in range(active):
-        share = tl.exp2(tl.load(weights + row * splits + n) - top)
-        mean += share * tl.load(sums + (row * splits + n) * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
-    mean = mean / tl.where(active > 0, total, 1.0)
-    tl.store(out + row * HEAD_DIM + d, mean.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+            v = tl.load(at, mask=is_key[:, None] & is_d[None, :], other=0.0)  # [N, D]
+            top, total, mixed = add_keys(top, total, mixed, tl.where(visible, scores, float("-inf")), v)
+        is_last = True
+        if active > 1:
+            of_block = pair * tl.num_programs(0) + block
+            rows = of_block * splits * BLOCK_M + tl.arange(0, BLOCK_M)
+            is_kept = is_real[:, None] & is_d[None, :]
+            keep_split(sums, weights, rows + split * BLOCK_M, top, total, mixed, d, HEAD_DIM, is_kept)
+            is_last = tl.atomic_add(tickets + of_block, 1, sem="acq_rel") == active - 1
+            if is_last:
+                total, mixed = merge_splits(sums, weights, rows, active, d, HEAD_DIM, is_kept, BLOCK_M, BLOCK_D)
+                tl.store(tickets + of_block, 0)
+        if is_last:
+            mean = tl.where(is_real[:, None], mixed / tl.where(total != 0, total, 1.0)[:, None], 0.0)
+            at = out + ((conversation.to(tl.int64) * tokens + token) * Q_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
+            tl.store(at, mean.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & is_d[None, :])
 
 
 def launch_of(dtype: torch.dtype, rows: int) -> Launch:
@@ -163,31 +170,43 @@ def launch_of(dtype: torch.dtype, rows: int) -> Launch:
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, past: Tensor, counts: Tensor, capacity: int
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    past: Tensor,
+    counts: Tensor,
+    capacity: int,
+    tickets: Tensor | None = None,
 ) -> Tensor:
     """`vpt_model.network.attention.attend` on an NVIDIA GPU: same arguments, same result.
 
-    Workspace: float32 [R, N, Hq, splits, D + 1], splits = capacity / split; what is not needed is neither written nor
-    read. The splits depend on nothing but the launch, so a result does not depend on the bucket or on the neighbours.
+    tickets: int32, one per token and head, 0 before and after; made here where none are given. Workspace: float32
+    [R · Hkv, blocks, splits, rows, D + 2], splits = capacity / split; what is not needed is neither written nor read.
+    The splits depend on nothing but the launch, so a result does not depend on the bucket or on the neighbours.
     """
     conversations, tokens, heads, dim = q.shape
     kv_heads = keys.shape[1]
     launch = launch_of(q.dtype, tokens * heads // kv_heads)
-    splits = triton.cdiv(capacity, launch.split)
+    splits, blocks = triton.cdiv(capacity, launch.split), triton.cdiv(tokens * heads // kv_heads, launch.rows)
     out = torch.empty((conversations, tokens, heads * dim), dtype=q.dtype, device=q.device)
-    sums = torch.empty((conversations, tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
-    weights = torch.empty((conversations, tokens, heads, splits), dtype=torch.float32, device=q.device)
-    grid = (triton.cdiv(tokens * heads // kv_heads, launch.rows), conversations * kv_heads, splits)
+    shape = (conversations * kv_heads, blocks, splits, launch.rows)
+    sums = torch.empty((*shape, dim), dtype=torch.float32, device=q.device)
+    weights = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
+    if tickets is None:
+        tickets = torch.zeros(blocks * conversations * kv_heads, dtype=torch.int32, device=q.device)
     with on_device(q):
-        split_kernel[grid](
+        split_kernel[(blocks, conversations * kv_heads, splits)](
             q,
             keys,
             values,
             starts,
             past,
             counts,
+            out,
             sums,
             weights,
+            tickets,
             dim**-0.5 * 1.4426950408889634,
             tokens,
             splits,
@@ -208,22 +227,6 @@ def attend(
             SPLIT=launch.split,
             num_warps=launch.warps,
             num_stages=launch.stages,
-            enable_fp_fusion=True,
-        )
-        merge_kernel[(conversations * tokens, heads)](
-            sums,
-            weights,
-            past,
-            counts,
-            out,
-            tokens,
-            splits,
-            Q_HEADS=heads,
-            HEAD_DIM=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
-            SPLIT=launch.split,
-            num_warps=1,
             enable_fp_fusion=True,
         )
     return out

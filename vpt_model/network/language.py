@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from vpt_kernels import rotary_table
 from vpt_model.config import ModelConfig
-from vpt_model.network import decode
+from vpt_model.network import decode, fused
 from vpt_model.network.attention import Padded, Ragged, Rotary
 from vpt_model.network.cache import KVCache
+from vpt_model.network.capture import uploaded
 from vpt_model.network.decode.reference import greedy
 from vpt_model.network.linear import linear
 
@@ -76,7 +77,7 @@ class LanguageModel:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings `[T, H]` of token ids int64 `[T]`; a fresh tensor the caller may write into."""
-        return F.embedding(ids.to(self.device), self.embedding)
+        return F.embedding(uploaded(ids, self.device), self.embedding)
 
     def forward(
         self,
@@ -96,22 +97,24 @@ class LanguageModel:
         cannot take its tokens.
         """
         self._check(embeds, positions, caches, lengths)
-        attend = Ragged(caches, lengths, positions.to(self.device), self.rotary, self.dtype)
+        attend = Ragged(caches, lengths, uploaded(positions, self.device), self.rotary, self.dtype)
         return self.run(embeds, attend)
 
     def run(self, x: torch.Tensor, attend: Ragged | Padded) -> torch.Tensor:
         """All layers and the final norm: embeddings [T, H] → hidden states [T, H]. Nothing is read by the host."""
+        eps = self.config.rms_norm_eps
+        delta: torch.Tensor | None = None
         if isinstance(attend, Padded) and attend.tickets is not None and len(x) == len(attend.lengths[0]):
             if decode.serves(x):
                 from vpt_model.network.decode import layers
 
-                return self._rms_norm(
-                    layers.run(self.layers, self.config.rms_norm_eps, x, attend, attend.tickets), self.norm
-                )
+                x = layers.run(self.layers, eps, x, attend, attend.tickets)
+                return fused.add_rms_norm(x, None, self.norm, eps)[1]
         for index, layer in enumerate(self.layers):
-            x = x + self._attention(index, layer, self._rms_norm(x, layer.input_norm), attend)
-            x = x + self._mlp(layer, self._rms_norm(x, layer.post_norm))
-        return self._rms_norm(x, self.norm)
+            x, normed = fused.add_rms_norm(x, delta, layer.input_norm, eps)
+            x, normed = fused.add_rms_norm(x, self._attention(index, layer, normed, attend), layer.post_norm, eps)
+            delta = self._mlp(layer, normed)
+        return fused.add_rms_norm(x, delta, self.norm, eps)[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits float32 `[n, vocab]` of the rows `[n, H]`; pass only the rows that are sampled from."""
@@ -148,12 +151,7 @@ class LanguageModel:
         return linear(attend(index, *packed.split([heads, kv_heads, kv_heads], dim=1)), layer.o_weight)
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-        gate, up = linear(x, layer.gate_up_weight).chunk(2, dim=-1)
-        return linear(F.silu(gate).mul_(up), layer.down_weight)
-
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        # Computed in float32 and, as in Qwen2-VL, rounded to the model's dtype before the weight multiplies it.
-        return F.rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps) * weight
+        return linear(fused.silu_mul(linear(x, layer.gate_up_weight)), layer.down_weight)
 
 
 def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vpt_model.network.attention import attend_padded
+from vpt_model.network.attention import within_padded
 from vpt_model.network.capture import on_device, record
 from vpt_model.network.encoders import DinoEncoder, SamEncoder
 from vpt_model.network.model import Model
@@ -52,7 +51,8 @@ class PatchStep(_Replayed):
         self.tower, config = tower, tower.config
         self.x = torch.zeros(patches, config.embed_dim, dtype=tower.dtype, device=tower.device)
         self.angles = torch.zeros(2, patches, 1, config.head_dim // 2, device=tower.device)
-        self.count = torch.full((1,), patches, dtype=torch.int32, device=tower.device)
+        self.ends = torch.full((3,), patches, dtype=torch.int32, device=tower.device)
+        self.ends[0] = 0
 
     def __call__(self, patch_embeds: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map the patch embeddings [n, E] of one image to features [n / 4, H]."""
@@ -63,12 +63,13 @@ class PatchStep(_Replayed):
             self.x[count:].zero_()
             for angles, values in zip(self.angles, self.tower.rotary([grid])):
                 angles[:count] = values
-            self.count.fill_(count)
+            self.ends[1] = count
             return self.result()[: count // self.tower.config.spatial_merge_size**2]
 
     def run(self) -> tuple[Tensor]:
         cos, sin = self.angles
-        return (self.tower.run(self.x, cos, sin, partial(attend_padded, count=self.count)),)
+        attend = within_padded(self.x, self.ends, self.tower.config.head_dim)
+        return (self.tower.run(self.x, cos, sin, attend),)
 
 
 class CapturedTower(VisionTower):

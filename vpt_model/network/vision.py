@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from vpt_kernels import RegionPlan, RegionPolicy, fold_patch_weight, plan_regions, roi_patch_embed
 from vpt_model.config import ModelConfig
-from vpt_model.network.attention import attend_within
+from vpt_model.network import fused
+from vpt_model.network.attention import Within, within
+from vpt_model.network.capture import uploaded
 from vpt_model.network.linear import linear
 from vpt_model.network.positions import vision_positions
 
@@ -23,7 +24,6 @@ _NORM_EPS = 1e-6
 _ROPE_THETA = 10000.0
 
 Affine = tuple[torch.Tensor, torch.Tensor]
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,22 @@ class VisionTower:
                 f"{patch_embeds.shape[0]} patch embeddings were given, but the grids {list(grids)} make "
                 f"{sum(lengths)}: give the grid of every image, and at least one image"
             )
-        return self.run(patch_embeds, *self.rotary(grids), partial(attend_within, lengths=lengths))
+        attend = within(patch_embeds, lengths, self.config.head_dim)
+        return self.run(patch_embeds, *self.rotary(grids), attend)
 
-    def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Within) -> torch.Tensor:
         """Blocks and merger: patches [N, E] and their angles → features [N / 4, H]; the host reads nothing.
 
         attend: q, k, v [N, heads, D] → [N, heads · D].
         """
+        delta: torch.Tensor | None = None
         for block in self.blocks:
-            x = x + self._attention(block, _layer_norm(x, block.norm1), cos, sin, attend)
-            x = x + linear(_quick_gelu(linear(_layer_norm(x, block.norm2), *block.fc1)), *block.fc2)
-        merged = _layer_norm(x, self.merger_norm).reshape(-1, self.merger_fc1[0].shape[1])
+            x, normed = fused.add_layer_norm(x, delta, *block.norm1, _NORM_EPS)
+            attended = self._attention(block, normed, cos, sin, attend)
+            x, normed = fused.add_layer_norm(x, attended, *block.norm2, _NORM_EPS)
+            delta = linear(fused.quick_gelu(linear(normed, *block.fc1)), *block.fc2)
+        _, merged = fused.add_layer_norm(x, delta, *self.merger_norm, _NORM_EPS)
+        merged = merged.reshape(-1, self.merger_fc1[0].shape[1])
         return linear(F.gelu(linear(merged, *self.merger_fc1)), *self.merger_fc2)
 
     def rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,26 +154,11 @@ class VisionTower:
         quarter = self.config.head_dim // 4
         frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32, device="cpu") / quarter)
         coordinates = vision_positions(grids, self.config.spatial_merge_size)
-        angles = (coordinates[:, :, None] * frequencies).flatten(1).to(self.device)[:, None]
+        angles = uploaded((coordinates[:, :, None] * frequencies).flatten(1), self.device)[:, None]
         return angles.cos(), angles.sin()
 
     def _attention(
-        self, block: _Block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+        self, block: _Block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Within
     ) -> torch.Tensor:
         packed = linear(x, *block.qkv).view(-1, 3, self.config.num_heads, self.config.head_dim)
-        q, k, v = packed.unbind(1)
-        return linear(attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v), *block.proj)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the half-split pairs of x [N, heads, head_dim] in the float32 of cos and sin; the result has x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-def _layer_norm(x: torch.Tensor, affine: Affine) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], *affine, eps=_NORM_EPS)
-
-
-def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return (1.702 * x).sigmoid_().mul_(x)
+        return linear(attend(*fused.rotate_packed(packed, cos, sin)), *block.proj)

@@ -11,6 +11,7 @@ import torch
 from bench.launches.pretended import Pretended
 from tests.model.inputs import tiny_config, tiny_model, tiny_state
 from vpt_model.engine import Engine, graphs, perception
+from vpt_model.engine.events import Clock
 from vpt_model.engine.graphs import Bucket, Step
 from vpt_model.network import capture, tower_graphs
 from vpt_model.network.cache import KVCache
@@ -98,12 +99,51 @@ def test_a_step_keeps_to_its_device_s_stream(monkeypatch):
     (cache,) = KVCache.side_by_side(1, language.config, 64, torch.float32, "cpu")
     step = Step(Bucket(1, 1, True), language, cache.slab, 64)
 
-    def run(note):
-        step.copied = SimpleNamespace(synchronize=lambda: note("wait"), record=lambda: note("record"))
+    def run(note, copied=False):
+        step.copied = SimpleNamespace(
+            query=lambda: copied, synchronize=lambda: note("wait"), record=lambda: note("record")
+        )
         step.graph = SimpleNamespace(replay=lambda: note("replay"))
         step([])
 
     assert watched(monkeypatch, graphs, run) == ["wait inside", "record inside", "replay inside"]
+    # What has been copied already is not waited for.
+    assert watched(monkeypatch, graphs, lambda note: run(note, True)) == ["record inside", "replay inside"]
+
+
+def test_stages_are_timed_on_the_stream_and_waited_for_when_they_are_asked_for(monkeypatch):
+    seen, stream = [], object()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.at = None
+
+        def record(self, on):
+            assert on is stream
+            self.at = len(seen)
+            seen.append("record")
+
+        def query(self):
+            return False
+
+        def synchronize(self):
+            seen.append("wait")
+
+        def elapsed_time(self, end):
+            return 10.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    clock = Clock(torch.device("cuda", 0))
+    for name in ("ViT", "append", "append"):
+        with clock(name, tokens=2):
+            pass
+    assert seen == ["record"] * 6
+    expected = [("ViT", 10.0, {"tokens": 2}), ("append", 20.0, {"tokens": 4})]
+    for _ in range(2):
+        assert [(stage.name, stage.milliseconds, stage.work) for stage in clock.stages] == expected
+    assert seen == ["record"] * 6 + ["wait"] * 3
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from tests.model.inputs import golden, golden_state, golden_token_ids
 from vpt_model.engine import perception
 from vpt_model.engine.executor import Executor
 from vpt_model.engine.requests import ReencodeAndAppend
+from vpt_model.network import fused
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,9 +77,14 @@ class Altered(Wrapped):
 
 def pre_norm_control(engine, monkeypatch):
     """h* is taken in front of the final norm."""
-    language, seen = engine.model.language, []
-    norm = language._rms_norm
-    monkeypatch.setattr(language, "_rms_norm", lambda x, weight: seen.append(x) or norm(x, weight))
+    seen, norm = [], fused.add_rms_norm
+
+    def watched(x, delta, weight, eps):
+        total, normed = norm(x, delta, weight, eps)
+        seen.append(total)
+        return total, normed
+
+    monkeypatch.setattr(fused, "add_rms_norm", watched)
     engine.executor = Altered(engine.executor, lambda look: replace(look, control=seen[-1][-1:]))
 
 

@@ -177,14 +177,14 @@ class TestStep:
 def test_a_step_needs_no_values(bucket, monkeypatch):
     """With tensors that have none: whatever waits for one raises."""
     config = tiny_model().config
-    monkeypatch.setattr(attention, "attend", attention._composed)
+    monkeypatch.setattr(attention, "attend", lambda *arguments: attention._composed(*arguments[:-1]))
     with torch.inference_mode():
         state = {name: torch.empty(x.shape, device="meta") for name, x in tiny_state().items()}
         language = LanguageModel(config, state)
         slab = KVCache.side_by_side(4, config, CAPACITY, torch.float32, "meta")[0].slab
         step = Step.__new__(Step)
         step.bucket, step.language, step.slab, step.capacity = bucket, language, slab, CAPACITY
-        step.device = StepMetadata(bucket, "meta")
+        step.device, step.tickets = StepMetadata(bucket, "meta"), torch.zeros(1, device="meta")
         step.given = torch.empty(bucket.rows * bucket.tokens, config.hidden_size, device="meta")
         outputs = step.run()
     assert {output.device.type for output in outputs} == {"meta"}

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.helpers import normal
 from tests.model.inputs import random_image, tiny_model
 from vpt_model.engine import Engine
 from vpt_model.network import attention
 from vpt_model.network.cache import KVCache
+from vpt_model.network.tower_graphs import PatchStep
 from vpt_model.text.tokens import Tokenizer
 
 NAN = float("nan")
@@ -93,6 +95,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 def peer(monkeypatch: pytest.MonkeyPatch) -> Peer:
     peer = Peer()
     monkeypatch.setattr(attention, "use_flash", lambda x: True)
+    monkeypatch.setattr(attention, "takes_ragged", lambda x, head_dim: True)
     monkeypatch.setattr(attention, "_flash_attn", lambda: peer)
     return peer
 
@@ -110,6 +113,32 @@ def test_the_engine_on_flash_attn(request, looks):
 
 def test_flash_attn_is_not_used_for_what_it_cannot_take():
     assert not attention.use_flash(torch.zeros(1, dtype=torch.bfloat16)), "a tensor of the CPU"
+    assert not attention.takes_ragged(torch.zeros(1, dtype=torch.bfloat16), 80), "a tensor of the CPU"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.inference_mode()
+def test_images_of_ragged_lengths_take_torchs_own_kernel(monkeypatch, padded):
+    """Where flash-attn is not installed; here a stand-in that attends sequence by sequence."""
+    expected, calls = None, []
+
+    def varlen_attn(q, k, v, ends, key_ends, longest, longest_key):
+        assert ends.dtype == torch.int32 and ends is key_ends and longest == longest_key
+        sizes = ends.diff().tolist()
+        assert sum(sizes) == len(q) and max(sizes) <= longest
+        calls.append(sizes)
+        return torch.cat([sdpa(*parts) for parts in zip(*(x.split(sizes) for x in (q, k, v)))])
+
+    tower, grids = tiny_model().vision, [(4, 4)] if padded else [(4, 6), (2, 4), (8, 8)]
+    count = sum(height * width for height, width in grids)
+    patches = normal(count, tower.config.embed_dim, key="patches")
+    expected = tower.forward(patches, grids)
+    monkeypatch.setattr(attention, "takes_ragged", lambda x, head_dim: True)
+    monkeypatch.setattr(attention, "_flash_attn", lambda: None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    found = PatchStep(tower, 64)(patches, grids[0]) if padded else tower.forward(patches, grids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert calls == [[16, 48] if padded else [24, 8, 64]] * len(tower.blocks)
 
 
 def caches(count: int, capacity: int) -> tuple[Tensor, Tensor]:

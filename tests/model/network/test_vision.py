@@ -11,8 +11,9 @@ from bench.transformers_model import transformers_model
 from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
 from vpt_kernels import qwen2_vl_policy
 from vpt_model.checkpoint import random_state
+from vpt_model.network.fused.reference import rotate_packed
 from vpt_model.network.model import Model
-from vpt_model.network.vision import MEAN, STD, _rotate
+from vpt_model.network.vision import MEAN, STD
 
 TOLERANCE = 1e-4
 POLICY = qwen2_vl_policy(longest_edge=512)
@@ -114,7 +115,7 @@ def test_bfloat16_rotation_rounds_as_transformers():
     cos, sin = tower.rotary([(4, 6)])
     x = torch.randn(24, 4, 16, generator=torch.Generator().manual_seed(8)).bfloat16()
     expected, _ = apply_rotary_pos_emb_vision(x, x, *(half[:, 0].repeat(1, 2) for half in (cos, sin)))
-    assert torch.equal(_rotate(x, cos, sin), expected)
+    assert torch.equal(rotate_packed(torch.stack([x, x, x], 1), cos, sin)[0], expected)
 
 
 def test_grids_must_make_the_patches():

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vpt_model.network.attention_triton import add_keys, keep_split, merge_splits
 from vpt_model.network.capture import on_device
 from vpt_model.network.decode.products import overlaps
 
@@ -83,15 +84,9 @@ def decode_attention_kernel(
             k_second = tl.load(at + HALF, mask=is_k, other=0.0)
             scores = tl.dot(q_first, k_first, input_precision="ieee")
             scores = tl.dot(q_second, k_second, scores, input_precision="ieee") * scale
-            scores = tl.where(is_key[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            p = tl.exp2(scores - higher[:, None])
-            fading = tl.exp2(top - higher)
             at = cached_values + slot[:, None] * value_slot + d[None, :]
             v = tl.load(at, mask=is_key[:, None] & is_d[None, :], other=0.0)  # [N, D]
-            total = total * fading + tl.sum(p, 1)
-            mixed = mixed * fading[:, None] + tl.dot(p.to(dtype), v, input_precision="ieee")
-            top = higher
+            top, total, mixed = add_keys(top, total, mixed, tl.where(is_key[None, :], scores, float("-inf")), v)
         if split == active - 1:
             new = packed + (Q_HEADS + kv_head) * dim
             k_first, k_second = load_rotated(new, cos, sin, pair[None, :], is_pair[None, :], HALF)
@@ -114,27 +109,11 @@ def decode_attention_kernel(
         is_out = (m < group)[:, None] & is_d[None, :]
         is_last = True
         if active > 1:
-            mine = (place * splits + split) * BLOCK_M
-            tl.store(sums + (mine + m)[:, None].to(tl.int64) * dim + d[None, :], mixed, mask=is_out)
-            tl.store(weights + (mine + m) * 2, top)
-            tl.store(weights + (mine + m) * 2 + 1, total)
-            tl.debug_barrier()  # every thread's sums before the ticket, which hands them on
+            rows = place * splits * BLOCK_M + m
+            keep_split(sums, weights, rows + split * BLOCK_M, top, total, mixed, d, dim, is_out)
             is_last = tl.atomic_add(tickets + place, 1, sem="acq_rel") == active - 1
             if is_last:
-                top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_M], tl.float32)
-                mixed = tl.zeros([BLOCK_M, 2 * BLOCK_HALF], tl.float32)
-                for s in range(active):
-                    other = (place * splits + s) * BLOCK_M + m
-                    its_top = tl.load(weights + other * 2, cache_modifier=".cg")
-                    its_total = tl.load(weights + other * 2 + 1, cache_modifier=".cg")
-                    at = sums + other[:, None].to(tl.int64) * dim + d[None, :]
-                    its_mixed = tl.load(at, mask=is_out, other=0.0, cache_modifier=".cg")
-                    higher = tl.maximum(top, its_top)
-                    fading, share = tl.exp2(top - higher), tl.exp2(its_top - higher)
-                    total = total * fading + its_total * share
-                    mixed = mixed * fading[:, None] + its_mixed * share[:, None]
-                    top = higher
+                total, mixed = merge_splits(sums, weights, rows, active, d, dim, is_out, BLOCK_M, 2 * BLOCK_HALF)
                 tl.store(tickets + place, 0)
         if is_last:
             mean = tl.where(count > 0, mixed / total[:, None], 0.0)

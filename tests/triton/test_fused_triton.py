@@ -1,0 +1,96 @@
+"""What stands between a layer's products, against float64; where nothing is summed, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype, normal
+from tests.triton.watch import Launches
+from vpt_model.network import decode, fused
+from vpt_model.network.fused import reference
+
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
+
+
+def check(function, composition, *arguments: Tensor | float | None) -> list[Tensor]:
+    """One launch, and every result within twice the error of PyTorch's composition."""
+
+    def results(function, dtype: torch.dtype | None = None) -> list[Tensor]:
+        found = function(*(x.to(dtype, copy=True) if isinstance(x, Tensor) else x for x in arguments))
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    with Launches() as launches:
+        ours = results(function)
+    assert len(launches.grids) == 1
+    for one, eager, oracle in zip(ours, results(composition), results(composition, torch.float64), strict=True):
+        assert_twice_as_good(one, eager, oracle)
+    return ours
+
+
+@each_dtype
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("rows, columns", [(5, 1536), (3, 130), (1, 7)])
+def test_add_rms_norm(dtype, added, rows, columns):
+    x, weight = normal(rows, columns, key="x", dtype=dtype), normal(columns, key="w", dtype=dtype)
+    delta = normal(rows, columns, key="d", dtype=dtype) if added else None
+    total, _ = check(fused.add_rms_norm, reference.add_rms_norm, x, delta, weight, EPS)
+    assert_same_bits(total, x + delta if added else x, "the sum")
+
+
+@each_dtype
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("rows, columns", [(5, 1280), (3, 130), (1, 7)])
+def test_add_layer_norm(dtype, added, rows, columns):
+    """Behind a mean that is large against the deviations, whose squares must not cancel."""
+    x, weight = normal(rows, columns, key="x", dtype=dtype) + 8, normal(columns, key="w", dtype=dtype)
+    delta, bias = normal(rows, columns, key="d", dtype=dtype) if added else None, normal(columns, key="b", dtype=dtype)
+    total, _ = check(fused.add_layer_norm, reference.add_layer_norm, x, delta, weight, bias, EPS)
+    assert_same_bits(total, x + delta if added else x, "the sum")
+
+
+@each_dtype
+@pytest.mark.parametrize("rows, columns", [(4, 1100), (1, 3)])
+def test_silu_mul(dtype, rows, columns):
+    packed = normal(rows, 2 * columns, key="p", dtype=dtype, scale=4)
+    check(fused.silu_mul, reference.silu_mul, packed)
+
+
+@each_dtype
+@pytest.mark.parametrize("rows, columns", [(4, 1100), (1, 3)])
+def test_quick_gelu(dtype, rows, columns):
+    check(fused.quick_gelu, reference.quick_gelu, normal(rows, columns, key="x", dtype=dtype, scale=4))
+
+
+@each_dtype
+@pytest.mark.parametrize("heads, dim", [(16, 80), (3, 8), (9, 2)])
+def test_rotate_packed(dtype, heads, dim):
+    """In place, to the bit, and v is as it was."""
+    packed, angles = normal(6, 3, heads, dim, key="p", dtype=dtype), normal(6, 1, dim // 2, key="a")
+    before = packed.clone()
+    found = fused.rotate_packed(packed, angles.cos(), angles.sin())
+    for ours, expected in zip(found, reference.rotate_packed(before, angles.cos(), angles.sin())):
+        assert_same_bits(ours, expected)
+    assert all(x.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr() for x in found)
+
+
+def test_no_rows():
+    x, weight = torch.empty(0, 8), torch.ones(8)
+    assert [len(y) for y in fused.add_rms_norm(x, x, weight, EPS)] == [0, 0] == [len(fused.silu_mul(x))] * 2
+    assert [len(y) for y in fused.add_layer_norm(x, x, weight, weight, EPS)] == [0, 0] == [len(fused.quick_gelu(x))] * 2
+    assert [len(y) for y in fused.rotate_packed(x.view(0, 3, 2, 4), x[:, :2], x[:, :2])] == [0, 0, 0]
+
+
+def test_a_cpu_takes_the_composition(monkeypatch):
+    monkeypatch.setattr(fused, "on_gpu", decode.on_gpu)
+    with Launches() as launches:
+        x = normal(3, 6, key="x")
+        fused.add_rms_norm(x, x, x[0], EPS), fused.add_layer_norm(x, x, x[0], x[0], EPS), fused.silu_mul(x)
+        fused.quick_gelu(x), fused.rotate_packed(x.view(3, 3, 1, 2), x[:, None, :1], x[:, None, :1])
+    assert not launches.grids
