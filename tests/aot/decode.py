@@ -37,6 +37,7 @@ def _attention(name: str, kind: str, registers: int, shared: int, heads: int, kv
         attention.WARPS, attention.STAGES, unaligned=("scale", "table_rows", "splits", "capacity", "room",
         "positions_axis", "past", "counts", "slots", "starts", "positions"), batched=kind != "fp32",
         tuned=("BLOCK_M", "BLOCK_N", "SPLIT"), options={"enable_fp_fusion": False}, streams=True,
+        multiplies=kind == "fp32",
     )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ class Variant:
         tensor_cores: its PTX must hold the target's matrix instruction; else it must hold none.
         batched: besides, it multiplies batches of matrices, which takes mma.sync on every target.
         streams: its PTX must load global memory by 16 bytes a thread, into registers or into shared memory.
+        multiplies: it multiplies float32 matrices on the ordinary cores, by fused instructions as it should, so that
+            none of them says anything about its other sums; its 16-bit twin does.
         spilled: bytes stored and loaded by spills that are accepted, per thread.
     """
 
@@ -35,6 +37,7 @@ class Variant:
     tensor_cores: bool = False
     batched: bool = False
     streams: bool = False
+    multiplies: bool = False
     spilled: int = 0
     tuned: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_TOKENS", "BLOCK_HEADS", "BLOCK_IMAGES")
     options: dict[str, object] = field(default_factory=lambda: {"enable_fp_fusion": True})

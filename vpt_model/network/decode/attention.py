@@ -26,7 +26,7 @@ ROWS = 16
 
 
 @triton.jit
-def load_rotated(x, cos, sin, pair, mask, HALF: tl.constexpr):
+def load_rotated_pair(x, cos, sin, pair, mask, HALF: tl.constexpr):
     """Both halves of heads at x, rotated, in x's dtype."""
     first = tl.load(x + pair, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x + HALF + pair, mask=mask, other=0.0).to(tl.float32)
@@ -67,7 +67,7 @@ def decode_attention_kernel(
         m = tl.arange(0, BLOCK_M)
         is_q = (m < group)[:, None] & is_pair[None, :]
         head = (kv_head * group + m)[:, None] * dim
-        q_first, q_second = load_rotated(packed + head, cos, sin, pair[None, :], is_q, HALF)
+        q_first, q_second = load_rotated_pair(packed + head, cos, sin, pair[None, :], is_q, HALF)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         mixed = tl.zeros([BLOCK_M, 2 * BLOCK_HALF], tl.float32)
@@ -89,7 +89,7 @@ def decode_attention_kernel(
             top, total, mixed = add_keys(top, total, mixed, tl.where(is_key[None, :], scores, float("-inf")), v)
         if split == active - 1:
             new = packed + (Q_HEADS + kv_head) * dim
-            k_first, k_second = load_rotated(new, cos, sin, pair[None, :], is_pair[None, :], HALF)
+            k_first, k_second = load_rotated_pair(new, cos, sin, pair[None, :], is_pair[None, :], HALF)
             v = tl.load(new + KV_HEADS * dim + d, mask=is_d, other=0.0)[None, :]
             slot = tl.load(slots + row).to(tl.int64)
             is_stored = (count > 0) & (slot >= 0) & (slot < room)
