@@ -76,7 +76,7 @@ interpret: $(VENV)/.ready
 test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
 	PYTHONPATH=$(VENV)/newest-pillow $(BIN)/python -m tests.kernels.pillow_parity --order installed --count 1000
 	$(BIN)/python -m tests.kernels.pillow_parity --order hv --count 1000
-	$(BIN)/python -m pytest -m "slow and not gpu" tests/cuda tests/model tests/live
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/cuda tests/model tests/bench tests/live
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "slow and not gpu" tests/kernels tests/triton
 	$(MAKE) test-hub
 
