@@ -36,14 +36,15 @@ inline T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// What an operator finds wrong in its caller's values. The dispatcher hands std::invalid_argument to Python as a
-// ValueError of these words alone; STD_TORCH_CHECK, which names this source, is for what callers cannot bring about.
+// What an operator finds wrong in its caller's values. The dispatcher hands std::out_of_range to Python as an IndexError
+// of these words alone, of which vpt_kernels.backends makes a ValueError; others' kind is lost from torch 2.15 on.
+// STD_TORCH_CHECK, which names this source, is for what callers cannot bring about.
 template <typename... Words>
 void require_value(bool ok, const Words&... words) {
   if (ok) return;
   std::ostringstream message;
   (message << ... << words);
-  throw std::invalid_argument(message.str());
+  throw std::out_of_range(message.str());
 }
 
 // Calls f with a value of the element type.

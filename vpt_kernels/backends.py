@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -210,6 +211,18 @@ def bind(
 ) -> torch._ops.OpOverload:
     """Return the overload of `form` (the operator itself, its `_into` or in-place form) that `select` chooses."""
     return OPS[form][_choose(operator, backend, device, dtype, declined)]
+
+
+def call(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """Return `overload(*arguments)`; what its library finds wrong in the values is a ValueError.
+
+    A C++ library's std::out_of_range is an IndexError in every version of torch; its other kinds are a RuntimeError
+    from 2.15 on.
+    """
+    try:
+        return overload(*arguments)
+    except IndexError as error:
+        raise ValueError(str(error)) from None
 
 
 def explain(operator: str, *tensors: torch.Tensor, backend: str = "auto") -> str:

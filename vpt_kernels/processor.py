@@ -113,7 +113,7 @@ class QwenVLImageProcessor:
         Args:
             model: contains one patch embedding of the family; its weight's device and dtype are the embeddings'.
             image_processor: transformers' processor, whose limits, mean, std and merge_size are taken over as they are
-                now, from `size` or, where both are set, from `min_pixels` and `max_pixels`, as it reads them itself;
+                now, from `size`, `min_pixels` and `max_pixels` as the installed transformers reads them;
                 default: what the family's published processor has.
 
         Raises:
@@ -142,9 +142,10 @@ class QwenVLImageProcessor:
                 raise ValueError(f"the image processor has {name} {getattr(image_processor, name)}; needed: {value}")
         if abs(image_processor.rescale_factor * 255 - 1) > 1e-9:
             raise ValueError(f"the image processor has rescale_factor {image_processor.rescale_factor}; needed: 1/255")
-        limits: list[Any] = [getattr(image_processor, name, None) for name in ("min_pixels", "max_pixels")]
-        if None in limits:
-            limits = [image_processor.size[name] for name in ("shortest_edge", "longest_edge")]
+        # Which of them count is the processor's to say: older ones take both or none, 5.24 each.
+        set_apart = {name: getattr(image_processor, name, None) for name in ("min_pixels", "max_pixels")}
+        size = image_processor._standardize_kwargs(size=image_processor.size, **set_apart)["size"]
+        limits = [size[name] for name in ("shortest_edge", "longest_edge")]
         return cls(
             projection.weight,
             projection.bias,

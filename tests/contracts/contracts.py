@@ -127,6 +127,9 @@ def processors() -> bool:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
     processor = Qwen2VLImageProcessorPil()
+    limits = processor._standardize_kwargs(size=processor.size, min_pixels=1 << 12, max_pixels=1 << 16)["size"]
+    if (limits["shortest_edge"], limits["longest_edge"]) != (1 << 12, 1 << 16):
+        return False
     return has(processor, "image_mean", "image_std", "merge_size", "patch_size", "rescale_factor") and takes(
         smart_resize, "height", "width", "factor", "min_pixels", "max_pixels"
     )
@@ -160,6 +163,19 @@ def triton_interpreter() -> bool:
     return has(interpreter.InterpreterBuilder, *methods) and has(
         interpreter, "GridExecutor", "_get_np_dtype", "_patch_lang", "TensorHandle"
     )
+
+
+def torch_errors() -> bool:
+    from vpt_kernels.append_visual_kv.api import prepare
+
+    q, k, v = (torch.zeros(1, 1, 4) for _ in range(3))
+    rest = (torch.zeros(2, 4), torch.full((3, 1), 9), torch.zeros(1, dtype=torch.long), *torch.zeros(2, 1, 1, 4))
+    op, arguments = prepare("append_visual_kv", q, k, v, *rest, (1, 1, 0), backend="cpp")
+    try:
+        op(*arguments)
+    except IndexError as error:
+        return "build a longer table" in str(error)
+    return False
 
 
 def torch_build() -> bool:
@@ -245,6 +261,7 @@ CONTRACTS = (
              "triton"),
     Contract("Triton's interpreter has other parts: see tests/triton/bf16_interpreter.py", triton_interpreter,
              "triton"),
+    Contract("A C++ library's std::out_of_range is no IndexError: see vpt_kernels/backends.py", torch_errors),
     Contract("torch finds the CUDA toolkit by another name: see setup.py", torch_build),
     Contract("torch.empty cannot be made to fill memory: see tests/conftest.py", torch_poison),
     Contract("torch's oneDNN product has another signature: see vpt_model/network/linear.py", torch_linear),

@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from vpt_kernels.backends import bind
+from vpt_kernels.backends import bind, call
 from vpt_kernels.checks import (
     CHECK_VALUES,
     require_choice,
@@ -283,7 +283,7 @@ def append_visual_kv(*arguments: Any, **options: Any) -> Tensor:
     `Qwen3VLTextRMSNorm` of its Qwen3-VL, and their cache update.
     """
     op, checked = prepare("append_visual_kv", *arguments, **options)
-    return op(*checked)
+    return call(op, *checked)
 
 
 @_takes_the_arguments_of(prepare)
@@ -293,4 +293,4 @@ def append_visual_kv_(*arguments: Any, **options: Any) -> None:
     q must not share memory with another input.
     """
     op, checked = prepare("append_visual_kv_", *arguments, **options)
-    op(*checked)
+    call(op, *checked)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vpt_kernels.backends import CAPABILITIES, bind
+from vpt_kernels.backends import CAPABILITIES, bind, call
 from vpt_kernels.checks import (
     CHECK_VALUES,
     require_choice,
@@ -278,7 +278,7 @@ def control_cross_attention(
         features.dtype,
         _declined(projector, control),
     )
-    return op(features, control, cu_seqlens, *projector.tensors())
+    return call(op, features, control, cu_seqlens, *projector.tensors())
 
 
 def control_cross_attention_into(
@@ -326,4 +326,4 @@ def control_cross_attention_into(
         features.dtype,
         _declined(projector, control),
     )
-    op(features, control, cu_seqlens, *projector.tensors(), out, rows)
+    call(op, features, control, cu_seqlens, *projector.tensors(), out, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vpt_kernels.backends import bind
+from vpt_kernels.backends import bind, call
 from vpt_kernels.checks import require_choice, require_disjoint, require_inference, require_tensor, require_type
 from vpt_kernels.packed_linear.weights import PackedWeight
 
@@ -63,7 +63,7 @@ def packed_linear(
     op = bind("packed_linear", form, backend, x.device, x.dtype)
     arguments = (rows, weight.data, weight.scales, weight.out_features, weight.gated, bias, added, number)
     if out is None:
-        return op(*arguments).view(shape)
+        return call(op, *arguments).view(shape)
     target = _rows("out", out, shape, x)
     require_inference(out=out)
     if target.data_ptr() != out.data_ptr():
@@ -71,7 +71,7 @@ def packed_linear(
     if op._overloadname == "reference":
         others = {"x": x, "bias": bias, "residual": None if residual is out else residual, "data": weight.data}
         require_disjoint({"out": out}, others)
-    op(*arguments, target)
+    call(op, *arguments, target)
     return out
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt_kernels.backends import bind
+from vpt_kernels.backends import bind, call
 from vpt_kernels.checks import (
     require_disjoint,
     require_inference,
@@ -174,7 +174,7 @@ def roi_patches(images: Sequence[Tensor], plan: RegionPlan, *, backend: str = "a
     """
     device = _check_images(images, plan)
     op = bind("roi_patches", "roi_patches", backend, device, torch.uint8)
-    return op(images, plan.table, plan.rows, plan.row_bytes)
+    return call(op, images, plan.table, plan.rows, plan.row_bytes)
 
 
 def roi_patch_embed(
@@ -198,7 +198,7 @@ def roi_patch_embed(
     device = _check_images(images, plan)
     _check_embed(embed, plan, device)
     op = bind("roi_patch_embed", "roi_patch_embed", backend, device, embed.weight.dtype)
-    return op(images, plan.table, plan.rows, embed.weight, embed.bias)
+    return call(op, images, plan.table, plan.rows, embed.weight, embed.bias)
 
 
 def roi_patch_embed_into(
@@ -235,4 +235,4 @@ def roi_patch_embed_into(
     read = {"weight": embed.weight, "bias": embed.bias} | {f"image {i}": image for i, image in enumerate(images)}
     require_disjoint({"out": out[row : row + plan.rows]}, read)
     op = bind("roi_patch_embed", "roi_patch_embed_into", backend, device, embed.weight.dtype)
-    op(images, plan.table, embed.weight, embed.bias, out, row)
+    call(op, images, plan.table, embed.weight, embed.bias, out, row)
