@@ -216,8 +216,8 @@ def bind(
 def call(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
     """Return `overload(*arguments)`; what its library finds wrong in the values is a ValueError.
 
-    A C++ library's std::out_of_range is an IndexError in every version of torch; its other kinds are a RuntimeError
-    from 2.15 on.
+    A C++ library's std::out_of_range is an IndexError in every version of torch, and stays one in a compiled graph; its
+    other kinds are a RuntimeError from torch 2.15 on.
     """
     try:
         return overload(*arguments)
