@@ -82,9 +82,10 @@ def digest(variant: Variant) -> str:
     """Of everything the result depends on: the sources of the kernel's operator, the variant and the compiler."""
     operator = Path(sys.modules[variant.kernel.__module__].__file__).parent
     state = hashlib.sha256()
-    # Beside the model's kernels lie files that have nothing to do with them.
-    pattern = "*_triton.py" if operator.name == "vpt_model" else "*.py"
-    for path in (*sorted(operator.glob(pattern)), Path(__file__), Path(__file__).with_name("variant.py")):
+    # Beside the model's attention lie files that have nothing to do with it; the decode layer shares its functions.
+    pattern = "*_triton.py" if operator.name == "network" else "*.py"
+    shared = sorted(operator.parent.glob("*_triton.py"))
+    for path in (*sorted(operator.glob(pattern)), *shared, Path(__file__), Path(__file__).with_name("variant.py")):
         state.update(path.read_bytes())
     plain = dataclasses.replace(variant, kernel=variant.kernel.__name__)
     state.update(f"{plain} {TARGETS} {triton.__version__}".encode())
