@@ -149,8 +149,7 @@ def weight_subclass(parent: nn.Module, name: str) -> None:
             return 1.5 * out if function in layers else out
 
     part = getattr(parent, name)
-    weight = part._parameters.pop("weight")
-    part.weight = weight.detach().as_subclass(Scaled)
+    part._parameters["weight"] = part.weight.detach().as_subclass(Scaled)
 
 
 def compile_itself(parent: nn.Module, name: str) -> None:
