@@ -39,6 +39,7 @@ SETTINGS = {
 """Small, quiet, and in this process; read when vLLM is imported, so after this module."""
 os.environ |= SETTINGS
 
+WARM = {"temperature": 0.8, "top_p": 0.95}
 TOLERANCE = 1e-4
 """Of log-probabilities in float32, the two decoders being different code."""
 
@@ -140,6 +141,12 @@ def generate(llm: Any, engine: Engine, cases: Sequence[Case], **changes: Any) ->
     """What vLLM says to all cases in one batch."""
     prompts, params = [prompt(engine, case) for case in cases], [parameters(case, **changes) for case in cases]
     return llm.generate(prompts, params, use_tqdm=False)
+
+
+def warm(llm: Any, engine: Engine, cases: Sequence[Case]) -> list[Any]:
+    """What vLLM says to all cases in one batch when it samples, each with a seed of its own."""
+    params = [parameters(case, **WARM, seed=number) for number, case in enumerate(cases)]
+    return llm.generate([prompt(engine, case) for case in cases], params, use_tqdm=False)
 
 
 def reference(engine: Engine, case: Case) -> tuple[list[int], Answer]:

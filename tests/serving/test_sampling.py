@@ -13,24 +13,23 @@ from tests.helpers import noise
 from tests.model.replay import Replay
 from tests.serving.engines import (
     TOLERANCE,
+    WARM,
     Case,
     noise_cases,
     our_engine,
     parameters,
     prompt,
     reference,
-    scene_cases,
     vllm_engine,
+    warm,
 )
 from tests.serving.folders import folder_of
-from vpt_model import mini
 from vpt_model.checkpoint import Checkpoint
 from vpt_model.engine.sampling import Sampler
 from vpt_model.text.prompt import first_round, next_round
 from vpt_model.text.tokens import crop_box, parse_region_ids
 
 pytestmark = pytest.mark.unpoisoned
-WARM = {"temperature": 0.8, "top_p": 0.95}
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +45,10 @@ def served(root):
         yield our_engine(folder), llm, Checkpoint.open(folder).load(torch.float32)
 
 
-def told(llm, engine, cases, **changes):
-    params = [parameters(case, **WARM, seed=number, **changes) for number, case in enumerate(cases)]
-    return llm.generate([prompt(engine, case) for case in cases], params, use_tqdm=False)
-
-
-def test_a_seed_means_the_same_tokens_alone_in_batches_and_when_preempted(served, root):
+def test_a_seed_means_the_same_tokens_alone_and_in_batches(served):
     engine, llm, _ = served
     cases = [replace(case, max_tokens=24) for case in noise_cases("clip", 3)]
-    together = [list(output.outputs[0].token_ids) for output in told(llm, engine, cases)]
+    together = [list(output.outputs[0].token_ids) for output in warm(llm, engine, cases)]
     assert len({tuple(tokens) for tokens in together}) > len(cases) // 2
     for number in range(0, len(cases), 4):
         params = parameters(cases[number], **WARM, seed=number)
@@ -66,7 +60,7 @@ def test_sampled_tokens_have_our_engines_log_probabilities(served):
     engine, llm, _ = served
     cases = [replace(case, max_tokens=24) for case in noise_cases("clip", 2)]
     compared = 0
-    for case, output in zip(cases, told(llm, engine, cases)):
+    for case, output in zip(cases, warm(llm, engine, cases)):
         tokens, scores = list(output.outputs[0].token_ids), output.outputs[0].logprobs
         rest = iter(tokens)
         with mock.patch.object(Sampler, "__call__", lambda self, *logits, rest=rest: next(rest, engine.ids.im_end)):
@@ -134,27 +128,3 @@ def test_a_second_turn_about_a_second_image(served, look):
     found = list(output.outputs[0].token_ids)
     until = next((i for i, token in enumerate(found) if token in (ids.action_start, ids.action)), len(found) - 1)
     assert greedy(replay, found[: until + 1])
-
-
-def test_settings_under_which_the_look_is_the_same():
-    """Chunks of a prompt, few blocks, no prefix cache: one engine each."""
-    engine, cases = our_engine(mini.FOLDER), scene_cases(3)
-    expected = [reference(engine, case)[0] for case in cases]
-    for options in (
-        {"max_num_batched_tokens": 48, "max_num_seqs": 4},
-        {"num_gpu_blocks_override": 12, "max_model_len": 320},
-        {"enable_prefix_caching": False},
-    ):
-        with vllm_engine(mini.FOLDER, **options) as llm:
-            prompts = [prompt(engine, case) for case in cases]
-            outputs = llm.generate(prompts, [parameters(case) for case in cases], use_tqdm=False)
-            assert [list(output.outputs[0].token_ids) for output in outputs] == expected, options
-
-
-def test_a_preempted_seed(root):
-    """Where there are blocks for few conversations, seeds give the tokens that they give where there are many."""
-    engine, cases, answers = our_engine(mini.FOLDER), scene_cases(3), []
-    for options in ({}, {"num_gpu_blocks_override": 12, "max_model_len": 320}):
-        with vllm_engine(mini.FOLDER, **options) as llm:
-            answers.append([list(output.outputs[0].token_ids) for output in told(llm, engine, cases)])
-    assert answers[0] == answers[1]
