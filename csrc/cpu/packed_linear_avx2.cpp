@@ -16,6 +16,7 @@ namespace {
 struct Vector {
   using Float = __m256;
   static constexpr int kLanes = 8, kTileRows = 6, kTilePanels = 1, kFewRows = 18;
+  static constexpr int64_t kInt8Rows = kFewRows;
 
   static Float zero() { return _mm256_setzero_ps(); }
   static Float broadcast(float x) { return _mm256_set1_ps(x); }

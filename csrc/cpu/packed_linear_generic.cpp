@@ -9,6 +9,7 @@ struct Vector {
     float lane[kPanel];
   };
   static constexpr int kLanes = kPanel, kTileRows = 4, kTilePanels = 1, kFewRows = 16;
+  static constexpr int64_t kInt8Rows = kFewRows;
 
   template <typename F>
   static Float each(F&& value) {

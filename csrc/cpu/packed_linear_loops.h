@@ -28,7 +28,7 @@ void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, in
 template <typename V>
 void arrange(const PackedJob& job, int64_t first, int64_t last) {
   const Tiling tiling(job.rows, V::kTileRows);
-  const bool integers = job.stored == Element::int8 && job.rows <= V::kFewRows;
+  const bool integers = job.stored == Element::int8 && job.rows <= V::kInt8Rows;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     integers ? arrange_int16<T>(job, tiling, first, last) : arrange_tiles<T>(job, tiling, first, last);
@@ -83,28 +83,29 @@ void multiply_few(const PackedJob& job, const Tiling& tiling, int64_t first, int
   }
 }
 
-// Many rows: blocks of a group of panels are expanded once into the second-level cache; the panels of one tile stay in
-// the first while all rows pass.
+// Many rows: blocks of a group of panels are expanded once into the second-level cache, where some tiles of x join them;
+// the panels of one tile stay in the first while those pass.
 template <typename V, typename S>
 void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, int64_t last, float* scratch) {
-  constexpr int64_t kTogether = V::kTilePanels, kBlock = kDepth * kPanel;
+  constexpr int64_t kTogether = V::kTilePanels, kBlock = kDepth * kPanel, kTiles = kRowsAtOnce / V::kTileRows;
   float* const sums = scratch + kPanelGroup * kBlock;
   for (int64_t group = first; group < last; group += kPanelGroup) {
     const int64_t panels = least(kPanelGroup, last - group), stride = panels * kPanel;
-    for (int64_t k = 0; k < 2 * job.pairs(); k += kDepth) {
+    for (int64_t k = 0; k < job.columns; k += kDepth) {
       const int64_t pairs = least(kDepth / 2, job.pairs() - k / 2);
       const float* b[kPanelGroup];
       for (int64_t p = 0; p < panels; ++p) b[p] = expand<V, S>(job, group + p, k, pairs, scratch + p * kBlock);
-      for (int64_t p = 0; p < panels; p += kTogether)
-        for (int64_t t = 0; t < tiling.count; ++t) {
-          const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
-          const auto run = tile_of<V, float, Source::expanded>(rows, p + kTogether <= panels);
-          run(pairs, job.arranged + k * job.rows + 2 * pairs * row, b + p, sums + row * stride + p * kPanel, stride,
-              k > 0);
-          if (k + kDepth < job.columns) continue;
-          for (int64_t i = p; i < least(panels, p + kTogether); ++i)
-            finish(job, sums + row * stride + i * kPanel, stride, row, rows, i + group);
-        }
+      for (int64_t tiles = 0; tiles < tiling.count; tiles += kTiles)
+        for (int64_t p = 0; p < panels; p += kTogether)
+          for (int64_t t = tiles; t < least(tiling.count, tiles + kTiles); ++t) {
+            const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
+            const float* a = job.arranged + k * job.rows + 2 * pairs * row;
+            float* c = sums + row * stride + p * kPanel;
+            tile_of<V, float, Source::expanded>(rows, p + kTogether <= panels)(pairs, a, b + p, c, stride, k > 0);
+            if (k + kDepth < job.columns) continue;
+            for (int64_t i = 0; i < least(kTogether, panels - p); ++i)
+              finish(job, c + i * kPanel, stride, row, rows, group + p + i);
+          }
     }
   }
 }
@@ -112,11 +113,10 @@ void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, in
 template <typename V, typename S>
 void multiply_stored(const PackedJob& job, int64_t first, int64_t last, float* scratch) {
   const Tiling tiling(job.rows, V::kTileRows);
-  if (job.rows <= V::kFewRows) {
-    if constexpr (__is_same(S, Int8))
-      return multiply_int8<V>(job, tiling, first, last, scratch);
-    else
-      return multiply_few<V, S>(job, tiling, first, last, scratch);
+  if constexpr (__is_same(S, Int8)) {
+    if (job.rows <= V::kInt8Rows) return multiply_int8<V>(job, tiling, first, last, scratch);
+  } else {
+    if (job.rows <= V::kFewRows) return multiply_few<V, S>(job, tiling, first, last, scratch);
   }
   multiply_many<V, S>(job, tiling, first, last, scratch);
 }
