@@ -122,6 +122,8 @@ def served(folder: Path, log: Path, *flags: str) -> Iterator[tuple[str, int]]:
                     break
                 except OSError:
                     time.sleep(0.5)
+            else:
+                raise RuntimeError(f"the server does not answer after ten minutes: {log.read_text()[-2000:]}")
             yield address, process.pid
         finally:
             process.terminate()
