@@ -62,7 +62,7 @@ app: $(VENV)/.ready
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.ready lint
 	@mkdir -p build; $(MAKE) -s interpret >build/interpret.log 2>&1 & interpreted=$$!; \
-	$(BIN)/python -m pytest -m "not gpu and not slow" --ignore=tests/triton --ignore=tests/hub --ignore=tests/browser $(TEST_ARGS); status=$$?; \
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(addprefix --ignore=tests/,triton hub serving browser) $(TEST_ARGS); status=$$?; \
 	wait $$interpreted || status=1; cat build/interpret.log; exit $$status
 
 test-page: $(VENV)/browser/.ready

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import assert_type
 
@@ -47,7 +47,7 @@ assert_type(engine.warm_up(), dict[str, float])
 sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, seed=1)
 answer = assert_type(engine.ask("photo.jpg", "What?", looks=["region:x1,y1,x2,y2"], sampling=sampling), Answer)
 assert_type(engine.ask_batch([None, "photo.jpg"], ["What?", "Where?"], looks=[None, ["clip"]]), list[Answer])
-events = assert_type(engine.stream(None, "What?"), Iterator[Token | Region | Reencode | Look | Done])
+events = assert_type(engine.stream(None, "What?"), Generator[Token | Region | Reencode | Look | Done, None, None])
 for event in events:
     if isinstance(event, Done):
         assert_type(event.answer, Answer)
