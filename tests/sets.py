@@ -178,7 +178,7 @@ def runs(kind: str, arguments: tuple[str, ...], tree: Path, hub: Path) -> list[t
     elif arguments:
         parts = [(list(arguments), {})]
     else:
-        parts = [(["--ignore=tests/triton", "--ignore=tests/hub", "--ignore=tests/browser"], {})]
+        parts = [([f"--ignore=tests/{name}" for name in ("triton", "hub", "serving", "browser")], {})]
         parts += [(["tests/triton"], {"TRITON_INTERPRET": "1"}), of_hub]
     return [([*FEW, *chosen], settings | changes) for chosen, changes in parts]
 

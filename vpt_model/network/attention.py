@@ -188,7 +188,8 @@ def _ragged(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tens
         ).flatten(1)
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, ends, ends, longest, longest).flatten(1)
+    attended: Any = varlen_attn(q, k, v, ends, ends, longest, longest)
+    return attended.flatten(1)
 
 
 def _image_by_image(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:

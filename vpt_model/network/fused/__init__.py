@@ -58,4 +58,5 @@ def rotate_packed(packed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     from vpt_model.network.fused import rotary
 
     rotary.rotate_packed_(packed, cos, sin)
-    return packed.unbind(1)
+    q, k, v = packed.unbind(1)
+    return q, k, v
