@@ -21,6 +21,7 @@ PROJECT = {
         "encoders": ["transformers>=5.17"],
         "gpu": ["triton>=3.6; platform_system == 'Linux'"],
         "demo": ["scikit-image"],
+        "app": ["starlette>=0.46"],
         "test": ["transformers==5.17.0", "numpy<2.4", "setuptools>=64", "ruff==0.17.5"],
     },
 }
@@ -29,13 +30,14 @@ PROJECT = {
 def test_latest_asks_for_names_alone():
     wanted = sets.requirements("latest", PROJECT)
     assert wanted == ["torch", "numpy", "rich", "transformers", "triton; platform_system == 'Linux'", "scikit-image",
-                      "setuptools"]  # fmt: skip
+                      "starlette", "setuptools"]  # fmt: skip
 
 
 def test_oldest_asks_for_every_lower_bound():
     wanted = sets.requirements("oldest", PROJECT)
     assert wanted == ["torch==2.11", "numpy==2.0", "rich", "transformers==5.17",
-                      "triton==3.6; platform_system == 'Linux'", "scikit-image", "setuptools==64"]  # fmt: skip
+                      "triton==3.6; platform_system == 'Linux'", "scikit-image", "starlette==0.46",
+                      "setuptools==64"]  # fmt: skip
 
 
 def test_every_bound_of_the_project_is_run():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.cases import Alternative, Case, WrongResult, absent, require_close, smooth_pixels
 from bench.cases.engine import procedures, transformers_twin
-from bench.cases.live import END, OPTIONS, START, conversation, forget
+from bench.cases.live import OPTIONS, conversation, forget
 from bench.workloads import ChatTurn
 from vpt_model.engine import Answer, Chat
 
@@ -76,7 +76,9 @@ class Live:
         for look in turn.answer.looks:
             left, top, right, bottom = look.boxes[0]
             new = turn.photo[top:bottom, left:right]
-        self.chat = conversation(transformers_twin(turn.workload.preset, "clip", str(turn.engine.model.device)))
+        self.ids = turn.engine.ids
+        model = transformers_twin(turn.workload.preset, "clip", str(turn.engine.model.device))
+        self.chat = conversation(model, self.ids.vision_end)
         self._append(turn.ids[: turn.before], turn.photo)
         self.chat.generate(**OPTIONS)
         del self.chat.ids[turn.before :]  # what it says there is not what the engine says
@@ -92,7 +94,7 @@ class Live:
     def _append(self, ids: list[int], picture: Any) -> None:
         """ids: of one picture at most, which stands between its start and its end token."""
         if picture is not None:
-            start, end = ids.index(START), ids.index(END) + 1
+            start, end = ids.index(self.ids.vision_start), ids.index(self.ids.vision_end) + 1
             self.chat.append(" ".join(map(str, ids[:start])))
             self.chat.append(" ".join(map(str, ids[end:])), picture)
         else:

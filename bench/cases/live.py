@@ -29,13 +29,13 @@ class _Words:
         return {"input_ids": [int(word) for word in text.split()]}
 
 
-def conversation(model: Any) -> LiveConversation:
-    """Return a live conversation whose texts are numbers, the ids themselves; it stops at no token."""
+def conversation(model: Any, end: int = END) -> LiveConversation:
+    """Return a live conversation whose texts are numbers, the ids themselves; it stops at no token; `end` follows a picture."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from vpt_kernels.live import LiveConversation
 
-    model.config.vision_end_token_id = END
+    model.config.vision_end_token_id = end
     model.generation_config.eos_token_id = None
     images = Qwen2VLImageProcessorPil(max_pixels=12_845_056)
     return LiveConversation(model, SimpleNamespace(tokenizer=_Words(), image_processor=images))
