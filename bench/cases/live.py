@@ -30,7 +30,7 @@ class _Words:
 
 
 def conversation(model: Any, end: int = END) -> LiveConversation:
-    """Return a live conversation whose texts are the ids as numbers; it stops at no token, and `end` follows a picture."""
+    """Return a live conversation whose texts are ids as numbers; it stops at no token, and `end` follows a picture."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from vpt_kernels.live import LiveConversation
