@@ -130,14 +130,15 @@ LOADS = """
 import ctypes, sys, torch, vpt_kernels
 from vpt_kernels.library import OPS
 has = lambda form: torch._C._dispatch_has_kernel_for_dispatch_key(f"vpt_kernels::{form}.cuda", "CUDA")
+forms = {form: overloads for form, overloads in OPS.items() if "cuda" in overloads}
 assert not any(has(form) for form in OPS), "already there"
 torch_cuda = ctypes.CDLL(sys.argv[2])
 torch.ops.load_library(sys.argv[1])
-assert all(has(form) for form in OPS)
-for form, overloads in OPS.items():
+assert all(has(form) for form in forms)
+for form, overloads in forms.items():
     of = {name: str(overload._schema).replace(f".{name}(", "(", 1) for name, overload in overloads.items()}
     assert of["cuda"] == of["reference"], of
-print("registered", len(OPS))
+print("registered", len(forms))
 try:
     OPS["roi_patches"]["cuda"]([torch.zeros(2, 2, 3).byte()], torch.zeros(0, 24).int(), 0, 588)
 except NotImplementedError as error:
@@ -148,7 +149,7 @@ except NotImplementedError as error:
 
 def test_library_loads_without_a_gpu():
     """Linked against the stable ABI, it loads beside the CPU kernels, with what stands for libtorch_cuda in a CPU build
-    or with that of a CUDA build, and registers every operator under the CUDA key."""
+    or with that of a CUDA build, and registers every operator that has a CUDA form."""
     done = subprocess.run(
         [sys.executable, "-c", LOADS, str(nvcc.library()), str(nvcc.torch_cuda())],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
