@@ -51,7 +51,8 @@ CALLS = {
 
 def attend(place) -> None:
     call = make_attention([5, 3], [9, 0], 8, heads=(6, 2), dim=24, capacity=150, dtype=torch.float32)
-    attention_triton.attend(**{k: place(x) if isinstance(x, torch.Tensor) else x for k, x in vars(call).items()})
+    given = {k: place(x) if isinstance(x, torch.Tensor) else x for k, x in vars(call).items()}
+    attention_triton.attend(**given, tickets=place(torch.zeros(64, dtype=torch.int32)))
 
 
 @pytest.mark.unpoisoned

@@ -36,6 +36,17 @@ def check(ours: Tensor, composition, *arguments: Tensor | float) -> None:
     assert_twice_as_good(ours, eager, composition(*wide))
 
 
+def check_draws(kernel, composition, draw) -> None:
+    """As `check`, of eight draws at once: the error of a row's norm is common to the row, so few rows say little."""
+    draws = [draw(f"{number}") for number in range(8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "linear", linear)
+        eager = [composition(*arguments) for arguments in draws]
+    wide = [[x.double() if isinstance(x, Tensor) else x for x in arguments] for arguments in draws]
+    ours = torch.cat([kernel(*arguments) for arguments in draws])
+    assert_twice_as_good(ours, torch.cat(eager).to(ours.dtype), torch.cat([composition(*given) for given in wide]))
+
+
 def test_the_table():
     assert launch_of(torch.empty(1, 3)) is launch_of(torch.empty(1, 3, dtype=torch.float16)) is ONE_ROW
     assert launch_of(torch.empty(8, 3, dtype=torch.bfloat16)) is ROWS and launch_of(torch.empty(2, 3)) is FLOAT32
@@ -49,18 +60,22 @@ def test_the_table():
 @each_rows
 @pytest.mark.parametrize("columns, outputs", [(600, 40), (37, 19)])
 def test_norm_linear(dtype, rows, columns, outputs):
-    x, norm = normal(rows, columns, key="x", dtype=dtype), normal(columns, key="n", dtype=dtype)
-    weight, bias = weights(outputs, columns, dtype), normal(outputs, key="b", dtype=dtype)
-    check(norm_linear.norm_linear(x, norm, EPS, weight, bias), reference.norm_linear, x, norm, EPS, weight, bias)
+    def draw(key: str) -> tuple[Tensor | float, ...]:
+        x, norm = normal(rows, columns, key=f"x{key}", dtype=dtype), normal(columns, key=f"n{key}", dtype=dtype)
+        return x, norm, EPS, weights(outputs, columns, dtype, f"w{key}"), normal(outputs, key=f"b{key}", dtype=dtype)
+
+    check_draws(norm_linear.norm_linear, reference.norm_linear, draw)
 
 
 @each_dtype
 @each_rows
 @pytest.mark.parametrize("columns, outputs", [(600, 40), (37, 19)])
 def test_norm_swiglu(dtype, rows, columns, outputs):
-    x, norm = normal(rows, columns, key="x", dtype=dtype), normal(columns, key="n", dtype=dtype)
-    weight = weights(2 * outputs, columns, dtype)
-    check(norm_swiglu.norm_swiglu(x, norm, EPS, weight), reference.norm_swiglu, x, norm, EPS, weight)
+    def draw(key: str) -> tuple[Tensor | float, ...]:
+        x, norm = normal(rows, columns, key=f"x{key}", dtype=dtype), normal(columns, key=f"n{key}", dtype=dtype)
+        return x, norm, EPS, weights(2 * outputs, columns, dtype, f"w{key}")
+
+    check_draws(norm_swiglu.norm_swiglu, reference.norm_swiglu, draw)
 
 
 @each_dtype
