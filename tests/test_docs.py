@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+# What needs a server is marked "py" and runs in tests/serving/test_server.py.
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 EXAMPLES = {
     f"{page.name} {number}": code

@@ -141,7 +141,8 @@ def test_what_runs_and_what_must_be_there(monkeypatch, kind):
     assert chosen[-2:] == ["tests/patch", "-x"]
 
 
-def test_one_process_that_fails_fails_the_set(monkeypatch):
+def test_one_process_that_fails_fails_the_set(monkeypatch, tmp_path):
+    monkeypatch.setattr(sets, "ENVIRONMENTS", tmp_path)
     monkeypatch.setattr(sets, "environment", lambda kind: Path("environment"))
     monkeypatch.setattr(sets, "copy_tree", lambda kind, python: Path("tree"))
     monkeypatch.setattr(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.serving.engines import Case, our_engine, reference, scene_cases
 from tests.serving.server import data_url, message, metric, vllm_server
 from vpt_model import mini
 
+ROOT = Path(__file__).resolve().parents[2]
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.unpoisoned
 CASES = scene_cases(3)
@@ -40,6 +44,14 @@ def ask(client, case, **options):
     return client.chat.completions.create(
         model=str(mini.FOLDER), messages=[message(case.text, *pictures)], extra_body=extra, **options
     )
+
+
+def test_the_client_of_the_page(address, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(CASES[0].pixels).save("picture.png")
+    exec(code.replace("http://localhost:8000", address), {})  # noqa: S102
+    assert capsys.readouterr().out.strip()
 
 
 def answer_of(engine, case):
