@@ -69,7 +69,7 @@ def run(suite: str) -> dict:
     """Run one suite, show what it says, and return its line."""
     commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno", ":!docs")
     began, output = time.monotonic(), []
-    command = ["make", suite]
+    command = ["make", "--no-print-directory", suite]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             sys.stdout.write(line)
