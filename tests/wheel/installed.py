@@ -49,7 +49,7 @@ def every_operator(backend: str) -> dict[str, torch.Tensor]:
     rest = (rotary_table(40, 16), positions, torch.tensor([4, 0, 7]))
     rotated = append_visual_kv(q, k, v, *rest, *caches[:2], (2, 3, 3), backend=backend)
     append_visual_kv_(q, k, v, *rest, *caches[2:], (2, 3, 3), backend=backend)
-    weight, product = pack_weight(torch.randn(20, 16), "int8"), torch.zeros(3, 20)
+    weight, product = pack_weight(torch.randn(20, 16), "bfloat16"), torch.zeros(3, 20)
     packed_linear(q[:, 0], weight, out=product, backend=backend)
     return {
         "roi_patches": roi_patches([image], plan, backend=backend),
