@@ -10,36 +10,21 @@ overhead of a tiny model, and on a machine of few cores server, clients and mode
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import os
 import re
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from bench.environment import ROOT, commit, machine
+from bench.vllm_server import served, user
 
-SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 CLIENTS = (1, 4, 16, 64)
 OPEN = 0.7
 """Of the rate of 16 clients in the closed loop."""
@@ -99,51 +84,6 @@ def _ms(values: Sequence[float], percent: int) -> float | None:
     if not values:
         return None
     return round(1e3 * (statistics.quantiles(values, n=100)[percent - 1] if len(values) > 1 else values[0]), 1)
-
-
-@contextmanager
-def served(folder: Path, log: Path, *flags: str) -> Iterator[tuple[str, int]]:
-    """Address and process id of a server of `folder`, which ends with the context; it prints to `log`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # The module and not the command, which asks for metadata that builds of vLLM for the CPU lack.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32", *flags]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | SETTINGS)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            for _ in range(1200):
-                if process.poll() is not None:
-                    raise RuntimeError(f"no server: {log.read_text()[-2000:]}")
-                try:
-                    urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            else:
-                raise RuntimeError(f"the server does not answer after ten minutes: {log.read_text()[-2000:]}")
-            yield address, process.pid
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def picture_url(pixels: np.ndarray) -> str:
-    """The picture as clients send it."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def user(text: str, *pictures: np.ndarray) -> dict[str, Any]:
-    """A message of the user's."""
-    shown = [{"type": "image_url", "image_url": {"url": picture_url(pixels)}} for pixels in pictures]
-    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
 
 
 async def streamed(client: Any, messages: list[Any], **options: Any) -> AsyncIterator[tuple[float, str, int]]:

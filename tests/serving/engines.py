@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.vllm_server import SETTINGS
 from tests.helpers import numbers, require
 from vpt_model import Engine, Model
 from vpt_model.checkpoint import Checkpoint
@@ -26,18 +27,8 @@ from vpt_model.text.tokens import parse_look
 # The compiled part too: a folder of that name anywhere on the path would also be found.
 require("vllm", None if importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm.v1") else "it is missing")
 
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-"""Small, quiet, and in this process; read when vLLM is imported, so after this module."""
-os.environ |= SETTINGS
+# Read when vLLM is imported, so after this module; it runs in this process.
+os.environ |= SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 
 WARM = {"temperature": 0.8, "top_p": 0.95}
 TOLERANCE = 1e-4

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import urllib.request
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from bench.vllm_server import picture_url, served, user
 from tests.serving.engines import Case, our_engine, reference, scene_cases
-from tests.serving.server import data_url, message, metric, vllm_server
 from vpt_model import mini
 
 ROOT = Path(__file__).resolve().parents[2]
-openai = pytest.importorskip("openai")
+openai = import_module("openai")  # behind the module that says whether vLLM is here
 pytestmark = pytest.mark.unpoisoned
 CASES = scene_cases(3)
 
@@ -23,7 +25,7 @@ CASES = scene_cases(3)
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with vllm_server(mini.FOLDER, log, "--reasoning-parser", "vpt") as where:
+    with served(mini.FOLDER, log, "--reasoning-parser", "vpt", "--max-num-seqs", "8") as (where, _):
         yield where
 
 
@@ -37,12 +39,19 @@ def engine():
     return our_engine(mini.FOLDER)
 
 
+def metric(address: str, name: str) -> dict[str, float]:
+    """The values of a metric, by their labels."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=20) as answer:
+        text = answer.read().decode()
+    return {labels: float(value) for labels, value in re.findall(rf"^{name}(\{{.*\}})? (\S+)$", text, re.MULTILINE)}
+
+
 def ask(client, case, **options):
     extra = {"vllm_xargs": options.pop("xargs", None) or case.options()}
     options = {"temperature": 0, "max_completion_tokens": 64} | options
     pictures = () if case.pixels is None else (case.pixels,)
     return client.chat.completions.create(
-        model=str(mini.FOLDER), messages=[message(case.text, *pictures)], extra_body=extra, **options
+        model=str(mini.FOLDER), messages=[user(case.text, *pictures)], extra_body=extra, **options
     )
 
 
@@ -180,9 +189,9 @@ def test_several_images_and_turns(client):
     first, second = CASES[0], CASES[4]
     said = ask(client, first).choices[0].message.content
     messages = [
-        message(first.text, first.pixels),
+        user(first.text, first.pixels),
         {"role": "assistant", "content": said},
-        message(second.text, second.pixels),
+        user(second.text, second.pixels),
     ]
     told = client.chat.completions.create(model=str(mini.FOLDER), messages=messages, temperature=0, max_tokens=64)
     height, width, _ = second.pixels.shape
@@ -193,7 +202,7 @@ def test_several_images_and_turns(client):
 
 def test_the_responses_interface(client):
     case = CASES[0]
-    picture = {"type": "input_image", "image_url": data_url(case.pixels), "detail": "auto"}
+    picture = {"type": "input_image", "image_url": picture_url(case.pixels), "detail": "auto"}
     content = [picture, {"type": "input_text", "text": case.text}]
     told = client.responses.create(
         model=str(mini.FOLDER), input=[{"role": "user", "content": content}], temperature=0, max_output_tokens=64
