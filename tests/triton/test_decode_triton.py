@@ -27,17 +27,11 @@ def weights(outputs: int, columns: int, dtype: torch.dtype, key: str = "w") -> T
     return normal(outputs, columns, key=key, dtype=dtype, scale=columns**-0.5)
 
 
-def check(ours: Tensor, composition, *arguments: Tensor | float) -> None:
-    """By the rule of twice PyTorch's error; float16 products sum in float32 there, as on a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "linear", linear)
-        eager = composition(*arguments).to(ours.dtype)
-    wide = [x.double() if isinstance(x, Tensor) else x for x in arguments]
-    assert_twice_as_good(ours, eager, composition(*wide))
+def check(kernel, composition, draw) -> None:
+    """By the rule of twice PyTorch's error; float16 products sum in float32 there, as on a GPU.
 
-
-def check_draws(kernel, composition, draw) -> None:
-    """As `check`, of eight draws at once: the error of a row's norm is common to the row, so few rows say little."""
+    Eight draws are judged together: few rows or few outputs say little, and the error of a row's norm is common to it.
+    """
     draws = [draw(f"{number}") for number in range(8)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "linear", linear)
@@ -64,7 +58,7 @@ def test_norm_linear(dtype, rows, columns, outputs):
         x, norm = normal(rows, columns, key=f"x{key}", dtype=dtype), normal(columns, key=f"n{key}", dtype=dtype)
         return x, norm, EPS, weights(outputs, columns, dtype, f"w{key}"), normal(outputs, key=f"b{key}", dtype=dtype)
 
-    check_draws(norm_linear.norm_linear, reference.norm_linear, draw)
+    check(norm_linear.norm_linear, reference.norm_linear, draw)
 
 
 @each_dtype
@@ -75,7 +69,7 @@ def test_norm_swiglu(dtype, rows, columns, outputs):
         x, norm = normal(rows, columns, key=f"x{key}", dtype=dtype), normal(columns, key=f"n{key}", dtype=dtype)
         return x, norm, EPS, weights(2 * outputs, columns, dtype, f"w{key}")
 
-    check_draws(norm_swiglu.norm_swiglu, reference.norm_swiglu, draw)
+    check(norm_swiglu.norm_swiglu, reference.norm_swiglu, draw)
 
 
 @each_dtype
@@ -84,16 +78,20 @@ def test_norm_swiglu(dtype, rows, columns, outputs):
 def test_linear_add(monkeypatch, dtype, rows, programs):
     monkeypatch.setattr(linear_add, "PROGRAMS", programs)
     monkeypatch.setattr(linear_add, "STEPS", 1)
-    columns, outputs = 1500, 24
-    x, residual = normal(rows, columns, key="x", dtype=dtype), normal(rows, outputs, key="r", dtype=dtype)
-    weight, taken = weights(outputs, columns, dtype), tickets()
+    columns, outputs, taken = 1500, 24, tickets()
+
+    def draw(key: str) -> tuple[Tensor, ...]:
+        x, residual = (normal(rows, n, key=f"{name}{key}", dtype=dtype) for name, n in (("x", columns), ("r", outputs)))
+        return x, weights(outputs, columns, dtype, f"w{key}"), residual
+
+    x, weight, residual = draw("")
     with Launches() as launches:
         out = linear_add.linear_add(x, weight, residual, taken)
-    check(out, reference.linear_add, x, weight, residual)
     launch = launch_of(x)
     blocks = -(-outputs // launch.outputs)
     assert launches.grids == [("linear_add_kernel", (blocks, _splits(launch, columns, programs // blocks)))]
     assert not taken.any()
+    check(lambda *given: linear_add.linear_add(*given, taken), reference.linear_add, draw)
     for seed in range(2):
         with Permuted(seed):
             assert_same_bits(linear_add.linear_add(x, weight, residual, taken), out, "in another order")
@@ -122,12 +120,17 @@ def test_splits_depend_on_shapes_alone():
 def test_head(monkeypatch, dtype, rows, vocabulary):
     monkeypatch.setattr(head, "TILES", 3)
     columns, taken = 70, tickets()
-    x, weight = normal(rows, columns, key="x", dtype=dtype), weights(vocabulary, columns, dtype)
-    weight[3] = weight[1] = 3 * weight[1]  # two tokens that are alike
+
+    def draw(key: str) -> tuple[Tensor, Tensor]:
+        weight = weights(vocabulary, columns, dtype, f"w{key}")
+        weight[3] = weight[1] = 3 * weight[1]  # two tokens that are alike
+        return normal(rows, columns, key=f"x{key}", dtype=dtype), weight
+
+    x, weight = draw("")
     logits, tokens = head.head(x, weight, taken)
     rounded = logits.to(dtype)
     assert_same_bits(rounded.float(), logits, "logits in the model's dtype")
-    check(rounded, lambda *both: reference.head(*both)[0], x, weight)
+    check(lambda *given: head.head(*given, taken)[0].to(dtype), lambda *given: reference.head(*given)[0], draw)
     assert tokens.tolist() == reference.greedy(logits).tolist() and not taken.any()
     with Permuted(1):
         for again, first in zip(head.head(x, weight, taken), (logits, tokens)):
