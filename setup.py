@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -17,6 +18,11 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden", STABLE_ABI]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "--fmad=false", "--threads=2", "-Xcompiler=-fvisibility=hidden"]
 NVCC_FLAGS += [STABLE_ABI]
+if sysconfig.get_platform().endswith("x86_64"):
+    # gcc moves 64 bits through an MMX register now and then and never says EMMS; the next long double or `fprem` of the
+    # process, wherever that is, is then NaN.
+    CXX_FLAGS += ["-mno-mmx"]
+    NVCC_FLAGS += ["-Xcompiler=-mno-mmx"]
 # Machine code for A100 and its relatives, Hopper, Blackwell of the data centre and of the desk. The PTX is of 9.0, the
 # oldest with all that the kernels use, so that every other device from there on can compile it.
 CUDA_TARGETS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100a", "120")]

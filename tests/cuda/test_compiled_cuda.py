@@ -164,6 +164,11 @@ def exported(library: Path) -> set[str]:
     return {line.split()[0].partition("@")[0] for line in listed.splitlines()}
 
 
+def test_the_library_has_no_mmx_instruction():
+    """They leave the process's long doubles broken; see `tests/native`."""
+    assert not re.findall(r".*%mm[0-7].*", nvcc.run("objdump", "-d", nvcc.library()).stdout)
+
+
 def test_library_names_what_it_needs():
     """libtorch_cuda is among them even where the linker drops what it thinks is not needed, and has every symbol.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 
@@ -114,6 +115,19 @@ def test_gated_is_two_layers(name, stored):
         parts = [packed_linear(x, pack_weight(weight, stored)) for weight in (gate, up)]
         actual = packed_linear(x, both, activation="silu")
     torch.testing.assert_close(actual, F.silu(parts[0]) * parts[1], rtol=1e-5, atol=1e-6)
+
+
+@each_set
+@each_stored
+def test_long_doubles_of_the_caller_survive(name, stored):
+    """An MMX register in use without EMMS makes the next ones NaN, in whatever library."""
+    remainder = ctypes.CDLL(None).fmodl
+    remainder.argtypes, remainder.restype = [ctypes.c_longdouble] * 2, ctypes.c_longdouble
+    packed = pack_weight(normal(45, 301, key="w"), stored)
+    with kernels(name):
+        for rows in (1, 6, 33):
+            packed_linear(normal(rows, 301, key="x"), packed)
+            assert remainder(7.5, 2.0) == 1.5
 
 
 @each_set
