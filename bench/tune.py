@@ -74,11 +74,16 @@ def _control(form: str, images: int, tokens: int, dtype: str, lm: str = "2b") ->
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(shape, device=device) / scale).to(getattr(torch, dtype))
 
-        condition = {"condition_norm": (normal(hidden), normal(hidden)),
-                     "condition": (normal(hidden, hidden, scale=hidden**0.5), normal(hidden))}  # fmt: skip
-        feature = {} if form == "identity" else {
-            "feature_norm": (normal(1024), normal(1024)), "feature": (normal(hidden, 1024, scale=32), normal(hidden)),
-        }  # fmt: skip
+        condition = {
+            "condition_norm": (normal(hidden), normal(hidden)),
+            "condition": (normal(hidden, hidden, scale=hidden**0.5), normal(hidden)),
+        }
+        feature = {}
+        if form != "identity":
+            feature = {
+                "feature_norm": (normal(1024), normal(1024)),
+                "feature": (normal(hidden, 1024, scale=32), normal(hidden)),
+            }
         projector = fold_projector(form, **condition, **feature)
         width = hidden if form == "identity" else 1024
         inputs = [(normal(images, tokens, width), normal(images, hidden)) for _ in range(3)]
@@ -259,8 +264,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(table)
         if options.record:
             shown = {str(launch): vars(ratio) if isinstance(ratio, Ratio) else ratio for launch, ratio in answers}
-            gpu.record("tuned", architecture=architecture, kernel=question.kernel, size=question.size, chosen=chosen,
-                       of=len(question.candidates), answers=shown)  # fmt: skip
+            gpu.record(
+                "tuned",
+                architecture=architecture,
+                kernel=question.kernel,
+                size=question.size,
+                chosen=chosen,
+                of=len(question.candidates),
+                answers=shown,
+            )
         elif question.kernel not in BESIDE:
             keep(architecture, question.kernel, question.size, chosen, options.write)
     return 0

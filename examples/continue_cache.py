@@ -111,15 +111,20 @@ class Turns:
             "all ids, all images and grids": {**whole, **both},
             "all ids, the new image, all grids": {**whole, **self.second, **grids},
             "new ids, the new image, a mask of everything": {
-                **rest, **self.second, "attention_mask": whole["attention_mask"]
+                **rest,
+                **self.second,
+                "attention_mask": whole["attention_mask"],
             },
             "new ids, the new image, no mask": {
-                **{name: value for name, value in rest.items() if name != "attention_mask"}, **self.second
+                **{name: value for name, value in rest.items() if name != "attention_mask"},
+                **self.second,
             },
             "all ids, the new image and grid, explicit position_ids": {
-                **whole, **self.second, "position_ids": positions
+                **whole,
+                **self.second,
+                "position_ids": positions,
             },
-        }[form]  # fmt: skip
+        }[form]
         return self.steps(model.generate(**given, past_key_values=cache, **self.options))
 
     def live(self, cache: str) -> Tensor:

@@ -160,10 +160,12 @@ CALLS: dict[str, Callable[[], Made]] = {
     "QwenVLImageProcessor": lambda: (
         kernels.QwenVLImageProcessor,
         {"weight": normal(6, 3, 2, 14, 14, key="w", scale=0.04), "bias": normal(6, key="b"), "mean": CLIP_MEAN}
-        | {"std": CLIP_STD, "merge_size": 2, "pass_order": "hv"} | limits(),
+        | {"std": CLIP_STD, "merge_size": 2, "pass_order": "hv"}
+        | limits(),
     ),
     "QwenVLImageProcessor.of": lambda: (
-        kernels.QwenVLImageProcessor.of, {"model": qwen(), "image_processor": None, "pass_order": "hv"}
+        kernels.QwenVLImageProcessor.of,
+        {"model": qwen(), "image_processor": None, "pass_order": "hv"},
     ),
     "QwenVLImageProcessor.__call__": lambda: (processor(), {"images": [image()], "boxes": [(0, 1, 2, 50, 40)]}),
     "QwenVLImageProcessor.patches": lambda: (processor().patches, {"images": png(), "boxes": [(0, 1, 2, 50, 40)]}),
@@ -179,19 +181,19 @@ CALLS: dict[str, Callable[[], Made]] = {
     "append_visual_kv_": lambda: (kernels.append_visual_kv_, append()),
     "cache_spare_bytes": lambda: (kernels.cache_spare_bytes, {"cache": cache()}),
     "compact_cache_": lambda: (kernels.compact_cache_, {"cache": cache()}),
-    "clip_boxes": lambda: (
-        kernels.clip_boxes, {"boxes": [(0, -1, 0.5, 900, 700)], "sizes": [(40, 56)], "scale": 1000}
-    ),
+    "clip_boxes": lambda: (kernels.clip_boxes, {"boxes": [(0, -1, 0.5, 900, 700)], "sizes": [(40, 56)], "scale": 1000}),
     "control_cross_attention": lambda: (kernels.control_cross_attention, projection()),
     "control_cross_attention_into": lambda: (
         kernels.control_cross_attention_into,
         projection() | {"out": normal(7, 8, key="out"), "rows": cpu([6, 0, -1, 2, 3], torch.int64)},
     ),
     "decode_image": lambda: (
-        kernels.decode_image, {"image": png(), "max_pixels": 10_000, "orient_files": True, "notices": None}
+        kernels.decode_image,
+        {"image": png(), "max_pixels": 10_000, "orient_files": True, "notices": None},
     ),
     "dinov2_policy": lambda: (
-        kernels.dinov2_policy, {"shortest_edge": 256, "crop": 224, "longest_edge": 512, "pass_order": "hv"}
+        kernels.dinov2_policy,
+        {"shortest_edge": 256, "crop": 224, "longest_edge": 512, "pass_order": "hv"},
     ),
     "explain": lambda: (kernels.explain, {"operator": "roi_patches", "backend": "auto"}),
     "flashinfer_slots": lambda: (kernels.flashinfer_slots, tables() | {"page_size": 4, "tokens": 4}),
@@ -215,10 +217,12 @@ CALLS: dict[str, Callable[[], Made]] = {
     ),
     "patch": lambda: (_patched, {"model": qwen(), "ops": ["roi_patch_embed"], "strict": True}),
     "plan_regions": lambda: (
-        kernels.plan_regions, {"sizes": [(40, 56)], "boxes": [(0, 3, 2, 51, 38)], "policy": policy()}
+        kernels.plan_regions,
+        {"sizes": [(40, 56)], "boxes": [(0, 3, 2, 51, 38)], "policy": policy()},
     ),
     "qwen2_vl_policy": lambda: (
-        kernels.qwen2_vl_policy, {"longest_edge": 512, "patch_size": 14, "merge_size": 2, "pass_order": "hv"} | limits()
+        kernels.qwen2_vl_policy,
+        {"longest_edge": 512, "patch_size": 14, "merge_size": 2, "pass_order": "hv"} | limits(),
     ),
     "roi_patch_embed": lambda: (kernels.roi_patch_embed, {"images": [image()], "plan": plan(), "embed": embed()}),
     "roi_patch_embed_into": lambda: (
@@ -227,7 +231,8 @@ CALLS: dict[str, Callable[[], Made]] = {
     ),
     "roi_patches": lambda: (kernels.roi_patches, {"images": [image()], "plan": plan()}),
     "rotary_table": lambda: (
-        kernels.rotary_table, {"max_positions": 9, "rotary_dim": 16, "theta": 1e4, "device": "cpu"}
+        kernels.rotary_table,
+        {"max_positions": 9, "rotary_dim": 16, "theta": 1e4, "device": "cpu"},
     ),
     "sam_policy": lambda: (kernels.sam_policy, {"edge": 1024, "longest_edge": 512, "pass_order": "hv"}),
     "Engine": lambda: (
@@ -241,35 +246,36 @@ CALLS: dict[str, Callable[[], Made]] = {
     "Engine.chat": lambda: (_chatted, {"image": image(), "capacity": 600, "keep_pixels": True}),
     "Engine.load_chat": lambda: (_resumed, {"file": saved_chat()}),
     "Engine.ask_chats": lambda: (
-        engine().ask_chats, {"chats": [engine().chat(image())], "questions": ["what?"], "samplings": [model.Sampling()]}
+        engine().ask_chats,
+        {"chats": [engine().chat(image())], "questions": ["what?"], "samplings": [model.Sampling()]},
     ),
     "Model.from_state": lambda: (model.Model.from_state, {"config": tiny_config(), "state": tiny_state()}),
     "ModelConfig": lambda: (model.ModelConfig, {name: getattr(tiny_config(), name) for name in vars(tiny_config())}),
     "PromptFormat": lambda: (
-        model.PromptFormat, {"system": "s", "image_separator": "\n", "trigger_separator": "\n", "trigger": "look"}
+        model.PromptFormat,
+        {"system": "s", "image_separator": "\n", "trigger_separator": "\n", "trigger": "look"},
     ),
     "PromptFormat.user_text": lambda: (model.PromptFormat().user_text, {"question": "what?", "image": True}),
     "Sampling": lambda: (model.Sampling, {"temperature": 0.5, "top_k": 4, "top_p": 0.5, "seed": 2}),
     "TokenIds.from_tokenizer": lambda: (
-        model.TokenIds.from_tokenizer, {"tokenizer": Backend.from_str(tokenizer().to_json()), "kind": "clip"}
+        model.TokenIds.from_tokenizer,
+        {"tokenizer": Backend.from_str(tokenizer().to_json()), "kind": "clip"},
     ),
-    "TokenIds.region_span": lambda: (
-        tokenizer().ids.region_span, {"x_min": 2, "y_min": 1, "x_max": 5, "y_max": 4}
-    ),
-    "Tokenizer": lambda: (
-        model.Tokenizer, {"backend": Backend.from_str(tokenizer().to_json()), "kind": "clip"}
-    ),
+    "TokenIds.region_span": lambda: (tokenizer().ids.region_span, {"x_min": 2, "y_min": 1, "x_max": 5, "y_max": 4}),
+    "Tokenizer": lambda: (model.Tokenizer, {"backend": Backend.from_str(tokenizer().to_json()), "kind": "clip"}),
     "Tokenizer.from_folder": lambda: (model.Tokenizer.from_folder, {"folder": folder(), "kind": "clip"}),
     "Tokenizer.byte_level": lambda: (
-        model.Tokenizer.byte_level, {"vocab_size": 320, "kind": "clip", "words": ["You", " are"]}
+        model.Tokenizer.byte_level,
+        {"vocab_size": 320, "kind": "clip", "words": ["You", " are"]},
     ),
     "Tokenizer.check_vocabulary": lambda: (
-        tokenizer().check_vocabulary, {"rows": 320, "declared": {"image_token_id": tokenizer().ids.image_pad}}
+        tokenizer().check_vocabulary,
+        {"rows": 320, "declared": {"image_token_id": tokenizer().ids.image_pad}},
     ),
     "Tokenizer.encode": lambda: (tokenizer().encode, {"text": "what? <|x_2|>"}),
     "Tokenizer.decode": lambda: (tokenizer().decode, {"tokens": [104, 105, 278]}),
     "load_checkpoint": lambda: (load_checkpoint, {"folder": folder(), "dtype": torch.bfloat16}),
-}  # fmt: skip
+}
 """Every public callable but `EXEMPT`."""
 
 EXEMPT = {

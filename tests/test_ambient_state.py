@@ -151,11 +151,17 @@ def test_threads_see_each_others_state_as_little(name: str) -> None:
 
 def pickled() -> dict[str, Callable[[], Any]]:
     return {
-        "qwen2_vl_policy": calls.policy, "dinov2_policy": dinov2_policy, "sam_policy": sam_policy, "plan": calls.plan,
-        "embed": calls.embed, "projector": calls.projector, "processor": calls.processor,
-        "tokenizer": calls.tokenizer, "model": calls.tiny_model,
+        "qwen2_vl_policy": calls.policy,
+        "dinov2_policy": dinov2_policy,
+        "sam_policy": sam_policy,
+        "plan": calls.plan,
+        "embed": calls.embed,
+        "projector": calls.projector,
+        "processor": calls.processor,
+        "tokenizer": calls.tokenizer,
+        "model": calls.tiny_model,
         "layer": lambda: RoiPatchEmbed(torch.randn(4, 3, 14, 14), (0.5,) * 3, (0.5,) * 3, calls.policy()),
-    }  # fmt: skip
+    }
 
 
 def use(name: str, thing: Any) -> list[Any]:

@@ -16,16 +16,19 @@ def continued() -> dict[str, float | str]:
     return example["outcomes"](example["tiny_model"](), example["tiny_processor"]())
 
 
-@pytest.mark.parametrize("form, outcome", [
-    ("all ids, the new image and grid", "wrong or StopIteration"),  # the latter from transformers 5.24 on
-    ("all ids, all images and grids", "ValueError"),
-    ("all ids, the new image, all grids", "RuntimeError"),
-    ("new ids, the new image, a mask of everything", "wrong"),
-    ("new ids, the new image, no mask", "ValueError"),
-    ("all ids, the new image and grid, explicit position_ids", "right"),
-    ("LiveConversation, dynamic cache", "right"),
-    ("LiveConversation, static cache", "right"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, outcome",
+    [
+        ("all ids, the new image and grid", "wrong or StopIteration"),  # the latter from transformers 5.24 on
+        ("all ids, all images and grids", "ValueError"),
+        ("all ids, the new image, all grids", "RuntimeError"),
+        ("new ids, the new image, a mask of everything", "wrong"),
+        ("new ids, the new image, no mask", "ValueError"),
+        ("all ids, the new image and grid, explicit position_ids", "right"),
+        ("LiveConversation, dynamic cache", "right"),
+        ("LiveConversation, static cache", "right"),
+    ],
+)
 def test_continuing_a_cache(continued, form: str, outcome: str) -> None:
     found = continued[form]
     if outcome == "right":

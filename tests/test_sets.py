@@ -29,15 +29,30 @@ PROJECT = {
 
 def test_latest_asks_for_names_alone():
     wanted = sets.requirements("latest", PROJECT)
-    assert wanted == ["torch", "numpy", "rich", "transformers", "triton; platform_system == 'Linux'", "scikit-image",
-                      "starlette", "setuptools"]  # fmt: skip
+    assert wanted == [
+        "torch",
+        "numpy",
+        "rich",
+        "transformers",
+        "triton; platform_system == 'Linux'",
+        "scikit-image",
+        "starlette",
+        "setuptools",
+    ]
 
 
 def test_oldest_asks_for_every_lower_bound():
     wanted = sets.requirements("oldest", PROJECT)
-    assert wanted == ["torch==2.11", "numpy==2.0", "rich", "transformers==5.17",
-                      "triton==3.6; platform_system == 'Linux'", "scikit-image", "starlette==0.46",
-                      "setuptools==64"]  # fmt: skip
+    assert wanted == [
+        "torch==2.11",
+        "numpy==2.0",
+        "rich",
+        "transformers==5.17",
+        "triton==3.6; platform_system == 'Linux'",
+        "scikit-image",
+        "starlette==0.46",
+        "setuptools==64",
+    ]
 
 
 def test_every_bound_of_the_project_is_run():

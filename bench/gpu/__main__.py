@@ -26,8 +26,9 @@ SECONDS = 560
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the results; default $VPT_GPU_RESULTS, else "
-                        "bench/results/<GPU>")  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results; default $VPT_GPU_RESULTS, else bench/results/<GPU>"
+    )
     parser.add_argument("--only", action="append", default=[], help="a part or a group to repeat; may be given again")
     parser.add_argument("--library", type=Path, help="a prebuilt _C_cuda.so, should the build fail")
     options = parser.parse_args()
@@ -44,8 +45,10 @@ def main() -> int:
     every = parts(target)
     chosen = [part for part in every if not options.only or {part.name, part.group} & set(options.only)]
     if not chosen:
-        parser.error(f"--only {options.only}: there are the parts {[p.name for p in every]} in the groups "
-                     f"{list(dict.fromkeys(p.group for p in every))}")  # fmt: skip
+        parser.error(
+            f"--only {options.only}: there are the parts {[p.name for p in every]} in the groups "
+            f"{list(dict.fromkeys(p.group for p in every))}"
+        )
 
     def plan_b(name: str, ok: bool) -> None:
         if name == "build" and not ok and options.library:

@@ -112,9 +112,16 @@ def decode(preset: str) -> None:
     weights = sum(x.nbytes for x in [*layers, engine.model.language.head] if isinstance(x, Tensor))
     bandwidth = copy_bandwidth()
     record(
-        "decode", preset=preset, dtype="bfloat16", wall_ms=wall * 1e3, events_ms=events * 1e3, replay_ms=replay * 1e3,
-        weight_bytes=weights, copy_GB_per_s=bandwidth / 1e9, of_copy=weights / replay / bandwidth,
-    )  # fmt: skip
+        "decode",
+        preset=preset,
+        dtype="bfloat16",
+        wall_ms=wall * 1e3,
+        events_ms=events * 1e3,
+        replay_ms=replay * 1e3,
+        weight_bytes=weights,
+        copy_GB_per_s=bandwidth / 1e9,
+        of_copy=weights / replay / bandwidth,
+    )
 
 
 def _token_seconds(engine: Engine) -> tuple[float, float]:
@@ -215,8 +222,12 @@ def profile(preset: str) -> None:
         with (RecordingProfiler if REHEARSAL else profiler)(activities=[ProfilerActivity.CUDA]) as found:
             call()
             synchronize()
-        record("profile", preset=preset, of=name, table=found.key_averages().table(
-            sort_by="cuda_time_total", row_limit=30, max_name_column_width=70))  # fmt: skip
+        record(
+            "profile",
+            preset=preset,
+            of=name,
+            table=found.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=70),
+        )
 
 
 if __name__ == "__main__":

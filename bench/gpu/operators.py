@@ -40,8 +40,9 @@ def append() -> Iterator[Case]:
         b = Buffers(Append(tokens, "2b", DTYPE, capacity=max(1024, tokens)), DEVICE)
 
         def ours(backend: str, b: Buffers = b) -> None:
-            append_visual_kv_(b.q, b.k, b.v, b.table, b.positions, b.slots, b.k_cache, b.v_cache, SECTIONS,
-                              backend=backend)  # fmt: skip
+            append_visual_kv_(
+                b.q, b.k, b.v, b.table, b.positions, b.slots, b.k_cache, b.v_cache, SECTIONS, backend=backend
+            )
 
         def written(b: Buffers = b) -> Tensor:
             return torch.cat(b.stored())
@@ -56,8 +57,10 @@ def control() -> Iterator[Case]:
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=DEVICE) / scale).to(dtype)
 
-    condition = {"condition_norm": (normal(hidden), normal(hidden)),
-                 "condition": (normal(hidden, hidden, scale=hidden**0.5), normal(hidden))}  # fmt: skip
+    condition = {
+        "condition_norm": (normal(hidden), normal(hidden)),
+        "condition": (normal(hidden, hidden, scale=hidden**0.5), normal(hidden)),
+    }
     linear = {"feature_norm": (normal(1024), normal(1024)), "feature": (normal(hidden, 1024, scale=32), normal(hidden))}
     for form, width, extra in (("identity", hidden, {}), ("linear", 1024, linear)):
         projector = fold_projector(form, **condition, **extra)
@@ -69,8 +72,9 @@ def control() -> Iterator[Case]:
 
             moved = x.nbytes + x[..., 0].numel() * hidden * x.itemsize
             moved += sum(t.nbytes for t in projector.tensors() if t is not None)
-            yield Case(f"control, {form}, {images}×256", call, lambda call=call: call("reference"), moved,
-                       TOLERANCES[DTYPE])  # fmt: skip
+            yield Case(
+                f"control, {form}, {images}×256", call, lambda call=call: call("reference"), moved, TOLERANCES[DTYPE]
+            )
 
 
 def roi() -> Iterator[Case]:

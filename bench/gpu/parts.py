@@ -35,11 +35,17 @@ def smoke(backend: str) -> list[Part]:
     needs = "build" if backend == "cuda" and not REHEARSAL else ""
     kind = "cpp" if REHEARSAL and backend == "cuda" else backend
     return [
-        Part(f"smoke {backend} {operator}", f"smoke, {name}",
-             _module("tests.gpu.smoke", "--backend", kind, "--operator", operator), 45,
-             needs=needs, beside=number > 0, environment=INTERPRETED if backend == "triton" else {})
+        Part(
+            f"smoke {backend} {operator}",
+            f"smoke, {name}",
+            _module("tests.gpu.smoke", "--backend", kind, "--operator", operator),
+            45,
+            needs=needs,
+            beside=number > 0,
+            environment=INTERPRETED if backend == "triton" else {},
+        )
         for number, operator in enumerate(operators)
-    ]  # fmt: skip
+    ]
 
 
 def sanitizers() -> list[Part]:
@@ -48,11 +54,16 @@ def sanitizers() -> list[Part]:
     tool = _module("bench.gpu.recording_sanitizer") if REHEARSAL else (found or "compute-sanitizer",)
     backend = "cpp" if REHEARSAL else "all"
     return [
-        Part(f"sanitizer {name}", "sanitizers",
-             (*tool, "--tool", name, "--error-exitcode", "9", *_module("tests.gpu.smoke", "--backend", backend)), 60,
-             beside=number > 0, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        Part(
+            f"sanitizer {name}",
+            "sanitizers",
+            (*tool, "--tool", name, "--error-exitcode", "9", *_module("tests.gpu.smoke", "--backend", backend)),
+            60,
+            beside=number > 0,
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
         for number, name in enumerate(("memcheck", "racecheck"))
-    ]  # fmt: skip
+    ]
 
 
 def tests() -> Part:
@@ -70,11 +81,28 @@ def tune() -> list[Part]:
         questions = [("append_kernel", "few tokens")]
     device = "cpu" if REHEARSAL else "cuda"
     return [
-        Part(f"tune {kernel}", "tune",
-             _module("bench.tune", "--kernel", kernel, "--size", size, "--device", device, "--seconds", "12",
-                     "--rounds", "6" if REHEARSAL else "15", "--record"), 20, environment=INTERPRETED)
+        Part(
+            f"tune {kernel}",
+            "tune",
+            _module(
+                "bench.tune",
+                "--kernel",
+                kernel,
+                "--size",
+                size,
+                "--device",
+                device,
+                "--seconds",
+                "12",
+                "--rounds",
+                "6" if REHEARSAL else "15",
+                "--record",
+            ),
+            20,
+            environment=INTERPRETED,
+        )
         for kernel, size in questions
-    ]  # fmt: skip
+    ]
 
 
 def parts(target: str) -> list[Part]:

@@ -83,8 +83,10 @@ def page(lines: Sequence[Line]) -> str:
         else:
             out.append(f"| {line['call']} | {line['backend']} | {line.get('absent') or line['wrong']} | | | |")
     out += ["", "| tuned | size | best | of |", "|---|---|---|---|"]
-    out += [f"| {t['kernel']} | {t['size']} | {t['chosen'] or 'the table'} | {len(t['answers'])} of {t['of']} |"
-            for t in named(lines, "tuned")]  # fmt: skip
+    out += [
+        f"| {t['kernel']} | {t['size']} | {t['chosen'] or 'the table'} | {len(t['answers'])} of {t['of']} |"
+        for t in named(lines, "tuned")
+    ]
     for line in named(lines, "profile"):
         out += ["", f"A replay, {line['of']} of the {line['preset']}:", "", "```", line["table"], "```"]
     return "\n".join(out) + "\n"

@@ -62,8 +62,9 @@ def ours_compiled(preset: str, language: LanguageModel) -> None:
         if not error <= 0.05:
             raise WrongResult(f"our compiled logits differ by {error:.2e}; a wrong rival is not timed")
         seconds = device_seconds(compiled, calls=2 if REHEARSAL else 10)[0]
-    record("decode", preset=preset, rival="ours, PyTorch's operations, compiled", dtype="bfloat16",
-           events_ms=seconds * 1e3)  # fmt: skip
+    record(
+        "decode", preset=preset, rival="ours, PyTorch's operations, compiled", dtype="bfloat16", events_ms=seconds * 1e3
+    )
 
 
 @torch.inference_mode()
@@ -109,8 +110,14 @@ def transformers_compiled(preset: str, engine: Engine) -> None:
         token.fill_(int(compiled(token, at).argmax()))
         at.fill_(PROMPT + 1 + number)
     wall = (time.perf_counter() - begin) / TOKENS
-    record("decode", preset=preset, rival="transformers, StaticCache, compiled", dtype="bfloat16",
-           wall_ms=wall * 1e3, events_ms=seconds * 1e3)  # fmt: skip
+    record(
+        "decode",
+        preset=preset,
+        rival="transformers, StaticCache, compiled",
+        dtype="bfloat16",
+        wall_ms=wall * 1e3,
+        events_ms=seconds * 1e3,
+    )
 
 
 if __name__ == "__main__":

@@ -108,9 +108,14 @@ class Session:
         environment = {**os.environ, **part.environment, PART: part.name, RESULTS: str(self.results)}
         with log.open("wb") as output:
             process = subprocess.Popen(
-                part.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                part.command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         begun = time.monotonic()
         self.running[part.name] = _Running(part, process, log, begun, min(begun + part.limit * self.scale, self.end))
 

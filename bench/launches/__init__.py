@@ -46,15 +46,18 @@ def budgets() -> dict[str, dict[str, Numbers]]:
 def page(budget: dict[str, dict[str, Numbers]]) -> str:
     """docs/launches.md."""
     lines = [
-        "# What the engine asks of a GPU", "",
-        "<!-- Written by `python -m bench launches --write`. -->", "",
+        "# What the engine asks of a GPU",
+        "",
+        "<!-- Written by `python -m bench launches --write`. -->",
+        "",
         "Counted without a GPU by `python -m bench launches`: the engine runs, with graphs, in bfloat16 and at true",
         "shapes, on tensors that have no values. A kernel of ours counts where it is launched, an operator of torch",
         "by [a table](../bench/launches/kernels.py), a graph's replay as its kernels. A wait is a call at which the",
         "host may stand still until the device has caught up: a synchronised stream or event, or a value that is",
         "read. Every kernel reads its inputs in full, of the caches what they hold. A look goes from its trigger token",
-        "to the first answer token. [A test](../tests/bench/test_launches.py) holds every number.", "",
-    ]  # fmt: skip
+        "to the first answer token. [A test](../tests/bench/test_launches.py) holds every number.",
+        "",
+    ]
     for preset, rows in budget.items():
         lines += [f"## {preset.upper()}", "", "| | " + " | ".join(COLUMNS.values()) + " |", "|---" * 8 + "|"]
         lines += [f"| {name} | " + " | ".join(f"{row[key]:,}" for key in COLUMNS) + " |" for name, row in rows.items()]

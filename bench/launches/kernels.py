@@ -19,10 +19,22 @@ WHOLE = {aten.scaled_dot_product_attention, aten._fused_rms_norm, aten.rms_norm}
 """Composite operators that are one kernel on a GPU: flash attention, or memory-efficient attention under a mask."""
 
 _NONE = {
-    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach, aten.detach_,
-    aten.alias, aten.lift_fresh, aten._unsafe_view, aten.view, aten._reshape_alias, aten.set_, aten.resize_,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten.detach,
+    aten.detach_,
+    aten.alias,
+    aten.lift_fresh,
+    aten._unsafe_view,
+    aten.view,
+    aten._reshape_alias,
+    aten.set_,
+    aten.resize_,
     aten.record_stream,
-}  # fmt: skip
+}
 _SEVERAL = {aten.constant_pad_nd: 2, aten.sort: 4, aten.cumsum: 1, aten.topk: 2, aten.nonzero: 3}
 """A padded tensor is a fill and a copy; sort, topk and nonzero are several of CUB's."""
 _ONLY_WRITES = {aten.fill_, aten.zero_, aten.copy_, aten.index_put_, aten.full_like, aten.zeros_like, aten.ones_like}
@@ -30,9 +42,22 @@ _ONLY_WRITES = {aten.fill_, aten.zero_, aten.copy_, aten.index_put_, aten.full_l
 _GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """They read as many bytes of their source as they return."""
 _UNREAD = {
-    "out", "normed", "q_out", "sums", "weights", "partials", "tickets", "logits", "tops", "choices", "tokens",
-    "k_cache", "v_cache", "table", "cos_sin",
-}  # fmt: skip
+    "out",
+    "normed",
+    "q_out",
+    "sums",
+    "weights",
+    "partials",
+    "tickets",
+    "logits",
+    "tops",
+    "choices",
+    "tokens",
+    "k_cache",
+    "v_cache",
+    "table",
+    "cos_sin",
+}
 """Parameters of our Triton kernels that are written, not read, where a kernel's own entry says nothing else; and the
 table of angles, of which a token reads three rows of 512 bytes."""
 _READ_BY = {"linear_add_kernel": {"partials"}}

@@ -240,16 +240,24 @@ class Pretended:
             return graph, graph.outputs
 
         replaced = {
-            "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
-            "current_device": lambda: 0, "set_device": lambda device: None, "init": lambda: None,
+            "_lazy_init": lambda: None,
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "set_device": lambda device: None,
+            "init": lambda: None,
             "get_device_capability": lambda device=None: self.capability,
-            "current_stream": lambda device=None: stream, "default_stream": lambda device=None: stream,
+            "current_stream": lambda device=None: stream,
+            "default_stream": lambda device=None: stream,
             **classes,
-            "stream": inside, "device": inside, "set_stream": lambda stream: None,
+            "stream": inside,
+            "device": inside,
+            "set_stream": lambda stream: None,
             "synchronize": lambda device=None: self.tally.waits.update(["synchronize"]),
-            "graph": self.captured, "graph_pool_handle": lambda: (0, 0),
+            "graph": self.captured,
+            "graph_pool_handle": lambda: (0, 0),
             "is_current_stream_capturing": lambda: self._capturing is not None,
-        }  # fmt: skip
+        }
         return [
             mock.patch.multiple(torch.cuda, **replaced),
             mock.patch.object(JITFunction, "run", compiled),

@@ -17,9 +17,18 @@ from vpt_model.checkpoint.load import expected_shapes
 from vpt_model.mini.vocabulary import tokenizer
 
 _SIZES = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-    "vocab_size", "max_position_embeddings", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "image_resolution",
-)  # fmt: skip
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "image_resolution",
+)
 
 
 def export(state: Mapping[str, Tensor], folder: Path) -> None:

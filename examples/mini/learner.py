@@ -57,11 +57,19 @@ class Learner:
         own = {name: tensor for name, tensor in state.items() if name != HEAD}
         matrices = {n for n, t in own.items() if t.dim() == 2 and n != EMBEDDING and not n.endswith("_feature.weight")}
         self.optimizers = [
-            torch.optim.Muon([own[n] for n in own if n in matrices], lr=rate, weight_decay=_WEIGHT_DECAY,
-                             adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([*(own[n] for n in own if n not in matrices and "_feature." not in n),
-                               *self.readers.values()], lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
-        ]  # fmt: skip
+            torch.optim.Muon(
+                [own[n] for n in own if n in matrices],
+                lr=rate,
+                weight_decay=_WEIGHT_DECAY,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(
+                [*(own[n] for n in own if n not in matrices and "_feature." not in n), *self.readers.values()],
+                lr=rate,
+                betas=(0.9, 0.98),
+                weight_decay=0.0,
+            ),
+        ]
         self.random = torch.Generator().manual_seed(seed)
 
     def step(self, batch: dict[str, Any], scale: float) -> tuple[float, dict[str, list[bool]]]:

@@ -109,8 +109,14 @@ def train(
                 recent[kind] += answers
             if step % LOG_STEPS == 0:
                 accuracy = {kind: round(float(np.mean(values)), 4) for kind, values in sorted(recent.items())}
-                line = {"step": step, "minutes": elapsed / 60, "wall": time.time() - wall, "stage": name,
-                        "loss": float(np.mean(losses)), "accuracy": accuracy}  # fmt: skip
+                line = {
+                    "step": step,
+                    "minutes": elapsed / 60,
+                    "wall": time.time() - wall,
+                    "stage": name,
+                    "loss": float(np.mean(losses)),
+                    "accuracy": accuracy,
+                }
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 recent.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.aot.variant import Variant
 from vpt_kernels.append_visual_kv import triton as append
 from vpt_kernels.control_cross_attention import triton as control
+from vpt_kernels.control_cross_attention import triton_condition
 
 
 def _append(name: str, launch: tuple, kind: str, registers: int, **changes: object) -> Variant:
@@ -12,62 +13,134 @@ def _append(name: str, launch: tuple, kind: str, registers: int, **changes: obje
     float8, normed = changes.pop("FLOAT8", False), changes.pop("normed", False)
     cache = "*u8" if float8 else f"*{kind}"
     constants = {
-        "Q_HEADS": 12, "KV_HEADS": 2, "HEAD_DIM": 128, "HALF": 64, "SECTION_T": 16, "SECTION_H": 24, "SECTION_W": 24,
-        "INTERLEAVED": False, "PAGED": False, "FLOAT8": float8, "K_HEAD_SCALES": False, "V_HEAD_SCALES": False,
-        "BLOCK_TOKENS": block_tokens, "BLOCK_HEADS": append.BLOCK_HEADS, "BLOCK_HALF": 64, "BLOCK_REST": 1,
+        "Q_HEADS": 12,
+        "KV_HEADS": 2,
+        "HEAD_DIM": 128,
+        "HALF": 64,
+        "SECTION_T": 16,
+        "SECTION_H": 24,
+        "SECTION_W": 24,
+        "INTERLEAVED": False,
+        "PAGED": False,
+        "FLOAT8": float8,
+        "K_HEAD_SCALES": False,
+        "V_HEAD_SCALES": False,
+        "BLOCK_TOKENS": block_tokens,
+        "BLOCK_HEADS": append.BLOCK_HEADS,
+        "BLOCK_HALF": 64,
+        "BLOCK_REST": 1,
         "BLOCK_DIM": 128,
-    } | changes  # fmt: skip
+    } | changes
     types = dict.fromkeys(("q_ptr", "q_out_ptr", "k_ptr", "v_ptr"), f"*{kind}")
     types |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), cache)
     types |= {"table_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64", "norm_eps": "fp32"}
     types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32" if float8 else "constexpr")
     types |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), f"*{kind}" if normed else "constexpr")
-    unaligned = ("norm_eps", "tokens", "table_rows", "capacity", "page_size", "stride_positions_axis",
-                 "stride_positions_token", "stride_slots_token")  # fmt: skip
+    unaligned = (
+        "norm_eps",
+        "tokens",
+        "table_rows",
+        "capacity",
+        "page_size",
+        "stride_positions_axis",
+        "stride_positions_token",
+        "stride_slots_token",
+    )
     return Variant(
-        f"append {name}", append.append_kernel, constants, types, registers, 4096, warps, unaligned=unaligned,
+        f"append {name}",
+        append.append_kernel,
+        constants,
+        types,
+        registers,
+        4096,
+        warps,
+        unaligned=unaligned,
         options={"enable_fp_fusion": False},
-    )  # fmt: skip
+    )
 
 
 def _project(name: str, size: str, kind: str, registers: int, shared: int, **changes: object) -> Variant:
     block_m, block_n, block_k, warps, stages = control.GEMM_LAUNCHES[size]
     constants = {
-        "CHANNELS": 1024, "CONV": False, "RAGGED": False, "CONDITIONED": True, "ONE_IMAGE": True, "SCATTER": True,
-        "PDL": False, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-    } | changes  # fmt: skip
+        "CHANNELS": 1024,
+        "CONV": False,
+        "RAGGED": False,
+        "CONDITIONED": True,
+        "ONE_IMAGE": True,
+        "SCATTER": True,
+        "PDL": False,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    } | changes
     types = dict.fromkeys(("features", "weight", "bias", "norm_weight", "norm_bias", "out"), f"*{kind}")
     types |= {"condition": "*fp32", "rows": "*i64"}
     types["cu_seqlens"] = "*i32" if constants["RAGGED"] else "constexpr"
     return Variant(
-        f"project {name}", control.project_kernel, constants, types, registers, shared, warps, stages,
-        unaligned=("tokens", "per_image", "images", "steps", "cells_across", "x_channel", "x_height", "x_width",
-                   "condition_stride", "cu_stride", "rows_stride", "out_rows"),
+        f"project {name}",
+        control.project_kernel,
+        constants,
+        types,
+        registers,
+        shared,
+        warps,
+        stages,
+        unaligned=(
+            "tokens",
+            "per_image",
+            "images",
+            "steps",
+            "cells_across",
+            "x_channel",
+            "x_height",
+            "x_width",
+            "condition_stride",
+            "cu_stride",
+            "rows_stride",
+            "out_rows",
+        ),
         tensor_cores=kind != "fp32",
-    )  # fmt: skip
+    )
 
 
 def _condition(name: str, size: str, kind: str, registers: int) -> Variant:
-    images, block_n, block_k, warps = control.CONDITION_LAUNCHES[size]
+    images, block_n, block_k, warps = triton_condition.CONDITION_LAUNCHES[size]
     constants = {"PDL": False, "BLOCK_IMAGES": images, "BLOCK_N": block_n, "BLOCK_K": block_k}
     types = dict.fromkeys(("control", "norm_weight", "norm_bias", "weight", "bias"), f"*{kind}")
     types |= dict.fromkeys(("score_weight", "score_bias", "out"), "*fp32")
     return Variant(
-        f"condition {name}", control.condition_kernel, constants, types, registers, 4096, warps,
+        f"condition {name}",
+        triton_condition.condition_kernel,
+        constants,
+        types,
+        registers,
+        4096,
+        warps,
         unaligned=("images", "score_rows", "out_stride"),
-    )  # fmt: skip
+    )
 
 
 def _identity(name: str, size: str, kind: str, width: int, registers: int, **changes: object) -> Variant:
     block_m, warps = control.IDENTITY_LAUNCHES[size]
     constants = {
-        "RAGGED": True, "CONDITIONED": True, "SCATTER": True, "PDL": False, "BLOCK_M": block_m, "BLOCK_H": width,
-    } | changes  # fmt: skip
+        "RAGGED": True,
+        "CONDITIONED": True,
+        "SCATTER": True,
+        "PDL": False,
+        "BLOCK_M": block_m,
+        "BLOCK_H": width,
+    } | changes
     types = {"features": f"*{kind}", "condition": "*fp32", "cu_seqlens": "*i64", "rows": "*i64", "out": f"*{kind}"}
     return Variant(
-        f"identity {name}", control.identity_kernel, constants, types, registers, 64, warps,
+        f"identity {name}",
+        control.identity_kernel,
+        constants,
+        types,
+        registers,
+        64,
+        warps,
         unaligned=("tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"),
-    )  # fmt: skip
+    )
 
 
 VARIANTS = (
@@ -77,10 +150,23 @@ VARIANTS = (
     _append("middle bf16", append.LAUNCHES["some tokens"], "bf16", 64),
     _append("many bf16", append.LAUNCHES["many tokens"], "bf16", 64),
     _append("many fp32 paged", append.LAUNCHES["many tokens"], "fp32", 80, PAGED=True),
-    _append("many fp16 float8", append.LAUNCHES["many tokens"], "fp16", 80, PAGED=True, FLOAT8=True,
-            K_HEAD_SCALES=True),
-    _append("partial interleaved", append.LAUNCHES["many tokens"], "bf16", 64, HALF=16, SECTION_T=4, SECTION_H=6,
-            SECTION_W=6, INTERLEAVED=True, HEAD_DIM=80, BLOCK_HALF=16, BLOCK_REST=64),
+    _append(
+        "many fp16 float8", append.LAUNCHES["many tokens"], "fp16", 80, PAGED=True, FLOAT8=True, K_HEAD_SCALES=True
+    ),
+    _append(
+        "partial interleaved",
+        append.LAUNCHES["many tokens"],
+        "bf16",
+        64,
+        HALF=16,
+        SECTION_T=4,
+        SECTION_H=6,
+        SECTION_W=6,
+        INTERLEAVED=True,
+        HEAD_DIM=80,
+        BLOCK_HALF=16,
+        BLOCK_REST=64,
+    ),
     # Both halves of a head wait for its root; of one warp a program, 24 still fit a multiprocessor's registers.
     _append("few bf16 normed", append.LAUNCHES["few tokens"], "bf16", 72, normed=True),
     _append("many bf16 normed", append.LAUNCHES["many tokens"], "bf16", 80, normed=True),
@@ -104,4 +190,4 @@ VARIANTS = (
     _identity("wide bf16", "wide", "bf16", 4096, 64),
     _identity("widest fp32", "wide", "fp32", 16384, 168),
     _identity("plain", "wide", "fp16", 4096, 32, CONDITIONED=False),
-)  # fmt: skip
+)

@@ -11,18 +11,32 @@ _LENGTHS = dict.fromkeys(("starts", "past", "counts"), "*i32")
 
 def _split(name: str, launch: attention.Launch, kind: str, registers: int, shared: int, **changes: object) -> Variant:
     constants = {
-        "Q_HEADS": 12, "KV_HEADS": 2, "HEAD_DIM": 128, "BLOCK_M": launch.rows, "BLOCK_N": launch.keys, "BLOCK_D": 128,
+        "Q_HEADS": 12,
+        "KV_HEADS": 2,
+        "HEAD_DIM": 128,
+        "BLOCK_M": launch.rows,
+        "BLOCK_N": launch.keys,
+        "BLOCK_D": 128,
         "SPLIT": launch.split,
-    } | changes  # fmt: skip
+    } | changes
     types = dict.fromkeys(("q", "keys", "values", "out"), f"*{kind}") | dict.fromkeys(("sums", "weights"), "*fp32")
     types["tickets"] = "*i32"
     # A warpgroup's instruction takes 64 rows; the tile of a decoded token has 16, which every target multiplies alike.
     wide = launch.rows >= 64
     return Variant(
-        f"split {name}", attention.split_kernel, constants, types | _LENGTHS | {"scale": "fp32"}, registers, shared,
-        launch.warps, launch.stages, unaligned=("scale", "tokens", "splits", "capacity"),
-        tensor_cores=wide and kind != "fp32", batched=not wide and kind != "fp32", tuned=_TUNED,
-    )  # fmt: skip
+        f"split {name}",
+        attention.split_kernel,
+        constants,
+        types | _LENGTHS | {"scale": "fp32"},
+        registers,
+        shared,
+        launch.warps,
+        launch.stages,
+        unaligned=("scale", "tokens", "splits", "capacity"),
+        tensor_cores=wide and kind != "fp32",
+        batched=not wide and kind != "fp32",
+        tuned=_TUNED,
+    )
 
 
 VARIANTS = (

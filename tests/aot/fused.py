@@ -11,29 +11,45 @@ def _norm(kernel: object, kind: str, registers: int, block: int, added: bool = T
     types = dict.fromkeys(("x", "weight", "bias", "out", "normed"), f"*{kind}") | {"eps": "fp32"}
     types["delta"] = f"*{kind}" if added else "constexpr"
     return Variant(
-        f"{name} {kind} {block}" + (" alone" if not added else ""), kernel, {"BLOCK": block}, types, registers, 64,
-        norms.WARPS, unaligned=("eps",), streams=True,
-    )  # fmt: skip
+        f"{name} {kind} {block}" + (" alone" if not added else ""),
+        kernel,
+        {"BLOCK": block},
+        types,
+        registers,
+        64,
+        norms.WARPS,
+        unaligned=("eps",),
+        streams=True,
+    )
 
 
 def _gate(kernel: object, kind: str) -> Variant:
     # 8 values a thread: 64 registers leave 32 warps a multiprocessor.
     types = dict.fromkeys(("packed", "out", "x"), f"*{kind}")
     return Variant(
-        f"{kernel.__name__.removesuffix('_kernel').replace('_', ' ')} {kind}", kernel, {"BLOCK": gates.BLOCK}, types,
-        64, 0, gates.WARPS, streams=True,
-    )  # fmt: skip
+        f"{kernel.__name__.removesuffix('_kernel').replace('_', ' ')} {kind}",
+        kernel,
+        {"BLOCK": gates.BLOCK},
+        types,
+        64,
+        0,
+        gates.WARPS,
+        streams=True,
+    )
 
 
 def _rotate(kind: str, heads: int, dim: int) -> Variant:
-    constants = {
-        "HEADS": heads, "HALF": dim // 2, "BLOCK_HEADS": rotary.BLOCK_HEADS, "BLOCK_HALF": 64,
-    }  # fmt: skip
+    constants = {"HEADS": heads, "HALF": dim // 2, "BLOCK_HEADS": rotary.BLOCK_HEADS, "BLOCK_HALF": 64}
     return Variant(
-        f"rotate packed {kind}", rotary.rotate_packed_kernel, constants,
-        {"packed": f"*{kind}", "cos": "*fp32", "sin": "*fp32"}, 64, 256, rotary.WARPS,
+        f"rotate packed {kind}",
+        rotary.rotate_packed_kernel,
+        constants,
+        {"packed": f"*{kind}", "cos": "*fp32", "sin": "*fp32"},
+        64,
+        256,
+        rotary.WARPS,
         options={"enable_fp_fusion": False},
-    )  # fmt: skip
+    )
 
 
 VARIANTS = (

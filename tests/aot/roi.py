@@ -15,24 +15,48 @@ def _resample(name: str, entry: int | None) -> Variant:
     constants = {"ENTRY": entry, "TILE": launch.tile, "CHUNK": launch.chunk, "PDL": False}
     # One block of 8 warps may use every register: two matrices of sums and 64-bit addresses of a tile of bytes.
     return Variant(
-        f"resample {name}", roi.resample_kernel, constants, {"regions": "*i64", "out": "*u8"}, 255, 16 << 10,
-        launch.warps, 1, unaligned=("count", "stride"), tensor_cores=True, tuned=_TUNED, options=_EXACT,
-    )  # fmt: skip
+        f"resample {name}",
+        roi.resample_kernel,
+        constants,
+        {"regions": "*i64", "out": "*u8"},
+        255,
+        16 << 10,
+        launch.warps,
+        1,
+        unaligned=("count", "stride"),
+        tensor_cores=True,
+        tuned=_TUNED,
+        options=_EXACT,
+    )
 
 
 def _embed(size: str, kind: str, registers: int, patch: int = 14) -> Variant:
     block, row_bytes = roi.PRODUCTS[size], 3 * patch * patch
     stride, entry = roi.patch_row_layout(row_bytes)
     constants = {
-        "K": row_bytes, "STRIDE": stride, "ENTRY": entry, "BM": block.rows, "BN": block.columns, "BK": block.k,
+        "K": row_bytes,
+        "STRIDE": stride,
+        "ENTRY": entry,
+        "BM": block.rows,
+        "BN": block.columns,
+        "BK": block.k,
         "PDL": False,
-    }  # fmt: skip
+    }
     types = {"patches": "*u8", "weight": f"*{kind}", "bias": "*fp32", "out": f"*{kind}"}
     # Two blocks a multiprocessor (three of 4 warps), so that one computes while the other waits for its operands.
     return Variant(
-        f"embed {size} {kind} {patch}", roi.embed_kernel, constants, types, registers, 80 << 10, block.warps,
-        block.stages, unaligned=("rows",), tensor_cores=True, tuned=_TUNED,
-    )  # fmt: skip
+        f"embed {size} {kind} {patch}",
+        roi.embed_kernel,
+        constants,
+        types,
+        registers,
+        80 << 10,
+        block.warps,
+        block.stages,
+        unaligned=("rows",),
+        tensor_cores=True,
+        tuned=_TUNED,
+    )
 
 
 def _strip(kind: str) -> Variant:
@@ -42,9 +66,21 @@ def _strip(kind: str) -> Variant:
     # Sixteen patches' pixels stay in registers, which leaves too few for the prologue's addresses and coefficients:
     # up to 512 bytes a thread go through local memory. The weight's share of one step is what shared memory holds.
     return Variant(
-        f"strip {kind}", fused.strip_kernel, constants, types, 255, 96 << 10, launch.warps, 1,
-        unaligned=("count",), tensor_cores=True, batched=True, spilled=512, tuned=_TUNED, options=_EXACT,
-    )  # fmt: skip
+        f"strip {kind}",
+        fused.strip_kernel,
+        constants,
+        types,
+        255,
+        96 << 10,
+        launch.warps,
+        1,
+        unaligned=("count",),
+        tensor_cores=True,
+        batched=True,
+        spilled=512,
+        tuned=_TUNED,
+        options=_EXACT,
+    )
 
 
 VARIANTS = (

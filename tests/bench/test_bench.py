@@ -60,11 +60,14 @@ def test_missing_and_wrong_rows_fail_a_comparison() -> None:
     assert report.compare(before, wrong)[1] == report.compare(before, {**before, "rows": []})[1] != []
 
 
-@pytest.mark.parametrize("build, workload", [
-    (append.build, workloads.Append(5, "2b", "float32", capacity=16)),
-    (control.build, workloads.Control("identity", 1, 3, "2b", "float32")),
-    (roi.build, workloads.Roi(320, 240, 1, "float32", longest_edge=256)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build, workload",
+    [
+        (append.build, workloads.Append(5, "2b", "float32", capacity=16)),
+        (control.build, workloads.Control("identity", 1, 3, "2b", "float32")),
+        (roi.build, workloads.Roi(320, 240, 1, "float32", longest_edge=256)),
+    ],
+)
 def test_a_planted_wrong_result_is_never_timed(monkeypatch, build, workload) -> None:
     module = {append.build: append, control.build: control, roi.build: roi}[build]
     name = {append: "append_visual_kv", control: "control_cross_attention", roi: "roi_patch_embed"}[module]
@@ -224,10 +227,16 @@ def test_a_file_that_is_no_result(tmp_path: Path) -> None:
 
 
 def test_goals_are_rows_and_alternatives_that_exist() -> None:
-    names = {f"{op} | {w.shape} | {w.dtype}" for op, group in (
-        ("roi_patch_embed", workloads.ROI), ("roi_patches", workloads.PATCHES),
-        ("control_cross_attention", workloads.CONTROL), ("append_visual_kv", workloads.APPEND),
-    ) for w in group}  # fmt: skip
+    names = {
+        f"{op} | {w.shape} | {w.dtype}"
+        for op, group in (
+            ("roi_patch_embed", workloads.ROI),
+            ("roi_patches", workloads.PATCHES),
+            ("control_cross_attention", workloads.CONTROL),
+            ("append_visual_kv", workloads.APPEND),
+        )
+        for w in group
+    }
     for workload in workloads.ENGINE["cpu"]:
         op = "decode" if isinstance(workload, workloads.Decode) else "second look"
         names.add(f"{op} | {workload.shape} | float32")

@@ -18,8 +18,17 @@ from bench.gpu.parts import parts
 from bench.gpu.session import ROOT, Part, Session
 
 PLAN = parts("9.0a")
-GROUPS = ["smoke, Triton", "smoke, CUDA", "engine", "profile", "7B and rivals", "operators", "tests", "sanitizers",
-          "tune"]  # fmt: skip
+GROUPS = [
+    "smoke, Triton",
+    "smoke, CUDA",
+    "engine",
+    "profile",
+    "7B and rivals",
+    "operators",
+    "tests",
+    "sanitizers",
+    "tune",
+]
 EVIDENCE = "from bench.gpu import record; record('evidence', number=1); record('evidence', number=2); print('done')"
 HANGS = "from bench.gpu import record; record('evidence', number=1); import time; print('hangs', flush=True); " + (
     "time.sleep(600)"
@@ -142,13 +151,19 @@ LINES = [
     {"part": "decode 2b", "name": "decode", "preset": "2b", "of_copy": 0.66, "replay_ms": 1.5, "events_ms": 1.6},
     {"part": "transformers 2b", "name": "decode", "preset": "2b", "rival": "compiled", "events_ms": 2.4},
     {"part": "looks 2b", "name": "look", "preset": "2b", "look": "clip", "ms": 7.0},
-    {"part": "operators", "name": "operator", "call": "append, 54 tokens", "backend": "cuda",
-     "us": {"ours": 5.0, "eager": 40.0, "copy": 4.0}, "of_copy": 0.8},
+    {
+        "part": "operators",
+        "name": "operator",
+        "call": "append, 54 tokens",
+        "backend": "cuda",
+        "us": {"ours": 5.0, "eager": 40.0, "copy": 4.0},
+        "of_copy": 0.8,
+    },
     {"part": "operators", "name": "operator", "call": "roi", "backend": "triton", "wrong": "WrongResult"},
     {"part": "profile 2b", "name": "profile", "preset": "2b", "of": "decode", "table": "kernel 1 us"},
     {"part": "tune", "name": "tuned", "kernel": "k", "size": "all", "chosen": None, "of": 3, "answers": {"1": 1}},
     {"part": "decode 2b", "name": "end", "ok": True, "seconds": 3.0, "summary": "a | b"},
-]  # fmt: skip
+]
 
 
 def test_the_page_and_the_picture(tmp_path):

@@ -56,13 +56,15 @@ class TestPretended:
                 (lambda: F.rms_norm(x, (8,)), ["rms_norm"]),
                 (lambda: F.silu(x[:, :4]).mul_(x[:, 4:]), ["silu", "mul"]),
                 (lambda: F.pad(x, (0, 8)), ["constant_pad_nd"] * 2),
-                (lambda: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
-                 ["scaled_dot_product_attention"]),
+                (
+                    lambda: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
+                    ["scaled_dot_product_attention"],
+                ),
                 (lambda: x.contiguous(), []),
                 (lambda: x.t().contiguous(), ["clone"]),
                 (lambda: x.__setitem__(slice(2), 0.0), ["fill"]),
                 (lambda: x.float(), ["copy"]),
-            ):  # fmt: skip
+            ):
                 assert list(since(gpu, call).launches.elements()) == expected
 
     def test_bytes(self):

@@ -14,11 +14,17 @@ ENVIRONMENT = {"cpu": "a processor", "threads": 2, "torch": "2.13", "date": "202
 def _row(size: int, ours: float, theirs: float, **more) -> dict:
     shape = f"{size} tokens"
     return {
-        "name": f"op | {shape} | float32", "op": "op", "shape": shape, "ours_ms": ours,
-        "alternatives": {"eager": {"ms": theirs, "ratio": theirs / ours, "low": 1, "high": 9, "noisy": False},
-                         "copy of the same bytes": {"ms": 0.1}, "a peer": {"absent": "not installed"}},
+        "name": f"op | {shape} | float32",
+        "op": "op",
+        "shape": shape,
+        "ours_ms": ours,
+        "alternatives": {
+            "eager": {"ms": theirs, "ratio": theirs / ours, "low": 1, "high": 9, "noisy": False},
+            "copy of the same bytes": {"ms": 0.1},
+            "a peer": {"absent": "not installed"},
+        },
         "sweep": {"axis": "tokens", "at": size, "series": "op, float32"},
-    } | more  # fmt: skip
+    } | more
 
 
 def _result(*rows: dict) -> dict:
@@ -71,11 +77,22 @@ def test_names_of_rows_are_unique():
 
 
 def test_pictures(tmp_path):
-    timeline = {"ours": {"crop+embed": 3.0, "ViT": 20.0, "append": 10.0, "rest": 1.0},
-                "published procedure": {"crop+embed": 9.0, "ViT": 40.0, "append": 99.0, "rest": 3.0}}  # fmt: skip
+    timeline = {
+        "ours": {"crop+embed": 3.0, "ViT": 20.0, "append": 10.0, "rest": 1.0},
+        "published procedure": {"crop+embed": 9.0, "ViT": 40.0, "append": 99.0, "rest": 3.0},
+    }
     published = {"published procedure": {"ms": 2, "ratio": 2.5, "low": 2, "high": 3, "noisy": False}}
-    rows = [_row(size, size + 1, 2 * size + 2, timeline=timeline, sweep={"axis": "history", "at": size, "series": "op"},
-                 alternatives=published) for size in (0, 4, 16)]  # fmt: skip
+    rows = [
+        _row(
+            size,
+            size + 1,
+            2 * size + 2,
+            timeline=timeline,
+            sweep={"axis": "history", "at": size, "series": "op"},
+            alternatives=published,
+        )
+        for size in (0, 4, 16)
+    ]
     assert charts.timeline(_result(*rows), tmp_path / "t.svg") and charts.scaling(_result(*rows), tmp_path / "s.svg")
     assert (tmp_path / "t.svg").read_text().count("34 ms") == 1  # once: the row without history
     assert not charts.timeline(_result(), tmp_path / "n.svg") and not charts.scaling(_result(), tmp_path / "n.svg")

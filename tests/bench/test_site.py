@@ -79,8 +79,15 @@ def test_the_committed_results_are_all_there(tmp_path: Path) -> None:
 def test_numbers_are_shown_with_units_and_sort_by_value() -> None:
     read = Reader(site.page({"m": {"quick": result(made())}}, {}))
     assert read.rows[1] == [
-        "op, shape, float32", "2.00 ms", "4.00 TFLOP/s", "50%", "eager", "3.00 ms", "1.50×", "1.40 … 1.60",
-    ]  # fmt: skip
+        "op, shape, float32",
+        "2.00 ms",
+        "4.00 TFLOP/s",
+        "50%",
+        "eager",
+        "3.00 ms",
+        "1.50×",
+        "1.40 … 1.60",
+    ]
     assert read.sorts[1] == [2.0, 0.5, 0.5, 3.0, 1.5, 1.4]
 
 

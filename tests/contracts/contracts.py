@@ -251,26 +251,41 @@ CONTRACTS = (
     Contract(f"A layer of SAM no longer returns its tensor alone: {_ENCODERS}", sam_layer, "transformers"),
     Contract(f"A DynamicLayer holds its keys and values otherwise: {_CACHES}", cache_layers, "transformers"),
     Contract(f"A StaticLayer counts its tokens otherwise: {_CACHES}", static_layer, "transformers"),
-    Contract("The rotary functions of the Qwen models have new names: see vpt_kernels/patch/rotary.py",
-             qwen_attentions, "transformers"),
+    Contract(
+        "The rotary functions of the Qwen models have new names: see vpt_kernels/patch/rotary.py",
+        qwen_attentions,
+        "transformers",
+    ),
     Contract("Qwen2-VL's image processor has other settings: see vpt_kernels/processor.py", processors, "transformers"),
     Contract(f"Triton compiles ahead of time by other names: {_AOT}", triton_compiler, "triton"),
-    Contract("Triton's launches take other options: see the launches in vpt_kernels/*/triton.py", triton_options,
-             "triton"),
-    Contract("Triton's dependent launches have other names: see control_cross_attention/triton.py", triton_pdl,
-             "triton"),
-    Contract("Triton's interpreter has other parts: see tests/triton/bf16_interpreter.py", triton_interpreter,
-             "triton"),
+    Contract(
+        "Triton's launches take other options: see the launches in vpt_kernels/*/triton.py", triton_options, "triton"
+    ),
+    Contract(
+        "Triton's dependent launches have other names: see control_cross_attention/triton.py", triton_pdl, "triton"
+    ),
+    Contract(
+        "Triton's interpreter has other parts: see tests/triton/bf16_interpreter.py", triton_interpreter, "triton"
+    ),
     Contract("A C++ library's std::out_of_range is no IndexError: see vpt_kernels/backends.py", torch_errors),
     Contract("torch finds the CUDA toolkit by another name: see setup.py", torch_build),
     Contract("torch.empty cannot be made to fill memory: see tests/conftest.py", torch_poison),
     Contract("torch's oneDNN product has another signature: see vpt_model/network/linear.py", torch_linear),
     Contract("torch's fake tensors are elsewhere: see vpt_model/checkpoint/weights.py", torch_fakes),
-    Contract("tokenizers no longer looks whole words up first: see vpt_model/text/tokens.py", tokenizers_whole_words,
-             "tokenizers"),
-    Contract("tokenizers numbers an added token anew that the vocabulary has: see vpt_model/text/tokens.py",
-             tokenizers_ids, "tokenizers"),
-    Contract("Pillow no longer resizes in two passes that round to uint8: see roi_patch_embed/geometry.py",
-             pillow_two_passes, "PIL"),
+    Contract(
+        "tokenizers no longer looks whole words up first: see vpt_model/text/tokens.py",
+        tokenizers_whole_words,
+        "tokenizers",
+    ),
+    Contract(
+        "tokenizers numbers an added token anew that the vocabulary has: see vpt_model/text/tokens.py",
+        tokenizers_ids,
+        "tokenizers",
+    ),
+    Contract(
+        "Pillow no longer resizes in two passes that round to uint8: see roi_patch_embed/geometry.py",
+        pillow_two_passes,
+        "PIL",
+    ),
     Contract("Pillow limits the size of pictures otherwise: see vpt_kernels/images.py", pillow_bomb, "PIL"),
-)  # fmt: skip
+)

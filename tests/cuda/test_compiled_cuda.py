@@ -154,8 +154,11 @@ def test_library_loads_without_a_gpu():
     or with that of a CUDA build, and registers every operator that has a CUDA form."""
     done = subprocess.run(
         [sys.executable, "-c", LOADS, str(nvcc.library()), str(nvcc.torch_cuda())],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.stdout.splitlines() == ["registered 7", "refused"], done.stdout + done.stderr
 
 
@@ -216,8 +219,12 @@ def test_library_beside_the_cpu_kernels(tmp_path, torch_has):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, "-c", IN_PLACE, *preloaded],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout.splitlines()
     assert said[0] == "CPU None" and said[2] == "CPU backend cpp", said

@@ -17,23 +17,27 @@ SUITES = {
         "tests/kernels/test_append_visual_kv.py tests/kernels/test_append_layouts.py "
         "tests/kernels/test_append_formats.py tests/kernels/test_append_variants.py "
         "tests/kernels/test_append_norm.py tests/kernels/test_overlap.py",
-        "not float16", "",
+        "not float16",
+        "",
     ),
     "append errors": ("tests/kernels/test_append_bad_input.py", "", "position or negative"),
     "control": (
         "tests/kernels/test_control_cross_attention.py tests/kernels/test_control_bad_input.py",
-        "not 3584 and not 1536", "linear or conv or odd_widths or large_scores or means_far",
+        "not 3584 and not 1536",
+        "linear or conv or odd_widths or large_scores or means_far",
     ),
     "pixels": (
         "tests/kernels/test_roi_patches.py tests/kernels/test_pass_order.py tests/kernels/test_roi_bad_input.py",
         "not (random_geometries or very_large or (nearest_chain and (224 or 512)))"
-        " or (random_geometries and hv and (tall or border))", "",
+        " or (random_geometries and hv and (tall or border))",
+        "",
     ),
     "tokens": (
         "tests/kernels/test_roi_patch_embed.py",
-        "(into or padded_patch or patch_sizes or widths or sam_tokens_with_padding) and not float16", "",
+        "(into or padded_patch or patch_sizes or widths or sam_tokens_with_padding) and not float16",
+        "",
     ),
-}  # fmt: skip
+}
 
 
 def run(name: str, chosen: str) -> None:

@@ -84,8 +84,8 @@ def append(backend: str, dtype: torch.dtype) -> None:
     positions = torch.randint(0, 64, (3, tokens), device=DEVICE)
     slots = torch.tensor([3, -1, 12, 0, 7], device=DEVICE)
     for layout, paged, quantised in itertools.product(("NHD", "HND"), (False, True), (False, True)):
-        shape = ((3, 4, 2, 24) if layout == "NHD" else (3, 2, 4, 24)) if paged else (
-            (12, 2, 24) if layout == "NHD" else (2, 12, 24))  # fmt: skip
+        flat, pages = ((12, 2, 24), (3, 4, 2, 24)) if layout == "NHD" else ((2, 12, 24), (3, 2, 4, 24))
+        shape = pages if paged else flat
         packed = torch.randn(tokens, 8 * 24 + 3, device=DEVICE, dtype=dtype)[:, 3:].unflatten(1, (8, 24))
         q, k, v = packed.split([4, 2, 2], dim=1)
         kind = torch.float8_e4m3fn if quantised else dtype

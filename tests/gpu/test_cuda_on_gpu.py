@@ -176,9 +176,14 @@ def test_graph_with_new_pixels_and_control() -> None:
     moved = [image.cuda() for image in images]
     _, embed = embedding(torch.bfloat16, 14)
     projector = fold("identity", 64, dtype=torch.bfloat16)
-    projector = replace(projector, **{
-        f.name: getattr(projector, f.name).cuda() for f in fields(projector) if getattr(projector, f.name) is not None
-    })  # fmt: skip
+    projector = replace(
+        projector,
+        **{
+            f.name: getattr(projector, f.name).cuda()
+            for f in fields(projector)
+            if getattr(projector, f.name) is not None
+        },
+    )
     control = torch.zeros(1, 64, dtype=torch.bfloat16, device="cuda")
     out = torch.zeros(plan.rows, 64, dtype=torch.bfloat16, device="cuda")
     tokens = torch.zeros_like(out)

@@ -55,10 +55,15 @@ def roi_cases(form: str, dtype: torch.dtype) -> list[tuple]:
                 "roi_patches": (images, plan.table, plan.rows, 3 * patch * patch),
                 "roi_patch_embed": (images, plan.table, plan.rows, embed.weight, embed.bias),
                 "roi_patch_embed_into": (
-                    images, plan.table, embed.weight, embed.bias, torch.zeros(plan.rows + 3, 5, dtype=dtype), 2,
+                    images,
+                    plan.table,
+                    embed.weight,
+                    embed.bias,
+                    torch.zeros(plan.rows + 3, 5, dtype=dtype),
+                    2,
                 ),
             }[form]
-        )  # fmt: skip
+        )
     return cases
 
 

@@ -155,8 +155,18 @@ def _case(kind: str, rng: np.random.Generator) -> Case:
     while out_h * out_w > MAX_WORK:
         out_h //= 2
     image = _content(rng, height, width)
-    return Case(kind, image, (left, top, right, bottom), (out_h, out_w), str(choose(*FILTERS)), patch, merge, edge,
-                window, anchor)  # fmt: skip
+    return Case(
+        kind,
+        image,
+        (left, top, right, bottom),
+        (out_h, out_w),
+        str(choose(*FILTERS)),
+        patch,
+        merge,
+        edge,
+        window,
+        anchor,
+    )
 
 
 def _content(rng: np.random.Generator, height: int, width: int) -> Tensor:

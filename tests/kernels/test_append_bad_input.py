@@ -109,10 +109,12 @@ CALLS = [
     ("position of 32 bits", position(1, 6, (1 << 31) - 1, torch.int32), ValueError, [str((1 << 31) - 1)]),
     ("negative of 32 bits", position(1, 6, -(1 << 31), torch.int32), ValueError, [str(-(1 << 31))]),
     (
-        "position of a skipped token", {**position(0, 2, ROWS), "slots": torch.full((TOKENS,), -1)},
-        ValueError, ["50", "49"],
+        "position of a skipped token",
+        {**position(0, 2, ROWS), "slots": torch.full((TOKENS,), -1)},
+        ValueError,
+        ["50", "49"],
     ),
-]  # fmt: skip
+]
 
 
 def untouched(call: Call) -> list[torch.Tensor]:

@@ -222,7 +222,7 @@ BAD = [
     ("NaN eps", {"q_norm": WEIGHT, "norm_eps": float("nan")}, ValueError, ["norm_eps", "nan"]),
     ("infinite eps", {"q_norm": WEIGHT, "norm_eps": float("inf")}, ValueError, ["norm_eps", "inf"]),
     ("eps of words", {"k_norm": WEIGHT, "norm_eps": "small"}, TypeError, ["norm_eps", "str"]),
-]  # fmt: skip
+]
 
 
 @each_backend

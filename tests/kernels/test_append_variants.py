@@ -231,9 +231,13 @@ BAD = [
     ("other float8", bad(k_cache=torch.zeros(8, 2, 16).to(torch.float8_e5m2)), TypeError, ["k_cache", "float8_e5m2"]),
     ("layout", unscaled(layout="NDH"), ValueError, ["NDH", "NHD", "HND"]),
     ("rows as heads", unscaled(layout="HND"), ValueError, ["(8, 2, 16)", "HND", "2"]),
-    ("pages as heads", unscaled(layout="HND", k_cache=torch.zeros(4, 3, 2, 16), v_cache=torch.zeros(4, 3, 2, 16)),
-     ValueError, ["(4, 3, 2, 16)", "HND"]),
-]  # fmt: skip
+    (
+        "pages as heads",
+        unscaled(layout="HND", k_cache=torch.zeros(4, 3, 2, 16), v_cache=torch.zeros(4, 3, 2, 16)),
+        ValueError,
+        ["(4, 3, 2, 16)", "HND"],
+    ),
+]
 
 
 @each_backend

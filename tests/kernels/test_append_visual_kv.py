@@ -218,8 +218,10 @@ def test_rotary_table_is_transformers():
 def test_rotary_table_of_one_position_and_other_theta():
     assert rotary_table(1, 2).tolist() == [[1.0, 0.0]]
     table = rotary_table(3, 4, theta=100.0)
-    want = torch.tensor([[1.0, 1, 0, 0]] + [[f(a) for f in (torch.cos, torch.sin) for a in (t, t / 10)] for t in (
-        torch.tensor(1.0), torch.tensor(2.0))])  # fmt: skip
+    want = torch.tensor(
+        [[1.0, 1, 0, 0]]
+        + [[f(a) for f in (torch.cos, torch.sin) for a in (t, t / 10)] for t in (torch.tensor(1.0), torch.tensor(2.0))]
+    )
     torch.testing.assert_close(table, want)
 
 

@@ -98,8 +98,11 @@ def results() -> dict[bool, dict[str, list]]:
         environment = {name: value for name, value in os.environ.items() if name != "VPT_KERNELS_CHECK"}
         if checked:
             environment["VPT_KERNELS_CHECK"] = "1"
-        command = [sys.executable, "-c", "import json; from tests.kernels import test_check_mode as t; "
-                   "print(json.dumps(t.outcomes()))"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-c",
+            "import json; from tests.kernels import test_check_mode as t; print(json.dumps(t.outcomes()))",
+        ]
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stderr
         found[checked] = json.loads(run.stdout.splitlines()[-1])

@@ -156,7 +156,7 @@ FOLDS = [
     ("condition norm", "identity", changed("identity", condition_norm=(B[1:], B)), ["(19,)", "(20,)"]),
     ("dtypes", "linear", changed("linear", feature=(W.bfloat16(), B.bfloat16())), ["bfloat16", "float32"]),
     ("devices", "linear", changed("linear", feature=(W.to("meta"), B.to("meta"))), ["meta", "cpu"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("form, given, named", [row[1:] for row in FOLDS], ids=[row[0] for row in FOLDS])

@@ -66,18 +66,27 @@ PLANS = [
     ("resized to a negative size", [(0, 0, 0, 80, 60)], to(28, -14), ValueError, ["-14"]),
     ("resized beyond the limit", [(0, 0, 0, 80, 60)], to(28, 14 << 20), ValueError, [str(14 << 20), str(1 << 20)]),
     (
-        "window not a multiple of the patch", [(0, 0, 0, 80, 60)], to(20, 20, window=(15, 14)),
-        ValueError, ["15", "14"],
+        "window not a multiple of the patch",
+        [(0, 0, 0, 80, 60)],
+        to(20, 20, window=(15, 14)),
+        ValueError,
+        ["15", "14"],
     ),
     (
-        "centred window outside the image", [(0, 0, 0, 80, 60)], to(14, 27, window=(14, 28), anchor="center"),
-        ValueError, ["14x27", "14x28", "top_left"],
+        "centred window outside the image",
+        [(0, 0, 0, 80, 60)],
+        to(14, 27, window=(14, 28), anchor="center"),
+        ValueError,
+        ["14x27", "14x28", "top_left"],
     ),
     (
-        "padding on both sides", [(0, 0, 0, 80, 60)], to(27, 27, window=(28, 28)),
-        ValueError, ["27x27", "28x28", "both"],
+        "padding on both sides",
+        [(0, 0, 0, 80, 60)],
+        to(27, 27, window=(28, 28)),
+        ValueError,
+        ["27x27", "28x28", "both"],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("boxes, policy, error, named", [row[1:] for row in PLANS], ids=[row[0] for row in PLANS])
@@ -129,8 +138,11 @@ def test_policies(options, named):
 @pytest.mark.parametrize(
     "make, options, named",
     [
-        *((make, {"longest_edge": edge}, [str(edge), "at least 1"])
-          for make in (qwen2_vl_policy, dinov2_policy, sam_policy) for edge in (0, -1)),
+        *(
+            (make, {"longest_edge": edge}, [str(edge), "at least 1"])
+            for make in (qwen2_vl_policy, dinov2_policy, sam_policy)
+            for edge in (0, -1)
+        ),
         (qwen2_vl_policy, {"max_pixels": 0}, ["max_pixels 0", "positive"]),
         (qwen2_vl_policy, {"min_pixels": 0}, ["min_pixels 0", "positive"]),
         (qwen2_vl_policy, {"min_pixels": 5000, "max_pixels": 4000}, ["5000", "4000", "order"]),
@@ -138,7 +150,7 @@ def test_policies(options, named):
         (dinov2_policy, {"crop": -14}, ["-14", "at least 1"]),
         (sam_policy, {"edge": 0}, ["edge is 0", "at least 1"]),
     ],
-)  # fmt: skip
+)
 def test_limits_of_policies(make, options, named):
     """Elsewhere an edge of 0 or −1 means "no limit"; here it once reduced the picture to one pixel."""
     with pytest.raises(ValueError) as raised:
@@ -278,12 +290,14 @@ def test_outputs(backend):
         refuses(partial(roi_patch_embed_into, images(), plan, embed, out, row, backend=backend), error, named, out)
     refuses(
         lambda: roi_patch_embed_into(images(), plan, embed, full(rows, WIDTH).to("meta"), backend=backend),
-        ValueError, ["out", "meta", "cpu"],
-    )  # fmt: skip
+        ValueError,
+        ["out", "meta", "cpu"],
+    )
     refuses(
         lambda: roi_patch_embed_into(images(), plan, embed, np.zeros((rows, WIDTH)), backend=backend),
-        TypeError, ["out", "ndarray"],
-    )  # fmt: skip
+        TypeError,
+        ["out", "ndarray"],
+    )
 
 
 @pytest.mark.parametrize(

@@ -160,9 +160,17 @@ def test_many_images_and_boxes(backend, dtype, merge):
 def test_widths_and_frames(backend, shape):
     image = noise(60, 80, "widths")
     check(
-        [image], [(0, 0, 0, 80, 60)], qwen2_vl_policy(), weights(shape, torch.float32), None, CLIP_MEAN, CLIP_STD,
-        torch.float32, backend, f"{shape}",
-    )  # fmt: skip
+        [image],
+        [(0, 0, 0, 80, 60)],
+        qwen2_vl_policy(),
+        weights(shape, torch.float32),
+        None,
+        CLIP_MEAN,
+        CLIP_STD,
+        torch.float32,
+        backend,
+        f"{shape}",
+    )
 
 
 @each_backend

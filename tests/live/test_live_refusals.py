@@ -38,7 +38,7 @@ BAD_CALLS = {
     "several sequences": (lambda c: c.generate(num_return_sequences=2, do_sample=True), "one sequence"),
     "a draft model": (lambda c: c.generate(assistant_model=c.model), "leave it out"),
     "too many tokens": (lambda c: c.generate(max_new_tokens=999), "static cache holds 300"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)

@@ -112,9 +112,13 @@ def generate(model: nn.Module, given: Prompt, cache: str | None = None) -> tuple
     """Greedy ids [B, new] and the logits they were chosen from [new, B, vocabulary]; cache: None is DynamicCache."""
     options = {"cache_implementation": cache, "disable_compile": True} if cache else {}
     out = model.generate(
-        **given.inputs, **options, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True,
+        **given.inputs,
+        **options,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
         output_logits=True,
-    )  # fmt: skip
+    )
     return out.sequences[:, given.ids.shape[1] :], torch.stack(out.logits)
 
 

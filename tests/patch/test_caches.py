@@ -91,9 +91,17 @@ def test_flashinfer(layout: str, pair: bool) -> None:
     shape = (7, 2, page, KV_HEADS, DIM) if layout == "NHD" else (7, 2, KV_HEADS, page, DIM)
     cache = torch.full(shape, 7.0)
     append_to_flashinfer_pages_(
-        q, k, v, TABLE, positions, cache.unbind(1) if pair else cache, indptr, **table, sections=SECTIONS,
+        q,
+        k,
+        v,
+        TABLE,
+        positions,
+        cache.unbind(1) if pair else cache,
+        indptr,
+        **table,
+        sections=SECTIONS,
         kv_layout=layout,
-    )  # fmt: skip
+    )
     assert_same_bits(q, expected_q)
     rows = cache if layout == "NHD" else cache.transpose(2, 3)
     expected, token = torch.full((7, 2, page, KV_HEADS, DIM), 7.0), 0

@@ -88,9 +88,13 @@ def replace_cache_update(model: nn.Module, monkeypatch: Any) -> None:
 
 
 THEIRS = (
-    replace_rotation, wrap_rotation, replace_attention_function, replace_class_forward, replace_layer_update,
+    replace_rotation,
+    wrap_rotation,
+    replace_attention_function,
+    replace_class_forward,
+    replace_layer_update,
     replace_cache_update,
-)  # fmt: skip
+)
 
 
 @each_qwen

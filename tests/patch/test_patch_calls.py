@@ -106,12 +106,15 @@ def test_a_projector_under_autocast(kind) -> None:
     assert report.calls == {"original: autocast": 1}
 
 
-@pytest.mark.parametrize("kind, change, reason", [
-    ("seg", {"hidden_states": normal(3, 16, 10, 10, key="odd")}, "features have shape (3, 16, 10, 10)"),
-    ("detection", {"hidden_states": normal(3, 48, 5, key="turned").transpose(1, 2)}, "features have strides"),
-    ("detection", {"conditions": normal(1, published.HIDDEN, key="one")}, "control has shape (1, 64)"),
-    ("detection", {"conditions": normal(published.HIDDEN, 3, key="turned").T}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, change, reason",
+    [
+        ("seg", {"hidden_states": normal(3, 16, 10, 10, key="odd")}, "features have shape (3, 16, 10, 10)"),
+        ("detection", {"hidden_states": normal(3, 48, 5, key="turned").transpose(1, 2)}, "features have strides"),
+        ("detection", {"conditions": normal(1, published.HIDDEN, key="one")}, "control has shape (1, 64)"),
+        ("detection", {"conditions": normal(published.HIDDEN, 3, key="turned").T}, None),
+    ],
+)
 def test_projector_inputs_that_the_operator_does_not_take(kind, change, reason) -> None:
     projector, given = projection(kind)
     given |= change

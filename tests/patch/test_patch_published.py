@@ -119,16 +119,19 @@ def test_intermediates_and_gradients_take_the_old_way() -> None:
     assert report.calls == {"original: intermediate outputs are wanted": 1, "original: gradients are enabled": 1}
 
 
-@pytest.mark.parametrize("kind, change, reason", [
-    ("detection", lambda m: setattr(m, "projector_scale", 2), "projector_scale is 2"),
-    ("detection", lambda m: setattr(m.layernorm_feature, "eps", 1e-6), "eps 1e-06"),
-    ("detection", lambda m: setattr(m, "linear_feature", nn.Linear(48, 48)), "feature weight has shape"),
-    ("detection", lambda m: delattr(m, "layernorm_condition"), "no attribute layernorm_condition"),
-    ("seg", lambda m: delattr(m, "conv_feature"), "no attribute conv_feature"),
-    ("seg", lambda m: setattr(m, "conv_feature", nn.Conv2d(16, published.HIDDEN, 2)), "feature weight has shape"),
-    ("clip", lambda m: setattr(m, "linear_condition", nn.Identity()), "not a plain Linear"),
-    ("clip", lambda m: delattr(m, "spatial_merge_size"), "no attribute spatial_merge_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, change, reason",
+    [
+        ("detection", lambda m: setattr(m, "projector_scale", 2), "projector_scale is 2"),
+        ("detection", lambda m: setattr(m.layernorm_feature, "eps", 1e-6), "eps 1e-06"),
+        ("detection", lambda m: setattr(m, "linear_feature", nn.Linear(48, 48)), "feature weight has shape"),
+        ("detection", lambda m: delattr(m, "layernorm_condition"), "no attribute layernorm_condition"),
+        ("seg", lambda m: delattr(m, "conv_feature"), "no attribute conv_feature"),
+        ("seg", lambda m: setattr(m, "conv_feature", nn.Conv2d(16, published.HIDDEN, 2)), "feature weight has shape"),
+        ("clip", lambda m: setattr(m, "linear_condition", nn.Identity()), "not a plain Linear"),
+        ("clip", lambda m: delattr(m, "spatial_merge_size"), "no attribute spatial_merge_size"),
+    ],
+)
 def test_projectors_that_only_look_right_are_refused(kind, change, reason) -> None:
     projector = copy.deepcopy(published.PROJECTORS[kind]())
     change(projector)

@@ -210,23 +210,29 @@ def test_dtype_limits_and_order(models) -> None:
         QwenVLImageProcessor(torch.zeros(24, 3, 2, 2, 2), **options)
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"do_normalize": False}, "do_normalize False"),
-    ({"resample": 2}, "resample"),
-    ({"patch_size": 16}, "patch_size 16; needed: 14"),
-    ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"do_normalize": False}, "do_normalize False"),
+        ({"resample": 2}, "resample"),
+        ({"patch_size": 16}, "patch_size 16; needed: 14"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+    ],
+)
 def test_processors_that_do_something_else(models, change, reason) -> None:
     with pytest.raises(ValueError, match=reason):
         QwenVLImageProcessor.of(models["qwen2_vl"], Qwen2VLImageProcessorPil(**LIMITS, **change))
 
 
-@pytest.mark.parametrize("attributes", [
-    {"min_pixels": 56 * 56, "max_pixels": 50_176},
-    {"min_pixels": 90_000, "max_pixels": 120_000},
-    {"max_pixels": 50_176},  # transformers reads them only where both are set
-    {"size": {"shortest_edge": 56 * 56, "longest_edge": 50_176}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"min_pixels": 56 * 56, "max_pixels": 50_176},
+        {"min_pixels": 90_000, "max_pixels": 120_000},
+        {"max_pixels": 50_176},  # transformers reads them only where both are set
+        {"size": {"shortest_edge": 56 * 56, "longest_edge": 50_176}},
+    ],
+)
 def test_limits_set_on_a_loaded_processor(models, pictures, attributes) -> None:
     theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 100_352})
     for name, value in attributes.items():

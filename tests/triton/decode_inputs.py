@@ -56,6 +56,15 @@ def make(past: list[int], *, dtype=torch.float32, heads=(6, 2), dim=32, capacity
     sections = (half // 4, (half - half // 4) // 2)
     positions = (normal(3, rows, key=(key, "p")) * 40 + 200).int()
     return Step(
-        qkv, rotary_table(400, dim), (*sections, half - sum(sections)), positions,
-        torch.where(counts > 0, starts + lengths, -1), keys, values, starts, lengths, counts, capacity,
-    )  # fmt: skip
+        qkv,
+        rotary_table(400, dim),
+        (*sections, half - sum(sections)),
+        positions,
+        torch.where(counts > 0, starts + lengths, -1),
+        keys,
+        values,
+        starts,
+        lengths,
+        counts,
+        capacity,
+    )

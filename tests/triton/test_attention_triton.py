@@ -80,9 +80,12 @@ def test_a_row_does_not_depend_on_the_bucket_or_the_neighbours(dtype, bucket):
     q = torch.full((2, bucket, *alone.q.shape[2:]), NAN, dtype=dtype)
     q[1, -8:] = alone.q[0]
     beside = replace(
-        alone, q=q, starts=torch.cat([alone.starts] * 2), past=torch.tensor([0, 90], dtype=torch.int32),
+        alone,
+        q=q,
+        starts=torch.cat([alone.starts] * 2),
+        past=torch.tensor([0, 90], dtype=torch.int32),
         counts=torch.tensor([bucket, 5], dtype=torch.int32),
-    )  # fmt: skip
+    )
     found = run(beside)[1, -5:]
     if bucket == 8:
         assert_same_bits(found, expected, "beside a row of NaN")

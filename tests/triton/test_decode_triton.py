@@ -226,7 +226,7 @@ def test_one_launch_each_and_the_documented_workspace():
         (lambda: norm_swiglu.norm_swiglu(x, norm, EPS, weight), (1,), [2 * 16 * 2]),
         (lambda: linear_add.linear_add(x, weight, x[:, :32].contiguous(), taken), (2, 4), [2 * 32 * 2, 4 * 2 * 32 * 4]),
         (lambda: head.head(x, weight, taken), (1,), [2 * 32 * 4, 2 * 4, 2 * 4, 2 * 8]),
-    ):  # fmt: skip
+    ):
         with Launches() as launches, Allocations() as seen, ExitStack():
             call()
         assert [shape for _, shape in launches.grids] == [grid]

@@ -225,8 +225,10 @@ def test_launches_and_workspace(monkeypatch):
     images, plan, embed = embed_case(torch.bfloat16)
     grids: list = []
     for module, name in (
-        (two_launches, "resample_kernel"), (two_launches, "embed_kernel"), (triton_fused, "strip_kernel")
-    ):  # fmt: skip
+        (two_launches, "resample_kernel"),
+        (two_launches, "embed_kernel"),
+        (triton_fused, "strip_kernel"),
+    ):
         monkeypatch.setattr(module, name, Counted(getattr(module, name), grids))
     tokens = plan.rows * 21 * 2
     with Allocations() as made:

@@ -37,14 +37,18 @@ def test_a_tuned_line_has_the_table_s_type(monkeypatch):
 
 def test_every_question_is_about_a_line_of_a_table():
     from vpt_kernels.control_cross_attention import triton as control
+    from vpt_kernels.control_cross_attention import triton_condition
     from vpt_kernels.roi_patch_embed import triton as roi
 
     tables = {
-        "append_kernel": append.LAUNCHES, "condition_kernel": control.CONDITION_LAUNCHES,
-        "identity_kernel": control.IDENTITY_LAUNCHES, "project_kernel": control.GEMM_LAUNCHES,
-        "resample_kernel": {"all": roi.RESAMPLING}, "embed_kernel": roi.PRODUCTS,
+        "append_kernel": append.LAUNCHES,
+        "condition_kernel": triton_condition.CONDITION_LAUNCHES,
+        "identity_kernel": control.IDENTITY_LAUNCHES,
+        "project_kernel": control.GEMM_LAUNCHES,
+        "resample_kernel": {"all": roi.RESAMPLING},
+        "embed_kernel": roi.PRODUCTS,
         "split_kernel": {"DECODE": attention_triton.DECODE, "APPEND": attention_triton.APPEND},
-    }  # fmt: skip
+    }
     asked = {(q.kernel, q.size) for q in tune.QUESTIONS}
     assert asked == {(kernel, size) for kernel, table in tables.items() for size in table}
     for question in tune.QUESTIONS:

@@ -69,8 +69,12 @@ def build(
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
         [sys.executable, "-c", SETUP, torch_cuda or "", "-q", *command],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.parametrize("name", NVCC)
@@ -165,9 +169,12 @@ def test_what_is_said_where_the_cuda_library_is_missing(tmp_path, name):
     shutil.copytree(ROOT / "vpt_kernels", tmp_path / "vpt_kernels", ignore=leave)
     done = subprocess.run(
         [sys.executable, "-c", REPORT],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_HOME": str(home)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stdout.startswith("CPU None\n"), done.stdout + done.stderr
     (notice,) = [line for line in done.stderr.splitlines() if line.startswith("LOG vpt_kernels")]
     rows = dict(line.split(":", 1) for line in done.stdout.splitlines()[1:] if not line.startswith("to do"))

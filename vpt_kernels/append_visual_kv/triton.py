@@ -64,9 +64,19 @@ def apply_norm(x, inverse, norm_ptr, channel, mask):
 
 @triton.jit
 def load_rotated(
-    x_ptr, offset, row_mask, cos, sin, norm_ptr, norm_eps,
-    NORM: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    offset,
+    row_mask,
+    cos,
+    sin,
+    norm_ptr,
+    norm_eps,
+    NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
     """Heads at x_ptr + offset [tokens, heads]: both rotated halves, float32, and the channels behind, in x's dtype."""
     pair = tl.arange(0, BLOCK_HALF)
     rest = 2 * HALF + tl.arange(0, BLOCK_REST)
@@ -171,9 +181,19 @@ def append_kernel(
         head = (block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[None, :]
         row_mask = token_mask[:, None] & (head < Q_HEADS)
         first, second, passed = load_rotated(
-            q_ptr, token[:, None] * stride_q_token + head * stride_q_head, row_mask, cos, sin, q_norm_ptr, norm_eps,
-            q_norm_ptr is not None, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
-        )  # fmt: skip
+            q_ptr,
+            token[:, None] * stride_q_token + head * stride_q_head,
+            row_mask,
+            cos,
+            sin,
+            q_norm_ptr,
+            norm_eps,
+            q_norm_ptr is not None,
+            HEAD_DIM,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
         pair_mask = row_mask[:, :, None] & (pair < HALF)[None, None, :]
         out_ptr = q_out_ptr + (token[:, None] * stride_out_token + head * stride_out_head)[:, :, None]
         dtype = q_out_ptr.dtype.element_ty
@@ -190,9 +210,19 @@ def append_kernel(
         slot = tl.where(is_stored, slot, 0)
         row_mask = is_stored[:, None] & (head < KV_HEADS)
         first, second, passed = load_rotated(
-            k_ptr, token[:, None] * stride_k_token + head * stride_k_head, row_mask, cos, sin, k_norm_ptr, norm_eps,
-            k_norm_ptr is not None, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
-        )  # fmt: skip
+            k_ptr,
+            token[:, None] * stride_k_token + head * stride_k_head,
+            row_mask,
+            cos,
+            sin,
+            k_norm_ptr,
+            norm_eps,
+            k_norm_ptr is not None,
+            HEAD_DIM,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
         if PAGED:
             page = slot // page_size
             within = slot - page * page_size

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vpt_kernels.control_cross_attention.triton_condition import EPS, Condition, conditions, merge_moments
 from vpt_kernels.launch import capability, on_device, tuned
 from vpt_kernels.library import implement
 
@@ -23,12 +24,6 @@ GEMM_LAUNCHES = {
 ordinary cores, and the conv form, whose channels are gathered through 64-bit addresses.
 From reasoning about an H100, not from measurements."""
 MANY_TOKENS = 1024
-CONDITION_LAUNCHES = {
-    # BLOCK_IMAGES, BLOCK_N rows, BLOCK_K, num_warps
-    "one image": (1, 4, 512, 4),
-    "images": (4, 4, 256, 4),
-}
-"""The maps are read once for every BLOCK_IMAGES images; 4 KB of bfloat16 in flight per program."""
 IDENTITY_LAUNCHES = {
     # BLOCK_M tokens, num_warps
     "narrow": (1, 8),
@@ -38,21 +33,8 @@ IDENTITY_LAUNCHES = {
 """
 NARROW, WIDEST = 2048, 16384
 
-EPS = tl.constexpr(1e-5)
 KERNEL = tl.constexpr(4)
 """The conv form's patch side and stride."""
-
-
-@triton.jit
-def _merge_moments(mean, squares, count, x, is_x, added):
-    """Mean and sum of squared deviations of rows [R] after `added` more columns x [R, K]; no cancellation."""
-    chunk_mean = tl.sum(tl.where(is_x, x, 0.0), 1) / added
-    deviation = tl.where(is_x, x - chunk_mean[:, None], 0.0)
-    delta = chunk_mean - mean
-    total = count + added
-    mean += delta * (added / total)
-    squares += tl.sum(deviation * deviation, 1) + delta * delta * (count * added / total)
-    return mean, squares, total
 
 
 @triton.jit
@@ -72,64 +54,6 @@ def _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED: tl
 
 
 @triton.jit
-def _mapped_rows(
-    weight, bias, row, rows, hidden, control, image, images, control_stride, norm_weight, norm_bias, out, out_stride,
-    BLOCK_IMAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out[image, row] = weight[row] · LayerNorm(control[image]) + bias[row], float32."""
-    column = tl.arange(0, BLOCK_K)
-    is_image, is_row = image < images, row < rows
-    mean = tl.zeros((BLOCK_IMAGES,), tl.float32)
-    squares = tl.zeros((BLOCK_IMAGES,), tl.float32)
-    count = 0.0
-    for start in range(0, hidden, BLOCK_K):
-        is_h = is_image[:, None] & (start + column < hidden)[None, :]
-        h = tl.load(control + image[:, None] * control_stride + (start + column)[None, :], mask=is_h, other=0.0)
-        added = tl.minimum(hidden - start, BLOCK_K).to(tl.float32)
-        mean, squares, count = _merge_moments(mean, squares, count, h.to(tl.float32), is_h, added)
-    inverse = tl.div_rn(tl.full((BLOCK_IMAGES,), 1.0, tl.float32), tl.sqrt_rn(squares / hidden + EPS))
-    total = tl.zeros((BLOCK_N, BLOCK_IMAGES), tl.float32)
-    for start in range(0, hidden, BLOCK_K):
-        is_column = start + column < hidden
-        is_h = is_image[:, None] & is_column[None, :]
-        is_w = is_row[:, None] & is_column[None, :]
-        w = tl.load(weight + row[:, None] * hidden + (start + column)[None, :], mask=is_w, other=0.0)
-        h = tl.load(control + image[:, None] * control_stride + (start + column)[None, :], mask=is_h, other=0.0)
-        scale = tl.load(norm_weight + start + column, mask=is_column, other=0.0).to(tl.float32)
-        shift = tl.load(norm_bias + start + column, mask=is_column, other=0.0).to(tl.float32)
-        n = (h.to(tl.float32) - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
-        total += tl.sum(w.to(tl.float32)[:, None, :] * n[None, :, :], 2)
-    total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + image[None, :] * out_stride + row[:, None], total, mask=is_row[:, None] & is_image[None, :])
-
-
-@triton.jit(do_not_specialize=["images"])
-def condition_kernel(
-    control, norm_weight, norm_bias, weight, bias, score_weight, score_bias, out, images, hidden, score_rows,
-    control_stride, out_stride,
-    PDL: tl.constexpr, BLOCK_IMAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out [images, H + score_rows]: k, u, β. The first blocks of rows are k's; score_rows is 0 in the identity form."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    image = (tl.program_id(1) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)).to(tl.int64)
-    block = tl.program_id(0)
-    key_blocks = tl.cdiv(hidden, BLOCK_N)
-    if block < key_blocks:
-        row = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        _mapped_rows(
-            weight, bias, row, hidden, hidden, control, image, images, control_stride, norm_weight, norm_bias,
-            out, out_stride, BLOCK_IMAGES, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    else:
-        row = ((block - key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        _mapped_rows(
-            score_weight, score_bias, row, score_rows, hidden, control, image, images, control_stride, norm_weight,
-            norm_bias, out + hidden, out_stride, BLOCK_IMAGES, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-
-@triton.jit
 def _features(base, channel, group, x_channel, x_height, x_width, mask, CONV: tl.constexpr):
     """float32 [tokens, channels] of the tokens' LayerNorm group (ky, kx), or of their rows."""
     if CONV:
@@ -145,13 +69,42 @@ def _features(base, channel, group, x_channel, x_height, x_width, mask, CONV: tl
     do_not_specialize=["tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"],
 )
 def project_kernel(
-    features, weight, bias, norm_weight, norm_bias, condition, cu_seqlens, rows, out,
-    tokens, per_image, images, steps, hidden, cells_across, x_image, x_token, x_channel, x_height, x_width,
-    condition_stride, cu_stride, rows_stride, out_rows, out_stride,
-    CHANNELS: tl.constexpr, CONV: tl.constexpr, RAGGED: tl.constexpr, CONDITIONED: tl.constexpr,
-    ONE_IMAGE: tl.constexpr, SCATTER: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    features,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    condition,
+    cu_seqlens,
+    rows,
+    out,
+    tokens,
+    per_image,
+    images,
+    steps,
+    hidden,
+    cells_across,
+    x_image,
+    x_token,
+    x_channel,
+    x_height,
+    x_width,
+    condition_stride,
+    cu_stride,
+    rows_stride,
+    out_rows,
+    out_stride,
+    CHANNELS: tl.constexpr,
+    CONV: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CONDITIONED: tl.constexpr,
+    ONE_IMAGE: tl.constexpr,
+    SCATTER: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """out[row of token] = f + (LN(x)·u + β)·k, f = LN(x)·Wᵀ + b; condition holds k, u, β of every image."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = token < tokens
@@ -182,7 +135,7 @@ def project_kernel(
             is_x = is_token[:, None] & (channel < CHANNELS)[None, :]
             x = _features(x_rows, channel, group, x_channel, x_height, x_width, is_x, CONV)
             added = tl.minimum(CHANNELS - chunk * BLOCK_K, BLOCK_K).to(tl.float32)
-            mean, squares, count = _merge_moments(mean, squares, count, x, is_x, added)
+            mean, squares, count = merge_moments(mean, squares, count, x, is_x, added)
         inverse = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.sqrt_rn(squares / CHANNELS + EPS))
         means = tl.where(group_index == group, mean[:, None], means)
         inverses = tl.where(group_index == group, inverse[:, None], inverses)
@@ -238,12 +191,30 @@ def project_kernel(
     do_not_specialize=["tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"],
 )
 def identity_kernel(
-    features, condition, cu_seqlens, rows, out,
-    tokens, per_image, images, steps, hidden, x_image, x_token, condition_stride, cu_stride, rows_stride, out_rows,
+    features,
+    condition,
+    cu_seqlens,
+    rows,
+    out,
+    tokens,
+    per_image,
+    images,
+    steps,
+    hidden,
+    x_image,
+    x_token,
+    condition_stride,
+    cu_stride,
+    rows_stride,
+    out_rows,
     out_stride,
-    RAGGED: tl.constexpr, CONDITIONED: tl.constexpr, SCATTER: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    RAGGED: tl.constexpr,
+    CONDITIONED: tl.constexpr,
+    SCATTER: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """out[row of token] = x + (x·k)·k; whole rows stay in registers, so x is read once."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = token < tokens
@@ -268,35 +239,6 @@ def identity_kernel(
     tl.store(
         out + row[:, None] * out_stride + channel[None, :], x, mask=is_stored[:, None] & (channel < hidden)[None, :]
     )
-
-
-class Condition(NamedTuple):
-    """What maps a control row to k, u and β; the score maps are None in the identity form."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    weight: Tensor
-    bias: Tensor
-    score_weight: Tensor | None
-    score_bias: Tensor | None
-
-
-def _conditions(control: Tensor, maps: Condition, columns: int, pdl: bool) -> Tensor:
-    """Return k, u and β of every image: float32 [images, H + columns], columns D + 1, or 0 in the identity form."""
-    images, hidden = control.shape
-    out = torch.empty((images, hidden + columns), dtype=torch.float32, device=control.device)
-    size = "one image" if images == 1 else "images"
-    block_images, block_n, block_k, warps = tuned(control, "condition_kernel", size, CONDITION_LAUNCHES[size])
-    grid = (
-        triton.cdiv(hidden, block_n) + triton.cdiv(columns, block_n),
-        triton.cdiv(images, block_images),
-    )
-    condition_kernel[grid](
-        control, *maps, out, images, hidden, columns, control.stride(0), out.stride(0),
-        PDL=pdl, BLOCK_IMAGES=block_images, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    return out
 
 
 def _project(
@@ -330,11 +272,14 @@ def _project(
     x_image, x_token = (0, strides[0]) if features.dim() == 2 else strides[:2]
     scatter = rows is not None
     shared = {
-        "RAGGED": cu_seqlens is not None, "CONDITIONED": conditioned, "SCATTER": scatter, "PDL": pdl,
+        "RAGGED": cu_seqlens is not None,
+        "CONDITIONED": conditioned,
+        "SCATTER": scatter,
+        "PDL": pdl,
         "launch_pdl": pdl,
-    }  # fmt: skip
+    }
     with on_device(features):
-        condition = _conditions(control, maps, columns, pdl) if control is not None else None
+        condition = conditions(control, maps, columns, pdl) if control is not None else None
         condition_stride = condition.stride(0) if condition is not None else 0
         cu_stride = cu_seqlens.stride(0) if cu_seqlens is not None else 0
         rows_stride = rows.stride(0) if rows is not None else 0
@@ -342,27 +287,69 @@ def _project(
             size = "narrow" if hidden <= NARROW else "wide"
             block_m, warps = tuned(features, "identity_kernel", size, IDENTITY_LAUNCHES[size])
             identity_kernel[(triton.cdiv(tokens, block_m),)](
-                features, condition, cu_seqlens, rows, out,
-                tokens, per_image, images, images.bit_length(), hidden, x_image, x_token, condition_stride, cu_stride,
-                rows_stride, out.shape[0], out.stride(0),
-                BLOCK_M=block_m, BLOCK_H=triton.next_power_of_2(hidden), num_warps=warps,
-                enable_fp_fusion=True, **shared,
-            )  # fmt: skip
+                features,
+                condition,
+                cu_seqlens,
+                rows,
+                out,
+                tokens,
+                per_image,
+                images,
+                images.bit_length(),
+                hidden,
+                x_image,
+                x_token,
+                condition_stride,
+                cu_stride,
+                rows_stride,
+                out.shape[0],
+                out.stride(0),
+                BLOCK_M=block_m,
+                BLOCK_H=triton.next_power_of_2(hidden),
+                num_warps=warps,
+                enable_fp_fusion=True,
+                **shared,
+            )
             return
         size = "few tokens" if tokens < MANY_TOKENS else "many tokens"
         size = "short steps" if conv or features.dtype == torch.float32 else size
         block_m, block_n, block_k, warps, stages = tuned(features, "project_kernel", size, GEMM_LAUNCHES[size])
         grid = (triton.cdiv(tokens, block_m), triton.cdiv(hidden, block_n))
         project_kernel[grid](
-            features, feature_weight, feature_bias, feature_norm_weight, feature_norm_bias, condition, cu_seqlens,
-            rows, out,
-            tokens, per_image, images, images.bit_length(), hidden, cells_across,
-            x_image, x_token, *(strides[1:] if conv else (1, 0, 0)),
-            condition_stride, cu_stride, rows_stride, out.shape[0], out.stride(0),
-            CHANNELS=channels, CONV=conv, ONE_IMAGE=images == 1,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-            enable_fp_fusion=True, **shared,
-        )  # fmt: skip
+            features,
+            feature_weight,
+            feature_bias,
+            feature_norm_weight,
+            feature_norm_bias,
+            condition,
+            cu_seqlens,
+            rows,
+            out,
+            tokens,
+            per_image,
+            images,
+            images.bit_length(),
+            hidden,
+            cells_across,
+            x_image,
+            x_token,
+            *(strides[1:] if conv else (1, 0, 0)),
+            condition_stride,
+            cu_stride,
+            rows_stride,
+            out.shape[0],
+            out.stride(0),
+            CHANNELS=channels,
+            CONV=conv,
+            ONE_IMAGE=images == 1,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=warps,
+            num_stages=stages,
+            enable_fp_fusion=True,
+            **shared,
+        )
 
 
 def control_cross_attention(
@@ -394,9 +381,17 @@ def control_cross_attention(
         condition_norm_weight, condition_norm_bias, condition_weight, condition_bias, score_weight, score_bias
     )
     _project(
-        out, rows, features, control, cu_seqlens, feature_norm_weight, feature_norm_bias, feature_weight, feature_bias,
+        out,
+        rows,
+        features,
+        control,
+        cu_seqlens,
+        feature_norm_weight,
+        feature_norm_bias,
+        feature_weight,
+        feature_bias,
         maps,
-    )  # fmt: skip
+    )
     return out
 
 

@@ -188,8 +188,10 @@ class Captured(Eager):
             _log.warning(
                 "%d of %d conversations run without CUDA graphs: they are forks or live chats, or more than the %d "
                 "whose caches the graphs know",
-                len(appends) - len(inside), len(appends), len(self.graphs.caches),
-            )  # fmt: skip
+                len(appends) - len(inside),
+                len(appends),
+                len(self.graphs.caches),
+            )
         decoding = [row for row in inside if len(appends[row].tokens) == 1 and appends[row].logits]
         widest = max((bucket.rows for bucket in self.graphs.steps if bucket.tokens == 1 and bucket.sample), default=0)
         groups = [decoding[begin : begin + widest] for begin in range(0, len(decoding), widest)] if widest else []

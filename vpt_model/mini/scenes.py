@@ -35,11 +35,21 @@ KINDS = ("tag", "two tags", "attribute", "count")
 
 PHOTOS = {
     "train": (
-        "astronaut.png", "brick.png", "camera.png", "cell.png", "clock_motion.png", "coins.png", "grass.png",
-        "gravel.png", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg",
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "cell.png",
+        "clock_motion.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "retina.jpg",
     ),
     "test": ("chelsea.png", "coffee.png", "hubble_deep_field.jpg", "rocket.jpg"),
-}  # fmt: skip
+}
 """Photographs that scikit-image ships; no scene of one split shows a photograph of the other."""
 
 _SPLITS = {"train": 0, "test": 1}
@@ -110,10 +120,16 @@ def make_question(scene: Scene, kind: str, seed: int) -> Question:
         return Question(kind, text, f"{a.tag} {b.tag}", f"region:{a.look}+{b.look}", (a, b))
     colours, shapes = Counter(t.colour for t in things), Counter(t.shape for t in things)
     if kind == "attribute":
-        asked = [Question(kind, f"What colour is the {t.shape}?", t.colour, None, (t,))
-                 for t in things if shapes[t.shape] == 1]  # fmt: skip
-        asked += [Question(kind, f"What shape is the {t.colour} object?", t.shape, None, (t,))
-                  for t in things if colours[t.colour] == 1]  # fmt: skip
+        asked = [
+            Question(kind, f"What colour is the {t.shape}?", t.colour, None, (t,))
+            for t in things
+            if shapes[t.shape] == 1
+        ]
+        asked += [
+            Question(kind, f"What shape is the {t.colour} object?", t.shape, None, (t,))
+            for t in things
+            if colours[t.colour] == 1
+        ]
         return asked[random.integers(len(asked))]
     # Half of the counts are about the first object's colour, which several objects share.
     colour = scene.things[0].colour if random.random() < 0.5 else str(random.choice(list(COLOURS)))

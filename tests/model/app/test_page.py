@@ -43,8 +43,13 @@ def test_a_region_is_told_when_it_is_looked_at(visitor: Visitor) -> None:
     order = [names.index(name) for name in ("token", "region", "crop", "look")]
     assert order == sorted(order) and "token" in names[names.index("look") :]
     assert [m["perception"] for m in events(messages, "token") if m.get("perception")] == [
-        "region_token_start", "x_1", "y_1", "x_1", "y_1", "region_token_end",
-    ]  # fmt: skip
+        "region_token_start",
+        "x_1",
+        "y_1",
+        "x_1",
+        "y_1",
+        "region_token_end",
+    ]
     (region,), (crop,), (first,) = (events(messages, name) for name in ("region", "crop", "first"))
     assert region["boxes"] == [[0, 0, 111, 111]] and region["cells"] == [[37.25, 37.25, 74.5, 74.5]]
     engine = answerer().engine
@@ -64,8 +69,15 @@ def test_stages_grow_and_end_as_the_answer_has_them(visitor: Visitor) -> None:
     final = messages[-1]["turn"]["answer"]["stages"]
     assert told[0] == final[: len(told[0])]
     assert [s["stage"] for s in final] == [
-        "crop+embed", "ViT", "prefill", "decode", "crop+embed", "ViT", "append", "decode",
-    ]  # fmt: skip
+        "crop+embed",
+        "ViT",
+        "prefill",
+        "decode",
+        "crop+embed",
+        "ViT",
+        "append",
+        "decode",
+    ]
 
 
 def test_a_re_encoding_comes_with_its_map(visitor: Visitor) -> None:

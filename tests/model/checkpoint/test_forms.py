@@ -23,10 +23,16 @@ from vpt_model.config import parse_config
 from vpt_model.network.model import Model
 
 TEXT = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 320, "bos_token_id": None, "eos_token_id": None,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "bos_token_id": None,
+    "eos_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 3e5, "mrope_section": [4, 6, 6]},
-}  # fmt: skip
+}
 VISION = {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 2, "hidden_size": 128}
 IDS = torch.arange(3, 40, 3)
 

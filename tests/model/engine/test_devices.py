@@ -35,10 +35,14 @@ class Cuda:
         capture._warm_up_stream.cache_clear()
         self.main = self.stream()
         for name, value in {
-            "Stream": self.stream, "current_stream": lambda device=None: self.main, "stream": self.inside,
-            "graph": self.graph, "CUDAGraph": SimpleNamespace, "current_device": lambda: 0,
+            "Stream": self.stream,
+            "current_stream": lambda device=None: self.main,
+            "stream": self.inside,
+            "graph": self.graph,
+            "CUDAGraph": SimpleNamespace,
+            "current_device": lambda: 0,
             "graph_pool_handle": object,
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
     def stream(self, device: object = None) -> SimpleNamespace:

@@ -217,9 +217,7 @@ def test_every_token_passes_the_language_model_once(engine, monkeypatch):
 
 def test_the_clip_path_runs_the_tower_once(engine):
     answer = engine.ask(IMAGE, QUESTION, looks=["clip"], max_new_tokens=3)
-    assert [stage.name for stage in answer.timings] == [
-        "crop+embed", "ViT", "prefill", "perceive", "append", "decode",
-    ]  # fmt: skip
+    assert [stage.name for stage in answer.timings] == ["crop+embed", "ViT", "prefill", "perceive", "append", "decode"]
     assert sum(stage.work.get("vit_calls", 0) for stage in answer.timings) == 1
     assert answer.timings[3].work == {"tokens": 1, "lm_calls": 1, "features": answer.looks[0].tokens}
     assert answer.timings[4].work == {"tokens": answer.looks[0].tokens + 14, "lm_calls": 1}

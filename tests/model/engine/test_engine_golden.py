@@ -137,9 +137,13 @@ def perturbed_weight(engine, monkeypatch):
 
 
 FAULTS = [
-    pre_norm_control, raw_action_embedding, grid_positions, shifted_positions, unconditioned_projector,
+    pre_norm_control,
+    raw_action_embedding,
+    grid_positions,
+    shifted_positions,
+    unconditioned_projector,
     perturbed_weight,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

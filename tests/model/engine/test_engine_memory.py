@@ -69,9 +69,13 @@ class TestCacheTraffic:
             ("cat", lambda: torch.cat([cache.values, cache.values])),
             ("copy_", lambda: cache.keys[:, 1:2].copy_(cache.keys[:, :1])),
             ("contiguous", lambda: cache.keys.transpose(1, 2).contiguous()),
-            ("composed attention", lambda: torch.nn.functional.scaled_dot_product_attention(
-                query, keys, keys, dropout_p=0.5, enable_gqa=True)),
-        ):  # fmt: skip
+            (
+                "composed attention",
+                lambda: torch.nn.functional.scaled_dot_product_attention(
+                    query, keys, keys, dropout_p=0.5, enable_gqa=True
+                ),
+            ),
+        ):
             with CacheTraffic([cache]) as traffic:
                 touch()
             assert name in traffic.other

@@ -74,9 +74,10 @@ def test_questions_have_one_true_answer(kind: str) -> None:
         else:
             [thing] = question.things
             asked = thing.shape if question.answer == thing.colour else thing.colour
-            assert asked in question.text and Counter(
-                t.shape if asked in SHAPES else t.colour for t in scene.things
-            )[asked] == 1  # fmt: skip
+            assert (
+                asked in question.text
+                and Counter(t.shape if asked in SHAPES else t.colour for t in scene.things)[asked] == 1
+            )
 
 
 def test_questions_and_answers_are_short_in_tokens() -> None:

@@ -23,8 +23,11 @@ from vpt_model.published.verify import TOLERANCE, VARIANTS, Row, _add, _compare,
 
 GENERATED = ("gen", "gen_b2", "r1_forced", "r1_free", "r1_b2")
 # Cases in scope, and how many recorded tensors each stands for.
-CASES = {("projectors", f"{form}.scale1.b{n}.cond"): 2 - (form == "Projector") for n in (1, 3) for form in (
-    "Projector", "MinimalProjector", "MinimalSamProjector", "MinimalCLIPProjector")}  # fmt: skip
+CASES = {
+    ("projectors", f"{form}.scale1.b{n}.cond"): 2 - (form == "Projector")
+    for n in (1, 3)
+    for form in ("Projector", "MinimalProjector", "MinimalSamProjector", "MinimalCLIPProjector")
+}
 CASES |= {(file, case.replace("cond", "none")): 1 for file, case in CASES}
 CASES |= {(name, case): 2 for name in VARIANTS for case in GENERATED}
 CASES |= {(name, "fwd"): 8 for name in VARIANTS} | {(name, "r1_forced"): 3 for name in VARIANTS}

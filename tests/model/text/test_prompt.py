@@ -75,5 +75,5 @@ def test_an_action_adds_fourteen_tokens():
     assert text_of(tokens) == (
         "<|clip_action|><|clip_action_end|><|im_end|>\n<|im_start|>user\n"
         "<|vision_start|><|clip_image_pad|><|vision_end|>" + TAIL
-    )  # fmt: skip
+    )
     assert tokens.count(IDS.kind_pad) == 252 and IDS.image_pad not in tokens

@@ -43,15 +43,19 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str | Non
 def test_ids_of_every_variant(tokenizers, name):
     kind, aligned = VARIANTS[name].kind, VARIANTS[name].aligned
     tokenizer = tokenizers[kind, aligned]
-    perception = {} if aligned else {
-        "region_start": 151658,
-        "region_end": 151659,
-        "x": tuple(range(151660, 151668)),
-        "y": tuple(range(151668, 151676)),
-        "action_start": 151676,
-        "action": 151677,
-        "action_end": 151678,
-    }  # fmt: skip
+    perception = (
+        {}
+        if aligned
+        else {
+            "region_start": 151658,
+            "region_end": 151659,
+            "x": tuple(range(151660, 151668)),
+            "y": tuple(range(151668, 151676)),
+            "action_start": 151676,
+            "action": 151677,
+            "action_end": 151678,
+        }
+    )
     assert tokenizer.ids == TokenIds(
         im_start=151644,
         im_end=151645,

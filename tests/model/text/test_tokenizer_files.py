@@ -136,7 +136,7 @@ SMALL = {"vocab_json": {"a": 0, "b": 1, "ab": 2}, "merges_txt": "#version: 0.2\n
         (SMALL | {"tokenizer_config_json": {"added_tokens_decoder": {"3": 1}}}, ["tokenizer_config.json", "'3'"]),
         (SMALL, ["no token '<|endoftext|>'"]),
     ],
-)  # fmt: skip
+)
 def test_broken_files_are_named(tmp_path: Path, files: dict, named: list[str]) -> None:
     with pytest.raises(ValueError) as raised:
         Tokenizer.from_folder(write(tmp_path, **files), "clip")

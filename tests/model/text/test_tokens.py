@@ -25,8 +25,13 @@ def written(*tokens: str) -> str:
 def test_ids_of_the_released_vocabulary():
     ids = LARGE.ids
     assert (ids.endoftext, ids.im_start, ids.im_end, ids.vision_start, ids.vision_end, ids.image_pad) == (
-        151643, 151644, 151645, 151652, 151653, 151655,
-    )  # fmt: skip
+        151643,
+        151644,
+        151645,
+        151652,
+        151653,
+        151655,
+    )
     assert (ids.system, ids.user, ids.assistant, ids.newline) == (8948, 872, 77091, 198)
     assert ids.kind_pad == 151657
     assert (ids.region_start, ids.region_end) == (151658, 151659)
@@ -39,8 +44,13 @@ def test_ids_of_the_released_vocabulary():
 def test_ids_of_the_small_vocabulary():
     ids = SMALL.ids
     assert (ids.im_start, ids.im_end, ids.vision_start, ids.vision_end, ids.image_pad, ids.endoftext) == (
-        256, 257, 258, 259, 261, 263,
-    )  # fmt: skip
+        256,
+        257,
+        258,
+        259,
+        261,
+        263,
+    )
     assert ids.action_span == (268, 269, 270)
     assert (ids.kind_pad, ids.region_start, ids.region_end) == (271, 276, 277)
     assert (ids.x, ids.y) == (tuple(range(278, 286)), tuple(range(286, 294)))
@@ -109,9 +119,10 @@ class TestTokenizer:
         span = ids.region_span(2, 1, 5, 4)
         generated = [*tokenizer.encode("héllo"), ids.kind_pad, *span, *ids.action_span, ids.im_end, ids.endoftext]
         assert tokenizer.decode(generated) == (
-            "héllo" + written(("x", 2), ("y", 1), ("x", 5), ("y", 4))
+            "héllo"
+            + written(("x", 2), ("y", 1), ("x", 5), ("y", 4))
             + "<|clip_action_start|><|clip_action|><|clip_action_end|>"
-        )  # fmt: skip
+        )
         assert tokenizer.encode(tokenizer.decode(span)) == list(span)
 
     def test_ids_without_a_token_are_visible(self, tokenizer):

@@ -36,11 +36,41 @@ def load_rotated_pair(x, cos, sin, pair, mask, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["table_rows", "capacity", "room"])
 def decode_attention_kernel(
-    qkv, table, positions, slots, keys, values, starts, past, counts, out, sums, weights, tickets,
-    scale, table_rows, splits, capacity, room, qkv_row, positions_axis, key_slot, key_head, value_slot, value_head,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, SECTION_T: tl.constexpr, SECTION_H: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    table,
+    positions,
+    slots,
+    keys,
+    values,
+    starts,
+    past,
+    counts,
+    out,
+    sums,
+    weights,
+    tickets,
+    scale,
+    table_rows,
+    splits,
+    capacity,
+    room,
+    qkv_row,
+    positions_axis,
+    key_slot,
+    key_head,
+    value_slot,
+    value_head,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    SECTION_T: tl.constexpr,
+    SECTION_H: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Program (r · Hkv + h, s): the query heads of KV head h, of conversation r, over the s-th SPLIT keys."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -122,9 +152,19 @@ def decode_attention_kernel(
 
 
 def attend(
-    qkv: Tensor, table: Tensor, sections: tuple[int, int, int], positions: Tensor, slots: Tensor, keys: Tensor,
-    values: Tensor, starts: Tensor, past: Tensor, counts: Tensor, capacity: int, tickets: Tensor,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    table: Tensor,
+    sections: tuple[int, int, int],
+    positions: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    past: Tensor,
+    counts: Tensor,
+    capacity: int,
+    tickets: Tensor,
+) -> Tensor:
     """See above. table: `rotary_table`'s, of D angles. tickets: int32, at least R · Hkv of them, 0 before and after.
 
     Workspace: float32 [R, Hkv, splits, 16, D + 2], splits = capacity / 64; what is not needed is not touched.
@@ -138,11 +178,43 @@ def attend(
     weights = torch.empty((rows, kv_heads, splits, block, 2), dtype=torch.float32, device=qkv.device)
     with on_device(qkv):
         decode_attention_kernel[(rows * kv_heads, splits)](
-            qkv, table, positions, slots, keys, values, starts, past, counts, out, sums, weights, tickets,
-            dim**-0.5 * 1.4426950408889634, len(table), splits, capacity, len(keys), qkv.stride(0),
-            positions.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-            Q_HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, SECTION_T=sections[0], SECTION_H=sections[1],
-            PDL=pdl, BLOCK_M=block, BLOCK_N=KEYS, BLOCK_HALF=max(16, triton.next_power_of_2(dim // 2)), SPLIT=SPLIT,
-            num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=False, launch_pdl=pdl,
-        )  # fmt: skip
+            qkv,
+            table,
+            positions,
+            slots,
+            keys,
+            values,
+            starts,
+            past,
+            counts,
+            out,
+            sums,
+            weights,
+            tickets,
+            dim**-0.5 * 1.4426950408889634,
+            len(table),
+            splits,
+            capacity,
+            len(keys),
+            qkv.stride(0),
+            positions.stride(0),
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            Q_HEADS=heads,
+            KV_HEADS=kv_heads,
+            HALF=dim // 2,
+            SECTION_T=sections[0],
+            SECTION_H=sections[1],
+            PDL=pdl,
+            BLOCK_M=block,
+            BLOCK_N=KEYS,
+            BLOCK_HALF=max(16, triton.next_power_of_2(dim // 2)),
+            SPLIT=SPLIT,
+            num_warps=WARPS,
+            num_stages=STAGES,
+            enable_fp_fusion=False,
+            launch_pdl=pdl,
+        )
     return out

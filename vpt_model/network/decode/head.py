@@ -47,10 +47,24 @@ def better_of(top, choice, other_top, other):
 
 @triton.jit(do_not_specialize=["rows"])
 def head_kernel(
-    x, weight, logits, tops, choices, tickets, tokens, rows, columns, outputs, programs,
-    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    x,
+    weight,
+    logits,
+    tops,
+    choices,
+    tickets,
+    tokens,
+    rows,
+    columns,
+    outputs,
+    programs,
+    PDL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
     MERGED: tl.constexpr,
-):  # fmt: skip
+):
     """Program i: the i-th TILES blocks of outputs, of all rows."""
     program = tl.program_id(0)
     row = tl.arange(0, ROWS)
@@ -108,9 +122,26 @@ def head(x: Tensor, weight: Tensor, tickets: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.empty(rows, dtype=torch.int64, device=x.device)
     with on_device(x):
         head_kernel[(programs,)](
-            x, weight.contiguous(), logits, tops, choices, tickets, tokens, rows, columns, outputs, programs,
-            PDL=pdl, ROWS=launch.rows, BLOCK_N=launch.outputs, BLOCK_K=launch.step, TILES=TILES,
+            x,
+            weight.contiguous(),
+            logits,
+            tops,
+            choices,
+            tickets,
+            tokens,
+            rows,
+            columns,
+            outputs,
+            programs,
+            PDL=pdl,
+            ROWS=launch.rows,
+            BLOCK_N=launch.outputs,
+            BLOCK_K=launch.step,
+            TILES=TILES,
             MERGED=MERGED,
-            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True, launch_pdl=pdl,
-        )  # fmt: skip
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
     return logits, tokens

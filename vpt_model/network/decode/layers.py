@@ -35,9 +35,17 @@ def run(layers: Sequence[Layer], eps: float, x: Tensor, step: Padded, tickets: T
     for index, layer in enumerate(layers):
         qkv = norm_linear(x, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
         mixed = attend(
-            qkv, rotary.table, rotary.sections, step.positions, step.slots, step.keys[index], step.values[index],
-            *step.lengths, step.capacity, tickets,
-        )  # fmt: skip
+            qkv,
+            rotary.table,
+            rotary.sections,
+            step.positions,
+            step.slots,
+            step.keys[index],
+            step.values[index],
+            *step.lengths,
+            step.capacity,
+            tickets,
+        )
         x = linear_add(mixed, layer.o_weight, x, tickets)
         x = linear_add(norm_swiglu(x, layer.post_norm, eps, layer.gate_up_weight), layer.down_weight, x, tickets)
     return x

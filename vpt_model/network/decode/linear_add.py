@@ -32,9 +32,22 @@ PROGRAMS, STEPS = 512, 2
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_add_kernel(
-    x, weight, residual, out, partials, tickets, rows, columns, outputs, share, splits,
-    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    residual,
+    out,
+    partials,
+    tickets,
+    rows,
+    columns,
+    outputs,
+    share,
+    splits,
+    PDL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Program (i, s): of the i-th block of outputs, of all rows, the s-th `share` of the columns."""
     block, split = tl.program_id(0), tl.program_id(1)
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -88,8 +101,24 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, tickets: Tensor) -> 
     partials = torch.empty((splits if splits > 1 else 0, rows, outputs), dtype=torch.float32, device=x.device)
     with on_device(x):
         linear_add_kernel[(triton.cdiv(outputs, launch.outputs), splits)](
-            x, weight.contiguous(), residual, out, partials, tickets, rows, columns, outputs, share, splits,
-            PDL=pdl, ROWS=launch.rows, BLOCK_N=launch.outputs, BLOCK_K=launch.step,
-            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True, launch_pdl=pdl,
-        )  # fmt: skip
+            x,
+            weight.contiguous(),
+            residual,
+            out,
+            partials,
+            tickets,
+            rows,
+            columns,
+            outputs,
+            share,
+            splits,
+            PDL=pdl,
+            ROWS=launch.rows,
+            BLOCK_N=launch.outputs,
+            BLOCK_K=launch.step,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
     return out

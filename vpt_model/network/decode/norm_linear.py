@@ -28,9 +28,20 @@ from vpt_model.network.decode.products import (
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_linear_kernel(
-    x, norm, weight, bias, out, eps, rows, columns, outputs,
-    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    norm,
+    weight,
+    bias,
+    out,
+    eps,
+    rows,
+    columns,
+    outputs,
+    PDL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Program i: the i-th block of outputs, of all rows."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if PDL:
@@ -57,8 +68,22 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     with on_device(x):
         norm_linear_kernel[(triton.cdiv(outputs, launch.outputs),)](
-            x, norm, weight.contiguous(), bias, out, eps, rows, columns, outputs,
-            PDL=pdl, ROWS=launch.rows, BLOCK_N=launch.outputs, BLOCK_K=launch.step,
-            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True, launch_pdl=pdl,
-        )  # fmt: skip
+            x,
+            norm,
+            weight.contiguous(),
+            bias,
+            out,
+            eps,
+            rows,
+            columns,
+            outputs,
+            PDL=pdl,
+            ROWS=launch.rows,
+            BLOCK_N=launch.outputs,
+            BLOCK_K=launch.step,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
     return out

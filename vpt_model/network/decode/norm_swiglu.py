@@ -28,9 +28,19 @@ from vpt_model.network.decode.products import (
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_swiglu_kernel(
-    x, norm, weight, out, eps, rows, columns, outputs,
-    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    norm,
+    weight,
+    out,
+    eps,
+    rows,
+    columns,
+    outputs,
+    PDL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Program i: the i-th block of outputs, that is of gates and of ups, of all rows."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ups = weight + outputs.to(tl.int64) * columns
@@ -61,8 +71,21 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     with on_device(x):
         norm_swiglu_kernel[(triton.cdiv(outputs, launch.outputs),)](
-            x, norm, weight.contiguous(), out, eps, rows, columns, outputs,
-            PDL=pdl, ROWS=launch.rows, BLOCK_N=launch.outputs, BLOCK_K=launch.step,
-            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True, launch_pdl=pdl,
-        )  # fmt: skip
+            x,
+            norm,
+            weight.contiguous(),
+            out,
+            eps,
+            rows,
+            columns,
+            outputs,
+            PDL=pdl,
+            ROWS=launch.rows,
+            BLOCK_N=launch.outputs,
+            BLOCK_K=launch.step,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
+        )
     return out

@@ -41,9 +41,13 @@ def prefetch_weights(weight, output, outputs, begin, end, columns, BLOCK_K: tl.c
     for start in range(begin, end, BLOCK_K):
         k = tl.minimum(start + tl.arange(0, BLOCK_K // line) * line, columns - 1)
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [weight + row + k[None, :]],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [weight + row + k[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

@@ -46,9 +46,18 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def attend(
-    qkv: Tensor, table: Tensor, sections: tuple[int, int, int], positions: Tensor, slots: Tensor, keys: Tensor,
-    values: Tensor, starts: Tensor, past: Tensor, counts: Tensor, capacity: int,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    table: Tensor,
+    sections: tuple[int, int, int],
+    positions: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    past: Tensor,
+    counts: Tensor,
+    capacity: int,
+) -> Tensor:
     """`vpt_model.network.decode.attention.attend`, one conversation and head after the other; the host reads all."""
     (_, kv_heads, dim), out = keys.shape, torch.zeros_like(qkv[:, : qkv.shape[1] - 2 * keys[0].numel()])
     group = out.shape[1] // dim // kv_heads

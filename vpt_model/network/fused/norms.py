@@ -67,9 +67,17 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     if rows:
         with on_device(x):
             add_rms_norm_kernel[(rows,)](
-                x, delta, weight, out, normed, eps, columns, BLOCK=triton.next_power_of_2(columns), num_warps=WARPS,
+                x,
+                delta,
+                weight,
+                out,
+                normed,
+                eps,
+                columns,
+                BLOCK=triton.next_power_of_2(columns),
+                num_warps=WARPS,
                 enable_fp_fusion=True,
-            )  # fmt: skip
+            )
     return out, normed
 
 
@@ -81,7 +89,16 @@ def add_layer_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor
     if rows:
         with on_device(x):
             add_layer_norm_kernel[(rows,)](
-                x, delta, weight, bias, out, normed, eps, columns, BLOCK=triton.next_power_of_2(columns),
-                num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+                x,
+                delta,
+                weight,
+                bias,
+                out,
+                normed,
+                eps,
+                columns,
+                BLOCK=triton.next_power_of_2(columns),
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
     return out, normed

@@ -18,9 +18,15 @@ BLOCK_HEADS, WARPS = 8, 2
 
 @triton.jit
 def rotate_packed_kernel(
-    packed, cos, sin, token_stride, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    packed,
+    cos,
+    sin,
+    token_stride,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-):  # fmt: skip
+):
     """Program (i, j): of token i the j-th block of the heads of q and, behind them, of k."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -44,6 +50,14 @@ def rotate_packed_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
         return
     with on_device(packed):
         rotate_packed_kernel[(tokens, triton.cdiv(2 * heads, BLOCK_HEADS))](
-            packed, cos, sin, packed.stride(0), HEADS=heads, HALF=dim // 2, BLOCK_HEADS=BLOCK_HEADS,
-            BLOCK_HALF=triton.next_power_of_2(dim // 2), num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+            packed,
+            cos,
+            sin,
+            packed.stride(0),
+            HEADS=heads,
+            HALF=dim // 2,
+            BLOCK_HEADS=BLOCK_HEADS,
+            BLOCK_HALF=triton.next_power_of_2(dim // 2),
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
