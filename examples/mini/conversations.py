@@ -191,8 +191,8 @@ def patches(scenes: Sequence[Scene], wanted: Sequence[Sequence[int]]) -> np.ndar
 def batch(seeds: Sequence[int], stage: str, control: str | None = None) -> dict:
     """Everything a training step needs of the scenes with these seeds, as arrays; rows are grouped by length."""
     scenes = [make_scene(seed, "train") for seed in seeds]
-    talks = [conversations(scene, seed, stage, control) for scene, seed in zip(scenes, seeds, strict=True)]
-    wanted = [sorted({0, *(look for row in rows for look in row.looks)}) for rows in talks]
+    by_scene = [conversations(scene, seed, stage, control) for scene, seed in zip(scenes, seeds, strict=True)]
+    wanted = [sorted({0, *(look for row in rows for look in row.looks)}) for rows in by_scene]
     if control != "first-look":
         # Crops that no conversation needs still teach the vision tower to read (`Learner._hint`).
         wanted = [sorted({*looks, *range(1, 1 + _CROPS)}) for looks in wanted]
@@ -200,7 +200,7 @@ def batch(seeds: Sequence[int], stage: str, control: str | None = None) -> dict:
     for looks in wanted:
         place.append({look: count + i for i, look in enumerate(looks)})
         count += len(looks)
-    rows = [(row, place[i]) for i, group in enumerate(talks) for row in group]
+    rows = [(row, place[i]) for i, group in enumerate(by_scene) for row in group]
     rows.sort(key=lambda item: len(item[0].tokens))
     groups, limit = [], 0
     for item in rows:

@@ -104,9 +104,9 @@ def scheduler_of(llm: Any) -> Any:
 
 
 def nothing_left(scheduler: Any) -> None:
-    """Every talk, slot, request and KV block has been given back."""
+    """Every conversation, slot, request and KV block has been given back."""
     pool = scheduler.kv_cache_manager.block_pool
-    assert not scheduler.talks and not scheduler.requests
+    assert not scheduler.conversations and not scheduler.requests
     assert sorted(scheduler.free_slots) == list(range(len(scheduler.free_slots))) and len(scheduler.free_slots) >= 64
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is vLLM's placeholder
 

@@ -30,7 +30,7 @@ JUNK = (65, 66, 67)
 
 @dataclass
 class Script:
-    """A conversation as it must be: its turns, all its tokens in order, and where each turn's header ends."""
+    """A conversation as it must be: its turns, all its tokens in order, and where each round starts."""
 
     name: str
     prompt: list[int]
@@ -38,7 +38,7 @@ class Script:
     max_looks: int
     turns: list[list[int]]
     whole: list[int]
-    headers: list[int]
+    round_starts: list[int]
 
     @property
     def told(self) -> list[int]:
@@ -47,13 +47,13 @@ class Script:
 
     def next_token(self, seen: list[int], action_start: int) -> int:
         """What the model says to these tokens. Raises AssertionError if they are not this conversation."""
-        at = max(i for i, header in enumerate(self.headers) if seen[:header] == self.whole[:header])
-        said, turn = seen[self.headers[at] :], self.turns[at]
+        at = max(i for i, start in enumerate(self.round_starts) if seen[:start] == self.whole[:start])
+        said, turn = seen[self.round_starts[at] :], self.turns[at]
         if said == turn[: len(said)]:
             return turn[len(said)] if len(said) < len(turn) else JUNK[0]
         if said == [action_start]:
             return JUNK[1]
-        assert said[: len(turn)] == turn, f"{self.name} reads {said} behind its header, its turn is {turn}"
+        assert said[: len(turn)] == turn, f"{self.name} reads {said} in this round, its turn is {turn}"
         return JUNK[2]
 
 
@@ -83,7 +83,7 @@ def write_script(number: int, perception: Perception, draw: random.Random) -> Sc
     user = encode(f"\nquestion {number % 5}")
     count = image_tokens(perception.config, height, width)
     prompt = first_round(ids, encode("You are a helpful assistant."), user, count)
-    whole, headers = list(prompt), [len(prompt)]
+    whole, round_starts = list(prompt), [len(prompt)]
     for turn in turns[:-1]:
         if turn[-1] == start:
             whole += [start, *action_round(ids, reencoded_tokens(perception.config, height, width))]
@@ -91,9 +91,9 @@ def write_script(number: int, perception: Perception, draw: random.Random) -> Sc
             boxes = [crop_box(span, width, height) for span in parse_region_ids(turn, ids)]
             counts = [image_tokens(perception.config, bottom - top, right - left) for left, top, right, bottom in boxes]
             whole += turn[:-1] + region_round(ids, counts, encode)
-        headers.append(len(whole))
+        round_starts.append(len(whole))
     pixels = torch.zeros(height, width, 3, dtype=torch.uint8)
-    return Script(f"talk{number}", prompt, pixels, max_looks, turns, whole, headers)
+    return Script(f"conversation{number}", prompt, pixels, max_looks, turns, whole, round_starts)
 
 
 @dataclass
@@ -203,7 +203,7 @@ class Setting:
     budget: int = 2048
     rows: int = 8
     disturbed: float = 0.02
-    talks: int = 24
+    conversations: int = 24
 
 
 @dataclass
@@ -272,7 +272,7 @@ def simulate(folder: Path, setting: Setting) -> Outcome:
 
     scheduler, draw = look_scheduler_of(folder, setting), random.Random(setting.seed)
     perception = scheduler.perception
-    scripts = [write_script(number, perception, draw) for number in range(setting.talks)]
+    scripts = [write_script(number, perception, draw) for number in range(setting.conversations)]
     worker = Worker({script.name: script for script in scripts}, perception.tokenizer.ids.action_start, setting.second)
     outcome, planned, arriving = Outcome(scheduler, worker), deque[Any](), requests_of(scripts, perception)
     empty = 0

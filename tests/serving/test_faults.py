@@ -22,17 +22,21 @@ pytestmark = pytest.mark.unpoisoned
 FAULTS = {
     "slots of a finished request are kept": (
         "scheduler",
-        "self.free_slots += [slot for _, slot in talk.slots]",
+        "self.free_slots += [slot for _, slot in conversation.slots]",
         "pass",
     ),
     "features behind a rewind are kept": ("scheduler", "if f.mm_position.offset < keep]", "]"),
     "blocks behind a rewind are written to": ("scheduler", "elif keep < session.num_computed_tokens:", "elif False:"),
     "requests that wait never give back": ("scheduler", "if self.starved:", "if False:"),
     "a stale token is told": ("scheduler", "if is_stale and not", "if False and not"),
-    "the limit is that of one round": ("scheduler", "max(1, talk.left)", "max(1, talk.heard)"),
-    "every action has one name": ("talk", "first, uuid.uuid4().hex, pixels", 'first, "action", pixels'),
-    "text before an action stays": ("talk", "keep, count = self.header,", "keep, count = keep,"),
-    "a token that was sampled behind a capture stays": ("talk", "len(conversation) - 1)", "len(conversation))"),
+    "the limit is that of one round": ("scheduler", "max(1, conversation.left)", "max(1, conversation.streamed)"),
+    "every action has one name": ("conversation", "first, uuid.uuid4().hex, pixels", 'first, "action", pixels'),
+    "text before an action stays": ("conversation", "keep, count = self.round_start,", "keep, count = keep,"),
+    "a token that was sampled behind a capture stays": (
+        "conversation",
+        "len(all_token_ids) - 1)",
+        "len(all_token_ids))",
+    ),
     "pixels may be stripped": ("items", "keep_on_cpu=True", "keep_on_cpu=False"),
 }
 # Seeds that are known to meet each fault; `test_simulation` draws others.
@@ -54,7 +58,7 @@ def folder(tmp_path_factory):
 @contextmanager
 def faulty(name, old, new):
     """The room with the fault in one of its modules, and those that import it made anew; until the end as it was."""
-    order = ("talk", "items", "capture", "scheduler")
+    order = ("conversation", "items", "capture", "scheduler")
     originals = {f"{ROOM}.{each}": importlib.import_module(f"{ROOM}.{each}") for each in order}
     try:
         for full in [f"{ROOM}.{each}" for each in order[order.index(name) :]]:
@@ -84,7 +88,7 @@ def test_a_fault_is_noticed(fault, folder):
 
 
 def test_without_a_fault_nothing_is_noticed(folder):
-    with faulty("talk", "def hear(", "def hear("):
+    with faulty("conversation", "def take(", "def take("):
         assert not any(noticed(folder, setting) for setting in SETTINGS)
 
 

@@ -218,7 +218,7 @@ def chat(
     capacity: Annotated[int, typer.Option(help="tokens that the conversation may hold", min=1)] = 8192,
     device: Device = "auto",
 ) -> None:
-    """Talk with a model about pictures: further questions, pictures, looks, forks, undo. /help lists the commands."""
+    """Converse about pictures: further questions, pictures, looks, forks, undo. /help lists the commands."""
     if image is not None:
         decode_image(image)  # before the weights are loaded
     with suppress(ImportError):

@@ -19,7 +19,10 @@ from vpt_model.vllm.options import LOOKS, SLOT, read_options
 
 
 def control_slots(vllm_config: Any) -> int:
-    """Control states that live requests may hold at a time: the scheduler numbers them, the workers keep them."""
+    """Return how many control states live requests may hold at a time.
+
+    The scheduler numbers them, the workers keep them.
+    """
     return max(64, 4 * int(vllm_config.scheduler_config.max_num_seqs))
 
 
@@ -31,7 +34,7 @@ class Controls:
     """
 
     of: ClassVar[WeakValueDictionary[str, Controls]] = WeakValueDictionary()
-    """Those of the models of this process, by the `instance_id` of their vLLM configuration."""
+    """The control states of each model of this process, by the `instance_id` of its vLLM configuration."""
 
     def __init__(self, vllm_config: Any, hidden_size: int) -> None:
         self.states = torch.zeros(control_slots(vllm_config), hidden_size)
@@ -66,15 +69,15 @@ class ControlCapture(ProcessorV1, ProcessorV2):  # type: ignore[misc]
         self.marked: dict[int, int] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """No: vLLM does not call invariant processors for greedy requests."""
+        """Return False: vLLM does not call invariant processors for greedy requests."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """V1: rows that came, went and moved."""
+        """Take the rows that came, went and moved; the first model runner calls this."""
         process_dict_updates(self.marked, batch_update, lambda params, *_: _slot(params))
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """V2: a request that came; whether it is marked."""
+        """Take a request that came; return whether it is marked. The second model runner calls this."""
         self.marked.pop(req_idx, None)
         slot = _slot(sampling_params)
         if slot is not None:
@@ -82,7 +85,7 @@ class ControlCapture(ProcessorV1, ProcessorV2):  # type: ignore[misc]
         return slot is not None
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        """Store the marked rows. ctx: V2's rows of this step, which it reorders."""
+        """Store the marked rows; return the logits as they are. ctx: the rows of a step of V2, which reorders them."""
         marked = self.marked
         if marked and ctx is not None:
             marked = {row: marked[i] for row, i in enumerate(ctx.idx_mapping_np.tolist()) if i in marked}
@@ -96,22 +99,22 @@ def _slot(params: Any) -> int | None:
 
 
 class ClipCapture(ControlCapture):
-    """Of checkpoints that re-encode with their own vision tower."""
+    """The capture for checkpoints that re-encode with their own vision tower."""
 
     encoder = "clip"
 
 
 class DinoCapture(ControlCapture):
-    """Of checkpoints that re-encode with DINOv2."""
+    """The capture for checkpoints that re-encode with DINOv2."""
 
     encoder = "dino"
 
 
 class SamCapture(ControlCapture):
-    """Of checkpoints that re-encode with SAM."""
+    """The capture for checkpoints that re-encode with SAM."""
 
     encoder = "sam"
 
 
 CAPTURES = {kind.encoder: f"vpt_model.vllm.capture:{kind.__name__}" for kind in (ClipCapture, DinoCapture, SamCapture)}
-"""What vLLM loads, by the re-encoder's name."""
+"""The classes that vLLM loads, by the re-encoder's name."""

@@ -125,7 +125,7 @@ def check() -> None:
 
 
 def missing() -> list[str]:
-    """Every name, parameter and behaviour of the lists above that the installed vLLM does not have."""
+    """Return every name, parameter and behaviour of the lists above that the installed vLLM does not have."""
     lacking = []
     for name, parameters in PARAMETERS.items():
         function = _found(name)

@@ -1,7 +1,7 @@
 """One request of the engine core: what it has said, what it may see, and what is appended when it asks for a look.
 
-Nothing here knows vLLM. The scheduler tells a talk which tokens were sampled where a turn may end, and carries out the
-`Append` that it answers with. README.md draws the states.
+Nothing here knows vLLM. The scheduler tells a conversation which tokens were sampled where a turn may end, and carries
+out the `Append` that it answers with. README.md draws the states.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NO_PIXELS = torch.empty(0, 0, 3, dtype=torch.uint8)
 
 
 class State(Enum):
-    """What the next token of a talk is for."""
+    """What the next token of a conversation is for."""
 
     ANSWERING = "it is part of the turn"
     CAPTURING = "none: the action start was fed alone, and the image is encoded again under the state behind it"
@@ -36,7 +36,7 @@ _STATES = {(True, True): State.CAPTURING, (False, True): State.ANNOUNCED, (False
 
 
 class End(Enum):
-    """Why a talk ends: as vLLM found; or for want of tokens, room or slots; or because something here is wrong."""
+    """Why a conversation ends: vLLM found its end, tokens, room or slots are used up, or something here is wrong."""
 
     FOUND, FULL, FAILED = "found", "full", "failed"
 
@@ -63,25 +63,27 @@ class Shown:
 class Append:
     """What the request goes on with: `tokens` behind its first `keep` ones, and the images among them.
 
-    slot: where the state behind the last token goes; None: generate. heard: tokens of this step that the client sees.
+    slot: where the state behind the last token is stored, or None, and tokens are generated. streamed: tokens of this
+    step that the client sees.
     """
 
     keep: int
     tokens: list[int]
     shown: tuple[Shown, ...] = ()
     slot: int | None = None
-    heard: list[int] = field(default_factory=list)
+    streamed: list[int] = field(default_factory=list)
 
 
 @dataclass
-class Talk:
+class Conversation:
     """A request, and how far it has come.
 
     params: its SamplingParams. image: name and uint8 pixels [height, width, 3] of the last picture of its prompt.
-    max_looks: second looks that it may take. forced: turns that come first, whatever the model would say. header:
-    tokens up to and including the current assistant header. room: tokens that a request may hold. free_slots: of the
-    whole engine. turn: tokens since the header. slots: those taken, each with the place of what it conditions. looks,
-    notices: what the client is told at the end. heard: tokens that it has seen. asked: when it last asked for a look.
+    max_looks: second looks that it may take. forced: turns that come first, whatever the model would say. round_start:
+    tokens up to and including the current assistant header. room: tokens that a request may hold. free_slots: the free
+    control slots of the whole engine. turn: tokens since round_start. slots: the taken control slots, each with the
+    place of what it conditions. looks, notices: what the client is told at the end. streamed: tokens that the client
+    has seen. asked: when the request last asked for a look, in seconds of `time.monotonic`.
     """
 
     perception: Perception
@@ -89,7 +91,7 @@ class Talk:
     image: tuple[str, Tensor] | None
     max_looks: int
     forced: deque[list[int]]
-    header: int
+    round_start: int
     room: int
     free_slots: list[int]
     state: State = State.ANSWERING
@@ -97,7 +99,7 @@ class Talk:
     slots: list[tuple[int, int]] = field(default_factory=list)
     looks: list[dict[str, Any]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    heard: int = 0
+    streamed: int = 0
     asked: float | None = None
 
     @property
@@ -108,7 +110,7 @@ class Talk:
     @property
     def left(self) -> int:
         """Tokens that the client may still see; OpenAI's limit holds for all rounds together."""
-        return int(self.params.max_tokens) - self.heard
+        return int(self.params.max_tokens) - self.streamed
 
     @property
     def is_forced(self) -> bool:
@@ -116,27 +118,30 @@ class Talk:
         return bool(self.forced) and not self.turn and self.state is State.ANSWERING
 
     def ends_for_good(self, tokens: list[int]) -> bool:
-        """Whether the turn that ends with `tokens` asks for nothing; changes nothing."""
+        """Return whether the turn that ends with `tokens` asks for nothing; this changes nothing."""
         ids = self.perception.tokenizer.ids
         if self.state is not State.ANSWERING or self.is_forced or tokens[-1] in (ids.action_start, ids.action):
             return False
         return not self._boxes(self.turn + tokens, silent=True)
 
-    def hear(self, tokens: list[int], conversation: Sequence[int]) -> Append | End:
-        """Take the tokens with which a turn may end. conversation: all tokens so far, these included."""
+    def take(self, tokens: list[int], all_token_ids: Sequence[int]) -> Append | End:
+        """Take the tokens with which a turn may end; return what is appended, or why the request ends.
+
+        all_token_ids: the request's tokens so far, these included.
+        """
         ids = self.perception.tokenizer.ids
         if self.state is not State.ANSWERING:
-            return self._captured(tokens[-1], len(conversation) - 1)
+            return self._captured(tokens[-1], len(all_token_ids) - 1)
         forced = self.is_forced
         self.turn += self.forced.popleft() if forced else tokens
         # Tokens that the client asked for are not told; there are no log-probabilities to go with them either.
-        heard = [] if forced else tokens
+        streamed = [] if forced else tokens
         if self.turn[-1] in (ids.action_start, ids.action):
-            return End.FULL if self.left <= len(heard) else self._capture(conversation, heard)
+            return End.FULL if self.left <= len(streamed) else self._capture(all_token_ids, streamed)
         boxes = self._boxes(self.turn)
         if not boxes:
             return End.FOUND
-        return End.FULL if self.left <= len(heard) else self._crop(boxes, conversation, heard, forced)
+        return End.FULL if self.left <= len(streamed) else self._crop(boxes, all_token_ids, streamed, forced)
 
     def _boxes(self, turn: list[int], silent: bool = False) -> tuple[Box, ...]:
         if self.image is None or not self.may_look or turn[-1] not in self.perception.tokenizer.ids.stop:
@@ -149,15 +154,15 @@ class Talk:
                 self.notices.append(f"no second look: {error}")
             return ()
 
-    def _capture(self, conversation: Sequence[int], heard: list[int]) -> Append | End:
+    def _capture(self, all_token_ids: Sequence[int], streamed: list[int]) -> Append | End:
         """Feed a token alone; the state behind it goes to a slot, and the token sampled behind it may not be used."""
-        ids, keep = self.perception.tokenizer.ids, len(conversation) - 1
+        ids, keep = self.perception.tokenizer.ids, len(all_token_ids) - 1
         token, count, announced = self.turn[-1], 2, self.turn[-1] == ids.action_start
         if looks := announced and self.may_look:
             # The second round starts from the bare action span: text that led to it is forgotten.
-            keep, count = self.header, 1 + len(action_round(ids, self._reencoded))
+            keep, count = self.round_start, 1 + len(action_round(ids, self._reencoded))
         elif not announced:
-            keep, token = keep - 1, conversation[keep - 1]
+            keep, token = keep - 1, all_token_ids[keep - 1]
         if not self._fits(keep + count):
             return End.FULL
         self._forget(keep)
@@ -167,7 +172,7 @@ class Talk:
         self.state = _STATES[looks, announced]
         slot = self.free_slots.pop()
         self.slots.append((keep + 1, slot))
-        return Append(keep, [token], slot=slot, heard=heard)
+        return Append(keep, [token], slot=slot, streamed=streamed)
 
     def _captured(self, token: int, keep: int) -> Append | End:
         """Go on behind the token whose state was captured; `token` was sampled behind it, at place `keep`."""
@@ -181,22 +186,22 @@ class Talk:
         if state is State.ANNOUNCED and token in ids.stop:
             self.turn.append(token)
             return End.FOUND
-        heard = [ids.action] if state is State.ANNOUNCED else []
-        self.turn += heard
+        streamed = [ids.action] if state is State.ANNOUNCED else []
+        self.turn += streamed
         lone = Shown(keep, 1, 1, uuid.uuid4().hex, _NO_PIXELS, slot=slot)
-        return Append(keep, [ids.action], (lone,), heard=heard)
+        return Append(keep, [ids.action], (lone,), streamed=streamed)
 
     def _crop(
-        self, boxes: tuple[Box, ...], conversation: Sequence[int], heard: list[int], forced: bool
+        self, boxes: tuple[Box, ...], all_token_ids: Sequence[int], streamed: list[int], forced: bool
     ) -> Append | End:
-        perception, keep, (name, pixels) = self.perception, len(conversation) - 1, self._picture
+        perception, keep, (name, pixels) = self.perception, len(all_token_ids) - 1, self._picture
         encode: Callable[[str], list[int]] = perception.tokenizer.encode
         answer = self.turn[:-1]
         again = encode(perception.tokenizer.decode(answer))
         unfed = answer if forced else []
         if again != answer:
             # The second round reads the answer's text, and that text has other ids than were generated.
-            keep, unfed = self.header, again
+            keep, unfed = self.round_start, again
         crops = [pixels[top:bottom, left:right].contiguous() for left, top, right, bottom in boxes]
         grids = [image_grid(perception.config, *crop.shape[:2]) for crop in crops]
         counts = [rows * columns // perception.config.vision.spatial_merge_size**2 for rows, columns in grids]
@@ -207,7 +212,7 @@ class Talk:
         names = [f"{name}:{','.join(map(str, box))}" for box in boxes]
         places = zip(starts, counts, names, crops, grids, strict=True)
         return self._look(
-            keep, tokens, tuple(Shown(keep + start, n, 0, *what) for start, n, *what in places), boxes, heard
+            keep, tokens, tuple(Shown(keep + start, n, 0, *what) for start, n, *what in places), boxes, streamed
         )
 
     def _look(
@@ -216,18 +221,18 @@ class Talk:
         tokens: list[int],
         shown: tuple[Shown, ...],
         boxes: tuple[Box, ...],
-        heard: Sequence[int] = (),
+        streamed: Sequence[int] = (),
     ) -> Append:
         kind = "region" if boxes else self.perception.encoder
         seen = sum(each.length - each.first for each in shown)
         look = {"kind": kind, "boxes": [list(box) for box in boxes], "tokens": seen, "appended": len(tokens)}
         self.looks.append(look | {"ids": list(tokens)})
         self._forget(keep)
-        self.turn, self.header = [], keep + len(tokens)
-        return Append(keep, tokens, shown, heard=list(heard))
+        self.turn, self.round_start = [], keep + len(tokens)
+        return Append(keep, tokens, shown, streamed=list(streamed))
 
     def _forget(self, keep: int) -> None:
-        """What stands behind `keep` goes, and its slots with it."""
+        """Free the slots of what stands behind the first `keep` tokens, which is cut off."""
         self.free_slots += [slot for place, slot in self.slots if place > keep]
         self.slots = [(place, slot) for place, slot in self.slots if place <= keep]
 

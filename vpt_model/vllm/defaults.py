@@ -40,11 +40,11 @@ class LookDefaults:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing: all is known later only."""
+        """Do nothing: what an engine must be set to is known later only."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Put scheduler and capture in place. Raises ValueError for what looks cannot go together with."""
+        """Put scheduler and capture in place. Raises ValueError for settings that exclude second looks."""
         contract.check()
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         refused = {

@@ -16,7 +16,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
-from vpt_model.vllm.talk import Shown
+from vpt_model.vllm.conversation import Shown
 
 IMAGE, REENCODED = "image", "reencoded"
 """Modalities: an image or a crop of one, at image positions; and the image under a control state, at text positions."""
@@ -31,12 +31,12 @@ def _item(**fields: Tensor) -> MultiModalKwargsItem:
 
 
 def image_item(pixels: Tensor, grid: tuple[int, int]) -> MultiModalKwargsItem:
-    """An image or a crop: uint8 [height, width, 3], and its grid in patches."""
+    """Return an image or a crop as an item. pixels: uint8 [height, width, 3]. grid: (rows, columns) in patches."""
     return _item(**{PIXELS: pixels, GRID: torch.tensor([1, *grid])})
 
 
 def feature(shown: Shown) -> MultiModalFeatureSpec:
-    """What a talk shows, as a feature of its request."""
+    """Return what a conversation shows as a feature of its request."""
     mask = None
     if shown.slot is None:
         modality, item = IMAGE, image_item(shown.pixels, shown.grid)

@@ -26,7 +26,7 @@ class LookTimes:
         self.pending.append((kind, seconds))
 
     def added_to(self, stats: Any) -> Any:
-        """The statistics of a step, with the pending looks; None, where vLLM makes none."""
+        """Return the statistics of a step with the pending looks, or None where vLLM makes none."""
         if stats is not None:
             microseconds = {f"{_KEY}{kind}:{i}": int(1e6 * s) for i, (kind, s) in enumerate(self.pending)}
             stats.num_kv_fetch_reqs_by_stage |= microseconds
@@ -52,7 +52,7 @@ class LookMetrics(StatLoggerBase):  # type: ignore[misc]
             self._histogram().labels(self.model, self.engine, kind).observe(fields.pop(key) / 1e6)
 
     def log_engine_initialized(self) -> None:
-        """Nothing is told at the start."""
+        """Do nothing: there is nothing to tell at the start."""
 
     @classmethod
     def _histogram(cls) -> Histogram:

@@ -80,13 +80,16 @@ class VPTQwen2VL(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
         return loaded
 
     def embed_multimodal(self, **fields: Any) -> Sequence[Tensor]:
-        """Features of images, or of images that are encoded again; the fields are those of `vpt_model.vllm.items`."""
+        """Return the features of images, or of images that are encoded again.
+
+        The fields are those of `vpt_model.vllm.items`.
+        """
         if CONTROL in fields:
             return [self.reencode(*each) for each in zip(fields[AGAIN], fields[CONTROL].tolist(), strict=True)]
         return self.look(fields[PIXELS])
 
     def look(self, images: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Features [n_i, H] of each image or crop, uint8 [height, width, 3] on the CPU."""
+        """Return features [n_i, H] of each image or crop. images: uint8 [height, width, 3] on the CPU."""
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         boxes = [(i, 0, 0, width, height) for i, (height, width) in enumerate(sizes)]
         plan = plan_regions(sizes, boxes, self.policy)
@@ -95,9 +98,9 @@ class VPTQwen2VL(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
         return features.split([rows * columns // self.merge for rows, columns in plan.grids])
 
     def reencode(self, image: Tensor, control: tuple[int, int]) -> Tensor:
-        """[1 + n, H]: the state in a slot as the action token's embedding, then the image conditioned by it.
+        """Return [1 + n, H]: the state in a slot as the action token's embedding, then the image conditioned by it.
 
-        control: the slot, and 0 where there is no image: then [1, H].
+        control: the slot, and whether there is an image; without one the result is the state alone, [1, H].
         """
         slot, has_image = control
         state = self.controls.states[slot : slot + 1]
@@ -117,7 +120,7 @@ class VPTQwen2VL(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
         return embeds
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """As published, images that are encoded again stand at the positions of text."""
+        """Return vLLM's positions, where images that are encoded again stand at positions of text, as published."""
         return super().get_mrope_input_positions(input_tokens, [f for f in mm_features if f.modality == IMAGE])
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

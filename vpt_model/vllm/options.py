@@ -25,7 +25,7 @@ class Options(NamedTuple):
 
 
 def read_options(extra: Mapping[str, Any] | None, encoder: str) -> Options:
-    """The options among a request's extra arguments. encoder: what the checkpoint re-encodes with, such as "clip".
+    """Return the options among a request's extra arguments. encoder: what the checkpoint re-encodes with, say "clip".
 
     Raises ValueError or TypeError for anything that is not of the stated form, and for the scheduler's own mark.
     """

@@ -20,14 +20,14 @@ Box = tuple[int, int, int, int]
 
 @lru_cache(maxsize=4)
 def checkpoint_config(model: str, revision: str | None = None) -> ModelConfig:
-    """The configuration of a folder or a hub model, with the re-encoder that its files name or its tensors show."""
+    """Return the configuration of a folder or a hub model, with the re-encoder that its files or tensors show."""
     folder = model_folder(f"{model}@{revision}" if revision and not Path(model).is_dir() else model)
     fields = read_json(folder / "config.json")
     return parse_config(fields) if fields.get("vision_encoder_ls") else Checkpoint.open(folder).config
 
 
 def look_policy(config: ModelConfig) -> RegionPolicy:
-    """How an image or a crop becomes patches: as the published results, with Pillow's pass order of that time."""
+    """Return how an image or a crop becomes patches: as published, with Pillow's pass order of that time."""
     return qwen2_vl_policy(
         longest_edge=config.image_resolution,
         patch_size=config.vision.patch_size,
@@ -37,19 +37,19 @@ def look_policy(config: ModelConfig) -> RegionPolicy:
 
 
 def image_grid(config: ModelConfig, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) in patches of an image or a crop of that size. Raises ValueError if it cannot be resized."""
+    """Return (rows, columns) in patches of an image or crop of that size. Raises ValueError if it cannot be resized."""
     (grid,) = plan_regions([(height, width)], [(0, 0, 0, width, height)], look_policy(config)).grids
     return int(grid[0]), int(grid[1])
 
 
 def image_tokens(config: ModelConfig, height: int, width: int) -> int:
-    """Visual tokens of an image or a crop of that size."""
+    """Return how many visual tokens an image or a crop of that size has."""
     rows, columns = image_grid(config, height, width)
     return rows * columns // config.vision.spatial_merge_size**2
 
 
 def reencoded_tokens(config: ModelConfig, height: int, width: int) -> int:
-    """Visual tokens of an image of that size when it is encoded again."""
+    """Return how many visual tokens an image of that size has when it is encoded again."""
     return image_tokens(config, height, width) if config.kind == "clip" else _encoder_tokens(config)
 
 
@@ -71,5 +71,5 @@ class Perception:
         return next(name for name, kind in ENCODERS.items() if kind == self.config.kind)
 
     def boxes(self, height: int, width: int, turn: list[int]) -> tuple[Box, ...]:
-        """The pixels of the regions that a turn names. Raises ValueError for a region that has none."""
+        """Return the pixels of the regions that a turn names. Raises ValueError for a region that has none."""
         return tuple(crop_box(span, width, height) for span in parse_region_ids(turn, self.tokenizer.ids))

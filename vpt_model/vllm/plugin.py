@@ -9,8 +9,8 @@ ARCHITECTURES = ("VPT_Qwen2VLForConditionalGeneration", "VRT_Qwen2VLForCondition
 def register() -> None:
     """Register model, configuration and reasoning parser with vLLM; entry point of its group `vllm.general_plugins`.
 
-    Any number of calls do what one does. Whether this vLLM is one that the looks were tested with is asked only when a
-    VPT checkpoint is served (`vpt_model.vllm.contract`), so that other models are served as without this package.
+    Any number of calls do what one does. `vpt_model.vllm.contract` checks vLLM's version only when a VPT checkpoint is
+    served, so that other models are served as without this package.
     """
     from transformers import AutoConfig
     from vllm import ModelRegistry

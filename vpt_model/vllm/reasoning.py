@@ -17,7 +17,7 @@ class LookParser(ReasoningParser):  # type: ignore[misc]
     """Tells the turns that ask for a look from the answer; in a stream by each piece of text."""
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
-        """Never for good: a further look may be asked for."""
+        """Return False: a further look may always be asked for."""
         return False
 
     def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:

@@ -1,7 +1,8 @@
-"""vLLM's scheduler, in which a request that asks for a look goes on with more prompt; when, is a `Talk`'s to say.
+"""vLLM's scheduler, in which a request that asks for a look goes on with more prompt; its `Conversation` says when.
 
 The mechanism is vLLM's own for streaming input: a resumable request that stops takes its next input from a queue, and
-its KV blocks stay. Here the input comes from the talk, not from a client, and all rounds leave as one stream of tokens.
+its KV blocks stay. Here the input comes from the conversation, not from a client, and all rounds leave as one stream
+of tokens.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from vllm.v1.request import Request, RequestStatus
 from vpt_model.checkpoint.hub import model_folder
 from vpt_model.text.tokens import Tokenizer, parse_look
 from vpt_model.vllm.capture import control_slots
+from vpt_model.vllm.conversation import Append, Conversation, End, State
 from vpt_model.vllm.items import IMAGE, PIXELS, feature
 from vpt_model.vllm.metrics import LookTimes
 from vpt_model.vllm.options import SLOT, read_options
 from vpt_model.vllm.perception import Perception, checkpoint_config
-from vpt_model.vllm.talk import Append, End, State, Talk
 
 logger = init_logger(__name__)
 _STATUS = {End.FULL: RequestStatus.FINISHED_LENGTH_CAPPED, End.FAILED: RequestStatus.FINISHED_ERROR}
@@ -37,23 +38,23 @@ class Looks:
         shapes = checkpoint_config(model.model, model.revision)
         self.perception = Perception(shapes, Tokenizer.from_folder(model_folder(model.tokenizer), shapes.kind))
         self.free_slots = list(range(control_slots(self.vllm_config)))
-        self.talks: dict[str, Talk] = {}
+        self.conversations: dict[str, Conversation] = {}
         self.times = LookTimes()
         self.starved = False
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests and not request.resumable and request.sampling_params is not None:
-            talk = self._talk(request)
+            conversation = self._conversation(request)
             if request.use_structured_output:
                 # A grammar accepts no perception token, and what it does not accept is never sampled.
-                talk.max_looks = 0
-                talk.notices.append("no second looks: the request has a grammar or a JSON schema")
+                conversation.max_looks = 0
+                conversation.notices.append("no second looks: the request has a grammar or a JSON schema")
             else:
-                request.sampling_params = self._params(talk)
-            self.talks[request.request_id] = talk
+                request.sampling_params = self._params(conversation)
+            self.conversations[request.request_id] = conversation
         super().add_request(request)
 
-    def _talk(self, request: Request) -> Talk:
+    def _conversation(self, request: Request) -> Conversation:
         shown = [f for f in request.mm_features if f.modality == IMAGE and f.data is not None and PIXELS in f.data]
         image = (shown[-1].identifier, shown[-1].data[PIXELS].data) if shown else None
         notices: list[str] = []
@@ -66,26 +67,26 @@ class Looks:
         if looks and image is None:
             looks.clear()
             notices.append("no second look: the request has no image")
-        talk = Talk(
+        conversation = Conversation(
             self.perception,
             request.sampling_params,
             image,
             max_looks,
             looks,
-            header=request.num_prompt_tokens,
+            round_start=request.num_prompt_tokens,
             room=self.max_model_len,
             free_slots=self.free_slots,
         )
-        talk.notices += notices
-        return talk
+        conversation.notices += notices
+        return conversation
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, Any]:
-        talk = self.talks.pop(request.request_id, None)
+        conversation = self.conversations.pop(request.request_id, None)
         transfer, *rest = super()._free_request(request, *args, **kwargs)
-        if talk is not None:
-            self.free_slots += [slot for _, slot in talk.slots]
+        if conversation is not None:
+            self.free_slots += [slot for _, slot in conversation.slots]
             # The one dictionary of vLLM's that reaches every client in the response: `kv_transfer_params`.
-            told = {"vpt_looks": talk.looks, "vpt_notices": talk.notices}
+            told = {"vpt_looks": conversation.looks, "vpt_notices": conversation.notices}
             if told := {name: value for name, value in told.items() if value}:
                 transfer = {**(transfer or {}), **told}
         return (transfer, *rest)
@@ -105,7 +106,7 @@ class Looks:
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _give_back(self) -> bool:
-        held = [r for r in self.kv_holding_waiting if r.request_id in self.talks and r.num_computed_tokens]
+        held = [r for r in self.kv_holding_waiting if r.request_id in self.conversations and r.num_computed_tokens]
         if held:
             self.kv_holding_waiting.remove_request(held[-1])
             self._release(held[-1])
@@ -124,45 +125,45 @@ class Looks:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        talk = self.talks.get(request.request_id)
+        conversation = self.conversations.get(request.request_id)
         tokens, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
-        if talk is None or request.use_structured_output:
+        if conversation is None or request.use_structured_output:
             return tokens, stopped
-        if not talk.turn and talk.asked is not None and not is_stale:
-            self.times.add(talk.looks[-1]["kind"], time.monotonic() - talk.asked)
-            talk.asked = None
-        if not (stopped or talk.is_forced):
-            talk.turn += tokens
-            talk.heard += len(tokens)
+        if not conversation.turn and conversation.asked is not None and not is_stale:
+            self.times.add(conversation.looks[-1]["kind"], time.monotonic() - conversation.asked)
+            conversation.asked = None
+        if not (stopped or conversation.is_forced):
+            conversation.turn += tokens
+            conversation.streamed += len(tokens)
             return tokens, stopped
-        if is_stale and not talk.ends_for_good(tokens):
+        if is_stale and not conversation.ends_for_good(tokens):
             # The request was preempted meanwhile: the token is forgotten, and sampled again when the request is back.
             del request._output_token_ids[-len(tokens) :], request._all_token_ids[-len(tokens) :]
             del request.block_hashes[request.num_tokens // self.hash_block_size :]
             request.status, request.stop_reason = RequestStatus.PREEMPTED, None
             return [], False
-        answer = self._asked(talk, tokens, request)
+        answer = self._asked(conversation, tokens, request)
         if isinstance(answer, End):
             request.status = _STATUS.get(answer, request.status)
             request.resumable = False
             return tokens, True
-        tokens[:] = answer.heard
-        talk.heard += len(tokens)
+        tokens[:] = answer.streamed
+        conversation.streamed += len(tokens)
         # Not finished for the client: no finish reason leaves with these tokens.
         request.status, request.stop_reason = RequestStatus.RUNNING, None
         request.resumable, request.streaming_queue = True, deque([answer])
         return tokens, True
 
-    def _asked(self, talk: Talk, tokens: list[int], request: Request) -> Append | End:
-        began, taken = time.monotonic(), len(talk.looks)
+    def _asked(self, conversation: Conversation, tokens: list[int], request: Request) -> Append | End:
+        began, taken = time.monotonic(), len(conversation.looks)
         try:
-            answer = talk.hear(list(tokens), request.all_token_ids)
+            answer = conversation.take(list(tokens), request.all_token_ids)
         except Exception:
             logger.exception("the request %s ends: its look failed", request.request_id)
             return End.FAILED
-        if talk.asked is None and (talk.state is State.CAPTURING or len(talk.looks) > taken):
-            talk.asked = began
-        for notice in talk.notices:
+        if conversation.asked is None and (conversation.state is State.CAPTURING or len(conversation.looks) > taken):
+            conversation.asked = began
+        for notice in conversation.notices:
             logger.warning_once("%s", notice)
         return answer
 
@@ -184,19 +185,19 @@ class Looks:
         session.prompt_token_ids[:] = tokens
         session.num_prompt_tokens = len(tokens)
         session.update_block_hashes()
-        session.sampling_params = self._params(self.talks[session.request_id], update.slot)
+        session.sampling_params = self._params(self.conversations[session.request_id], update.slot)
         session.max_tokens = session.sampling_params.max_tokens
         session.status = RequestStatus.WAITING
         session.resumable = False
 
-    def _params(self, talk: Talk, slot: int | None = None) -> Any:
-        """What the next round is sampled with; where a state is captured, one token that is not used."""
-        ids, params = self.perception.tokenizer.ids, talk.params.clone()
+    def _params(self, conversation: Conversation, slot: int | None = None) -> Any:
+        """Return the next round's sampling parameters; behind a captured state one token is sampled that is not used."""
+        ids, params = self.perception.tokenizer.ids, conversation.params.clone()
         action = {token for token in (ids.action_start, ids.action) if token is not None}
         stop = action if params.ignore_eos else action | ids.stop
         params.stop_token_ids = sorted({*(params.stop_token_ids or ()), *stop})
-        params.max_tokens = 1 if slot is not None else max(1, talk.left)
-        params.min_tokens = 0 if slot is not None else max(0, params.min_tokens - talk.heard)
+        params.max_tokens = 1 if slot is not None else max(1, conversation.left)
+        params.min_tokens = 0 if slot is not None else max(0, params.min_tokens - conversation.streamed)
         if slot is not None:
             params.extra_args = {**(params.extra_args or {}), SLOT: slot}
         return params
@@ -211,6 +212,9 @@ class AsyncLookScheduler(Looks, AsyncScheduler):  # type: ignore[misc]
 
 
 def look_scheduler(vllm_config: Any, **arguments: Any) -> Looks:
-    """The scheduler of an engine; a function, because vLLM decides on planning ahead after it is told the class."""
+    """Return the scheduler of an engine.
+
+    This is a function, because vLLM is told the class before it decides on planning ahead.
+    """
     ahead = vllm_config.scheduler_config.async_scheduling
     return (AsyncLookScheduler if ahead else SyncLookScheduler)(vllm_config, **arguments)
