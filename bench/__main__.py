@@ -223,7 +223,7 @@ def launches(
     if write and preset:
         raise typer.BadParameter("--write replaces the budgets of every preset: leave --preset out")
     tallies = {name: counts(name) for name in preset or PRESETS_COUNTED}
-    found = {name: {what: counted.numbers(tally) for what, tally in rows.items()} for name, rows in tallies.items()}
+    found = {name: {what: counted.totals(tally) for what, tally in rows.items()} for name, rows in tallies.items()}
     if write:
         counted.write(found)
     if as_json:

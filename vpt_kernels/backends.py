@@ -127,7 +127,7 @@ _NOTHING: Mapping[str, str] = {}
 def reasons(
     operator: str, device: torch.device, dtype: torch.dtype, declined: Mapping[str, str] = _NOTHING
 ) -> dict[str, str | None]:
-    """For each backend of `operator`: None if it can run on `device` in `dtype`, else why not."""
+    """Return for each backend of `operator` None if it can run on `device` in `dtype`, else why it cannot."""
     names = dict.fromkeys((*CAPABILITIES[operator], *BACKENDS))
     return {name: _reason(operator, name, device, dtype) or declined.get(name) for name in names}
 
@@ -181,7 +181,7 @@ _chosen: dict[tuple[object, ...], str] = {}
 
 
 def _choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype, declined: Mapping[str, str]) -> str:
-    """`select`, remembered; the first time, what registers a Triton implementation is imported."""
+    """Return what `select` returns, and remember it; the first call imports what registers a Triton implementation."""
     # Words and imports cost microseconds; nothing but these decides, and none of it changes in a process.
     key = (operator, backend, device.type, dtype, *declined)
     try:

@@ -267,7 +267,7 @@ def append_rows_(
     options: dict[str, Any],
     slots_of: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """`append_to_layer_` of checked arguments; slots_of: `page_slots`, or one that remembers it for other layers."""
+    """Do `append_to_layer_` with checked arguments. slots_of: `page_slots`, or what remembers it for other layers."""
     q, k, v = qkv
     batch, count = k.shape[:2]
     if q.shape[:2] != k.shape[:2] or v.shape != k.shape or q.shape[3] != k.shape[3]:

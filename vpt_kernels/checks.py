@@ -102,7 +102,7 @@ def _share(
     strides_b: tuple[int, ...],
     size_b: int,
 ) -> bool:
-    """`share_memory` from sizes and strides in elements, element sizes and the distance of the first bytes."""
+    """Answer `share_memory` from sizes and strides in elements, element sizes and the distance of the first bytes."""
     a = _Addresses(_SOMEWHERE, shape_a, strides_a, size_a)
     b = _Addresses(_SOMEWHERE + distance, shape_b, strides_b, size_b)
     try:

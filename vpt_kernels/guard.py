@@ -28,12 +28,12 @@ _FORWARDS = {
 
 
 def part_of(module: nn.Module, name: str) -> object:
-    """`getattr(module, name, None)`, without what `nn.Module` spends to look a part up."""
+    """Return `getattr(module, name, None)` without what `nn.Module` spends on looking a part up."""
     return module._modules[name] if name in module._modules else getattr(module, name, None)
 
 
 def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str | None:
-    """Why `part` must be called, or None where reading its weight and bias does what calling it would do.
+    """Return why `part` must be called, or None where reading its weight and bias does what calling it would do.
 
     Args:
         part: the module whose call would be bypassed.
@@ -77,13 +77,13 @@ def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str 
 
 
 def is_own_forward(module: nn.Module) -> bool:
-    """Whether the `forward` among the module's attributes is its class's, as removed hooks leave it behind."""
+    """Return whether the `forward` among the module's attributes is its class's, as removed hooks leave it behind."""
     forward = module.__dict__["forward"]
     return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
 
 
 def why_every_module_is_called() -> str | None:
-    """Why no module's call may be bypassed now, or None: the calls of all are watched, traced or replaced."""
+    """Return why no module's call may be bypassed now, or None: the calls of all are watched, traced or replaced."""
     if (
         _every._global_forward_hooks
         or _every._global_forward_pre_hooks

@@ -58,7 +58,7 @@ def pixels_of(
     orient_files: bool = True,
     to_rgb: ToRGB = pillow_rgb,
 ) -> Tensor:
-    """`decode_image` without its warning; to_rgb: how an image that Pillow opened becomes RGB."""
+    """Do `decode_image` without its warning. to_rgb: how an image that Pillow opened becomes RGB."""
     require_flag("orient_files", orient_files)
     if max_pixels is not None:
         require_integer("max_pixels", max_pixels, 1)

@@ -22,11 +22,11 @@ COLUMNS = {
     "downloads": "copies back",
     "megabytes": "MB read",
 }
-Numbers = dict[str, int]
+Totals = dict[str, int]
 
 
-def numbers(tally: Tally) -> Numbers:
-    """Return a tally as plain numbers; a read of a token is a wait and no copy."""
+def totals(tally: Tally) -> Totals:
+    """Return a tally as plain totals; a read of a token is a wait and no copy."""
     return {
         "kernels": tally.kernels,
         "replays": tally.replays,
@@ -38,12 +38,12 @@ def numbers(tally: Tally) -> Numbers:
     }
 
 
-def budgets() -> dict[str, dict[str, Numbers]]:
-    """preset → what is counted → numbers."""
+def budgets() -> dict[str, dict[str, Totals]]:
+    """preset → what is counted → totals."""
     return json.loads(BUDGETS_FILE.read_text())
 
 
-def page(budget: dict[str, dict[str, Numbers]]) -> str:
+def page(budget: dict[str, dict[str, Totals]]) -> str:
     """docs/launches.md."""
     lines = [
         "# What the engine asks of a GPU",
@@ -65,7 +65,7 @@ def page(budget: dict[str, dict[str, Numbers]]) -> str:
     return "\n".join(lines)
 
 
-def write(found: dict[str, dict[str, Numbers]]) -> None:
+def write(found: dict[str, dict[str, Totals]]) -> None:
     """Make `found` the budgets and the page."""
     BUDGETS_FILE.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(page(found))

@@ -65,7 +65,7 @@ class Network:
         """
         config = self.config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        # [B, T, 2, D/2] from the three axes' positions: each pair of channels turns with one of them.
+        # [B, T, 2, D/2] from the three axes' positions: each pair of channels rotates by one of them.
         at = positions[:, self.axes].transpose(1, 2)
         pairs = torch.arange(dim // 2, device=at.device)
         causal = torch.full((at.shape[1],) * 2, float("-inf"), dtype=embeds.dtype, device=at.device).triu_(1)

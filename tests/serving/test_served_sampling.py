@@ -77,7 +77,7 @@ def test_sampled_tokens_have_our_engines_log_probabilities(served):
 
 
 def greedy(replay, tokens, forbidden=()):
-    """Whether each token is the likeliest behind what the replay holds; forbidden: ids before each that may not be."""
+    """Whether each token is the argmax behind what the replay holds; forbidden: ids before each that may not be."""
     begin = len(replay.tokens) - 1
     replay.add(tokens[:-1])
     logits = replay.model.language.logits(replay.hidden()[begin:])

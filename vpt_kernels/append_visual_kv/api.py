@@ -157,7 +157,7 @@ def _check_rotation(
 
 
 def _as_float8(cache: Tensor) -> Tensor:
-    """Pages of bytes, as vLLM and FlashInfer keep float8, as what they are."""
+    """Return pages of bytes, as vLLM and FlashInfer keep float8, as the float8 that they are."""
     return cache.view(FLOAT8) if isinstance(cache, Tensor) and cache.dtype == torch.uint8 else cache
 
 
@@ -288,7 +288,8 @@ def append_visual_kv(*arguments: Any, **options: Any) -> Tensor:
 
 @_takes_the_arguments_of(prepare)
 def append_visual_kv_(*arguments: Any, **options: Any) -> None:
-    """`append_visual_kv` that rotates q in place (q may be a view of the packed GEMM output) and returns nothing.
+    """Do what `append_visual_kv` does, but rotate q in place (q may be a view of the packed GEMM output); return
+    nothing.
 
     q must not share memory with another input.
     """

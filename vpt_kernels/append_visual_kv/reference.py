@@ -38,7 +38,9 @@ def _cos_sin(table: Tensor, positions: Tensor, axes: list[int]) -> tuple[Tensor,
 
 
 def _normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """transformers' RMSNorm of every head: the quotient in float32 (float64 for float64), rounded, times the weight."""
+    """Return transformers' RMSNorm of every head: the quotient in float32 (float64 for float64), rounded, times the
+    weight.
+    """
     if weight is None:
         return x
     wide = x if x.dtype == torch.float64 else x.float()

@@ -291,7 +291,7 @@ def control_cross_attention_into(
     *,
     backend: str = "auto",
 ) -> None:
-    """`control_cross_attention`, with token i written to `out[rows[i]]`; other rows are left alone.
+    """Do what `control_cross_attention` does, but write token i to `out[rows[i]]`; other rows are left alone.
 
     Args:
         out: [L, H], dtype and device of the features, last dimension contiguous (an embedding buffer); it must not

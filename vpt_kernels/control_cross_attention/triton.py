@@ -369,7 +369,7 @@ def control_cross_attention(
     out: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Both forms: the tokens in `out` at `rows`, or in a new tensor."""
+    """Compute both forms; return the tokens in `out` at `rows`, or in a new tensor."""
     hidden = condition_weight.shape[0]
     if out is None:
         if features.dim() == 4:

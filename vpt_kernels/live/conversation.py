@@ -288,7 +288,7 @@ class LiveConversation:
         self._open.truncate(inside)
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
-        """Raises ValueError for what `generate` cannot be asked here."""
+        """Raise ValueError for what `generate` cannot be asked here."""
         if not self.ids or len(self.ids) == self.length:
             raise ValueError("there is nothing to answer: add() or append() something first")
         if self._pictures and len(self.ids) - 1 in self._pictures[-1].span:
@@ -303,4 +303,4 @@ class LiveConversation:
             if arguments.get(name) is not None:
                 raise ValueError(f"{name} cuts tokens off the cache that the conversation counts: leave it out")
         new = arguments.get("max_new_tokens", getattr(config, "max_new_tokens", None)) or 1
-        self._open.check_room(len(self.ids) + new - 1)
+        self._open.check_capacity(len(self.ids) + new - 1)

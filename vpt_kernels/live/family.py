@@ -87,7 +87,9 @@ class Family:
 
     @contextmanager
     def deltas(self, delta: int) -> Iterator[None]:
-        """The model's own state of positions: what is added to a slot to give the position, as it was afterwards."""
+        """Yield the model's own state of positions, which is added to a slot to give the position; restore it
+        afterwards.
+        """
         before = self.core.rope_deltas
         self.core.rope_deltas = torch.full((1, 1), delta, device=self.core.device)
         try:
@@ -105,7 +107,7 @@ class Family:
         return frames * rows * columns // self.merge**2
 
     def _prove_additive(self, name: str) -> None:
-        """A chunk's positions must be those of the whole conversation: checked on two images with text between."""
+        """Check that a chunk's positions are those of the whole conversation, on two images with text between."""
         grids = [(1, 4 * self.merge, 2 * self.merge), (1, 2 * self.merge, 6 * self.merge)]
         pieces = [[0, self.start, *[self.image] * self.count(grid), self.end, 0, 0] for grid in grids]
         try:

@@ -59,7 +59,7 @@ class Fed:
             truncate(self._cache, length)
             del self._next[length + 1 :]
 
-    def check_room(self, tokens: int) -> None:
+    def check_capacity(self, tokens: int) -> None:
         """Raise ValueError if a cache of fixed size cannot hold `tokens` in all."""
         capacity = capacity_of(self._cache)
         if capacity is not None and tokens > capacity:
@@ -70,7 +70,7 @@ class Fed:
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Whatever is raised inside leaves the cache and the counts as they were.
+        """Leave the cache and the counts as they were if anything is raised inside.
 
         Raises:
             ValueError: the cache holds other tokens than were fed, because an undoing failed or somebody changed it.

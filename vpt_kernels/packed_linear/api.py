@@ -23,7 +23,7 @@ def packed_linear(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """activation(x·Wᵀ + bias) + residual; with a gated weight activation(gate)·up + residual.
+    """Return activation(x·Wᵀ + bias) + residual; with a gated weight activation(gate)·up + residual.
 
     Products and sums are float32 whatever is stored, the result is rounded once to x's dtype.
 
@@ -76,7 +76,7 @@ def packed_linear(
 
 
 def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> Tensor:
-    """`tensor`, of `shape`, as rows: [n, columns]."""
+    """Return `tensor`, which has `shape`, as rows [n, columns]."""
     if like is not None:
         require_tensor(name, tensor, like.dtype, like.device, None)
     if tensor.shape != shape:

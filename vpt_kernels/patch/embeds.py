@@ -41,12 +41,12 @@ def _refuse_flat(module: Any) -> str | None:
 
 
 def why_flat_called(module: Any, x: Tensor | None = None) -> str | None:
-    """Why a patch embedding of the Qwen-VL family must call its convolution, or None."""
+    """Return why a patch embedding of the Qwen-VL family must call its convolution, or None."""
     return why_called(part_of(module, "proj"), nn.Conv3d, "projection", x) or _refuse_flat(module)
 
 
 def _holds(module: Any, rows: Tensor) -> str:
-    """What the rows are: "pixels", "bytes" of `roi_patches`, or "embeddings"."""
+    """Return what the rows are: "pixels", "bytes" of `roi_patches`, or "embeddings"."""
     area, width = module.patch_size**2, rows.shape[-1]
     if rows.dtype == torch.uint8:
         return "bytes"
@@ -62,7 +62,7 @@ def _holds(module: Any, rows: Tensor) -> str:
 
 
 def embed_flat_patches(module: Any, hidden_states: Tensor, calls: Counter[str] | None) -> Tensor:
-    """`forward` of the Qwen-VL family's patch embeddings.
+    """Do the `forward` of the Qwen-VL family's patch embeddings.
 
     hidden_states: normalised patches [N, 3·T·p·p] (any shape of as many numbers) as transformers' processor gives
     them; or uint8 patches [N, p·p·3] of `roi_patches`, also cast to floats; or embeddings [N, E] of
@@ -129,12 +129,14 @@ def _refuse_sam(module: Any) -> str | None:
 
 
 def why_image_called(module: Any, x: Tensor | None = None) -> str | None:
-    """Why a patch embedding of images must call its convolution, or None."""
+    """Return why a patch embedding of images must call its convolution, or None."""
     return why_called(part_of(module, "projection"), nn.Conv2d, "projection", x) or _refuse_image(module)
 
 
 def embed_images(module: Any, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
-    """Tokens [B, rows, columns, E] of images [B, 3, H, W]; a remainder of pixels is dropped, as by a convolution."""
+    """Return tokens [B, rows, columns, E] of images [B, 3, H, W]; a remainder of pixels is dropped, as by a
+    convolution.
+    """
     if pixel_values.shape[1] != module.num_channels:
         raise ValueError(f"pixel_values have {pixel_values.shape[1]} channels; the model's have {module.num_channels}")
     projection, (p, r) = module.projection, module.patch_size
@@ -147,12 +149,12 @@ def embed_images(module: Any, pixel_values: Tensor, calls: Counter[str] | None) 
 
 
 def embed_dinov2(module: Any, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
-    """`forward` of DINOv2's patch embedding: [B, rows · columns, E]."""
+    """Do the `forward` of DINOv2's patch embedding: [B, rows · columns, E]."""
     return embed_images(module, pixel_values, calls).flatten(1, 2)
 
 
 def embed_sam(module: Any, pixel_values: Tensor, calls: Counter[str] | None) -> Tensor:
-    """`forward` of SAM's patch embedding: [B, rows, columns, E] of images of exactly the model's size."""
+    """Do the `forward` of SAM's patch embedding: [B, rows, columns, E] of images of exactly the model's size."""
     if tuple(pixel_values.shape[2:]) != tuple(module.image_size):
         raise ValueError(
             f"pixel_values are {tuple(pixel_values.shape[2:])}; the model takes {tuple(module.image_size)}"

@@ -54,7 +54,7 @@ def _refuse(module: Any) -> str | None:
 
 
 def why_parts_called(module: Any, x: Tensor | None = None) -> str | None:
-    """Why a projector must call its layers, or None."""
+    """Return why a projector must call its layers, or None."""
     for name, kind in parts(module).items():
         part: Any = part_of(module, name)
         reason = why_called(part, kind, name, x)
@@ -66,7 +66,7 @@ def why_parts_called(module: Any, x: Tensor | None = None) -> str | None:
 
 
 def fold(module: Any) -> ControlProjector:
-    """The projector's weights for `control_cross_attention`; nothing is copied but the convolution's weight.
+    """Return the projector's weights for `control_cross_attention`; only the convolution's weight is copied.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -85,7 +85,8 @@ def fold(module: Any) -> ControlProjector:
 
 
 def project(module: Any, hidden_states: Tensor, conditions: Tensor | None, grid_thw: Tensor | None) -> Tensor:
-    """Projected tokens [tokens, H] of [images, tokens, D], [images, C, h, w] or, ragged by grid_thw, [tokens, H].
+    """Return projected tokens [tokens, H] of [images, tokens, D], [images, C, h, w] or, ragged by grid_thw, [tokens,
+    H].
 
     Raises:
         ValueError: grid_thw is missing where it is needed; else as `control_cross_attention`, for instance conditions

@@ -47,7 +47,7 @@ def record(calls: Counter[str] | None, way: str) -> None:
 
 
 def lacks(module: nn.Module, *names: str) -> str | None:
-    """Why a module without these attributes is not the class that its name says, or None."""
+    """Return why a module without these attributes is not the class that its name says, or None."""
     own, parts = module.__dict__, module._modules
     missing = [name for name in names if name not in own and name not in parts and not hasattr(module, name)]
     return f"it has no attribute {', '.join(missing)}" if missing else None
@@ -57,7 +57,8 @@ _folded: WeakKeyDictionary[object, tuple[list[tuple[Any, ...]], list[Tensor], An
 
 
 def folded(owner: object, tensors: list[Tensor], fold: Callable[[], Folded]) -> Folded:
-    """`fold()`, remembered for its owner until one of the `tensors` is changed in place, moved, converted or replaced.
+    """Return `fold()`, remembered for its owner until one of the `tensors` is changed in place, moved, converted or
+    replaced.
 
     A change through `.data` or another alias that autograd does not track is not seen: `forget` the owner then.
     """

@@ -210,7 +210,7 @@ def roi_patch_embed_into(
     *,
     backend: str = "auto",
 ) -> None:
-    """`roi_patch_embed`, written to `out[row : row + plan.rows]`; other rows are left alone.
+    """Do what `roi_patch_embed` does, but write to `out[row : row + plan.rows]`; other rows are left alone.
 
     Args:
         out: [≥ row + plan.rows, E], dtype and device of `embed.weight`, last dimension contiguous.

@@ -176,7 +176,7 @@ def qwen2_vl_policy(
     merge_size: int = 2,
     pass_order: str = "hv",
 ) -> RegionPolicy:
-    """Qwen2-VL's preprocessing; other members of the family differ in `patch_size`, `merge_size` and the limits.
+    """Return Qwen2-VL's preprocessing; other members of the family differ in `patch_size`, `merge_size` and the limits.
 
     `longest_edge` adds the NEAREST regularisation that VPT's training and evaluation applied first (they use 512).
     Source: `smart_resize` of transformers' Qwen2-VL image processor; LLaMA-Factory 0.9.1 `_preprocess_image`.
@@ -190,7 +190,7 @@ def qwen2_vl_policy(
 def dinov2_policy(
     *, shortest_edge: int = 256, crop: int = 224, longest_edge: int | None = None, pass_order: str = "hv"
 ) -> RegionPolicy:
-    """DINOv2's preprocessing: shortest edge to 256 (BICUBIC), then the central 224×224.
+    """Return DINOv2's preprocessing: shortest edge to 256 (BICUBIC), then the central 224×224.
 
     Source: transformers' BitImageProcessor with the configuration of facebook/dinov2-base.
     """
@@ -199,7 +199,7 @@ def dinov2_policy(
 
 
 def sam_policy(*, edge: int = 1024, longest_edge: int | None = None, pass_order: str = "hv") -> RegionPolicy:
-    """SAM's preprocessing: longest edge to 1024 (BILINEAR), zero padding at the right or at the bottom.
+    """Return SAM's preprocessing: longest edge to 1024 (BILINEAR), zero padding at the right or at the bottom.
 
     Source: transformers' SamImageProcessor with the configuration of facebook/sam-vit-large.
     """

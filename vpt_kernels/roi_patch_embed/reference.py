@@ -31,7 +31,7 @@ def _triangle(x: Tensor) -> Tensor:
 
 
 def resampling_coefficients(in_size: int, out_size: int, name: str) -> tuple[Tensor, Tensor]:
-    """Pillow's taps of one axis.
+    """Return Pillow's taps of one axis.
 
     Returns:
         (first [out_size] int64, weights [out_size, taps] int32): output i is Σ_t weights[i, t]·in[first[i] + t],
@@ -58,7 +58,7 @@ def resampling_coefficients(in_size: int, out_size: int, name: str) -> tuple[Ten
 
 
 def nearest_indices(in_size: int, out_size: int) -> Tensor:
-    """Pillow's NEAREST source index of every output pixel: its double sum is accumulated, not multiplied."""
+    """Return Pillow's NEAREST source index of every output pixel; its double sum is accumulated, not multiplied."""
     step = in_size / out_size
     position = step * 0.5
     indices = []

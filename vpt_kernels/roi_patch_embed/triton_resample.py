@@ -1,7 +1,7 @@
 """Device functions of the Triton backend: a tile of resampled pixels, bit-exact with Pillow.
 
 A pass along one axis is a product with a banded matrix of 22-bit coefficients. The matrix is built from float64
-arithmetic in Pillow's order (the launches switch contraction off), split into two 12-bit digits that float16 holds
+arithmetic in Pillow's order (the launches switch contraction off), split into two 12-bit slices that float16 holds
 exactly, and multiplied on tensor cores: a product with a centred byte is at most 2^18, the sum of a chunk of at most 64
 of them at most 2^24, so every float32 sum is an exact integer. Pillow's rounding to a byte after each pass then happens
 in int32.

@@ -73,7 +73,7 @@ def stage(
 
 
 def _check_crop(number: int, region: Region, images: Sequence[Tensor]) -> None:
-    """The crop lies inside its image."""
+    """Check that the crop lies inside its image."""
     if not 0 <= region.image < len(images):
         raise ValueError(f"plan: row {number} names image {region.image} of {len(images)}; use plan_regions")
     height, width = images[region.image].shape[:2]
@@ -87,7 +87,9 @@ def _check_crop(number: int, region: Region, images: Sequence[Tensor]) -> None:
 
 
 def _check_sizes(number: int, region: Region) -> None:
-    """Every step of the resampling has a size that the kernels can count, and the window begins inside the last."""
+    """Check that the kernels can count the size of every step of the resampling, and that the window begins inside the
+    last.
+    """
     steps = region[Column.NEAREST_WIDTH_1 : Column.FILTER]
     if min(steps) < 1 or max(steps) > MAX_SIZE:
         raise ValueError(f"plan: row {number} resizes to {steps}; each must be 1…{MAX_SIZE}: use plan_regions")
@@ -103,7 +105,7 @@ def _check_sizes(number: int, region: Region) -> None:
 
 
 def _check_rows(number: int, region: Region, row_bytes: int, first_row: int) -> None:
-    """Its patches are whole blocks, of the bytes of a row, and follow those of the region before."""
+    """Check that the patches are whole blocks, of the bytes of a row, and follow those of the region before."""
     patch, merge, grid = region.patch_size, region.merge_size, (region.grid_width, region.grid_height)
     if min(patch, merge, *grid) < 1 or max(grid) * patch > MAX_SIZE or any(size % merge for size in grid):
         raise ValueError(

@@ -43,7 +43,7 @@ class Session:
         return self.chats[-1]
 
     def run(self, read: Callable[[str], str]) -> None:
-        """Until `read`, which is given the prompt, raises EOFError, or "/quit". Ctrl-C stops an answer only."""
+        """Run until `read`, which is given the prompt, raises EOFError, or "/quit". Ctrl-C stops an answer only."""
         with suppress(EOFError):
             while (line := read(self.prompt).strip()) != "/quit":
                 try:
@@ -61,7 +61,7 @@ class Session:
         return f"{'fork ' * (len(self.chats) - 1)}{self.chat.length} > "
 
     def take(self, line: str) -> None:
-        """One line: a command or a question. Raises ValueError for what is no command or cannot be done."""
+        """Take one line, a command or a question. Raises ValueError for what is no command or cannot be done."""
         if not line:
             return
         if not line.startswith("/"):

@@ -78,7 +78,7 @@ _SIGNS = str.maketrans("×“”…→·Δ–−", 'x"".>-d--')
 
 
 def main() -> None:
-    """The command `vpt`: what a terminal of another encoding cannot show is replaced, so that no work is lost."""
+    """Run the command `vpt`. What a terminal of another encoding cannot show is replaced, so that no work is lost."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             write_plainly(stream)
@@ -102,7 +102,7 @@ def write_plainly(stream: io.TextIOWrapper) -> None:
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Bad input ends with one line on stderr and exit code 2 instead of a traceback."""
+    """Exit with one line on stderr and code 2 on bad input, instead of a traceback."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
@@ -218,7 +218,7 @@ def chat(
     capacity: Annotated[int, typer.Option(help="tokens that the conversation may hold", min=1)] = 8192,
     device: Device = "auto",
 ) -> None:
-    """Converse about pictures: further questions, pictures, looks, forks, undo. /help lists the commands."""
+    """Hold a conversation about pictures: further questions, pictures, looks, forks, undo. /help lists the commands."""
     if image is not None:
         decode_image(image)  # before the weights are loaded
     with suppress(ImportError):
@@ -299,7 +299,7 @@ def eval_mini(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """How often vpt-mini is right on pictures that its training never saw, by kind of question and path.
+    """Count how often vpt-mini is right on pictures that its training never saw, by kind of question and path.
 
     The first backend and dtype take every path; the others repeat the free choice and are compared token by token.
     """
@@ -354,12 +354,12 @@ def convert(
 
 @app.command()
 def env() -> None:
-    """What this machine has, what is missing and how to get it."""
+    """Show what this machine has, what is missing and how to get it."""
     typer.echo(environment.report())
 
 
 def _figure(option: str, path: Path) -> ModuleType:
-    """What draws the picture that an option names; ValueError where it cannot be drawn or written."""
+    """Return what draws the picture that an option names. Raises ValueError where it cannot be drawn or written."""
     try:
         from vpt_model.app import figure
     except ImportError as error:

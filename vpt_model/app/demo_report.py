@@ -15,7 +15,7 @@ from vpt_model.config import PRESETS
 
 
 def print_report(console: Console, report: Report, out: Path) -> None:
-    """All of it; out: where its picture was written."""
+    """Print the whole comparison. out: where its picture was written."""
     console.print(
         f"\npreset [bold]{report.preset}[/], photo {report.image.width}×{report.image.height}, "
         f"question “{report.question}”, on {report.device}"

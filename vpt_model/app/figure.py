@@ -91,7 +91,7 @@ def draw_answer(
 
 @contextmanager
 def _figure(title: str, subtitle: str, groups: int, lines: int) -> Iterator[tuple[Figure, list[Axes], Axes]]:
-    """A figure with its headline, three panels, and the timeline of `groups` times `lines` bars beneath them."""
+    """Return a figure with its headline, three panels, and the timeline of `groups` times `lines` bars beneath them."""
     style: dict[str, Any] = {"font.size": 10, "text.color": INK, "axes.edgecolor": MUTED, "axes.titlesize": 11}
     with rc_context(style):
         # Inches, because text keeps its size whatever the number of bars.
@@ -161,7 +161,7 @@ def _bars(ours: Run, published: Run, speedup: float) -> list[Bar]:
 
 
 def _photo(axes: Axes, image: np.ndarray, marks: Sequence[tuple[Cells, Box]]) -> None:
-    """The picture under its grid; marks: named cells, and the crop around them."""
+    """Draw the picture under its grid. marks: named cells, and the crop around them."""
     height, width, _ = image.shape
     axes.imshow(image)
     for index in range(1, GRID):
@@ -178,7 +178,7 @@ def _photo(axes: Axes, image: np.ndarray, marks: Sequence[tuple[Cells, Box]]) ->
 
 
 def _pixels(axes: Axes, image: np.ndarray, box: Box, seen: Seen, view: Box) -> None:
-    """The part `view` of what a look at `box` gave the model, pixel by pixel, and a detail."""
+    """Draw the part `view` of what a look at `box` gave the model, pixel by pixel, and a detail."""
     left, top, right, bottom = box
     extent = (left, right, bottom, top)
     scale = seen.pixels.shape[1] / (right - left)
@@ -203,7 +203,7 @@ def _pixels(axes: Axes, image: np.ndarray, box: Box, seen: Seen, view: Box) -> N
 
 
 def _seen(axes: Axes, sight: Sight, index: int) -> None:
-    """An image as it was fed, with the borders of its visual tokens; over a re-encoding, its map."""
+    """Draw an image as it was fed, with the borders of its visual tokens; a re-encoding has its map over it."""
     seen = sight.seen[index]
     height, width, _ = seen.pixels.shape
     extent = (0, width, height, 0)
@@ -222,7 +222,7 @@ def _seen(axes: Axes, sight: Sight, index: int) -> None:
 
 
 def _timeline(axes: Axes, groups: Sequence[tuple[str, Sequence[Bar]]], remark: str) -> None:
-    """Bars in groups under a title each; times in milliseconds."""
+    """Draw bars in groups under a title each; times are in milliseconds."""
     lines = max(len(bars) for _, bars in groups)
     end, step = max(bar.total for _, bars in groups for bar in bars), lines + 0.6
     labels = []

@@ -44,7 +44,9 @@ class Seen:
 
 
 def fed(image: Tensor, box: Box | None, policy: RegionPolicy) -> Seen:
-    """What a look at `box` of an image uint8 [height, width, 3] gives the tower, None: at all of it; to the bit."""
+    """Return what a look at `box` of an image uint8 [height, width, 3] gives the tower, to the bit; None: at the whole
+    image.
+    """
     height, width, _ = image.shape
     plan = plan_regions([(height, width)], [(0, *(box or (0, 0, width, height)))], policy)
     p, m, (rows, columns) = plan.patch_size, policy.merge_size, plan.grids[0]
@@ -54,7 +56,7 @@ def fed(image: Tensor, box: Box | None, policy: RegionPolicy) -> Seen:
 
 
 def reencoded(model: Model, image: Tensor, policy: RegionPolicy) -> Seen:
-    """What the re-encoder is fed of an image; policy: the vision tower's, which is the re-encoder of "clip"."""
+    """Return what the re-encoder is fed of an image; policy: the vision tower's, which is the re-encoder of "clip"."""
     if model.encoder is None:
         return fed(image, None, policy)
     seen = fed(image, None, model.encoder.policy)
@@ -62,7 +64,7 @@ def reencoded(model: Model, image: Tensor, policy: RegionPolicy) -> Seen:
 
 
 def named_cells(region: RegionSpan, width: int, height: int) -> tuple[float, float, float, float]:
-    """The cells that a region names, without the margin of its crop: (left, top, right, bottom) in pixels."""
+    """Return the cells that a region names, without the margin of its crop: (left, top, right, bottom) in pixels."""
     return (
         min(region.columns) * width / GRID,
         min(region.rows) * height / GRID,
@@ -72,7 +74,7 @@ def named_cells(region: RegionSpan, width: int, height: int) -> tuple[float, flo
 
 
 def regions_of(answer: Answer) -> list[RegionSpan]:
-    """The regions that the first round of an answer names, of which each names a column and a row."""
+    """Return the regions that the first round of an answer names, of which each names a column and a row."""
     return [region for region in parse_regions(answer.first_text) if region.columns and region.rows]
 
 
@@ -93,7 +95,7 @@ class Sight:
 def sights(
     model: Model, policy: RegionPolicy, image: Tensor, answer: Answer, scores: Sequence[Tensor] = ()
 ) -> list[Sight]:
-    """All looks of an answer about an image; scores: of its re-encodings, as `Watched` took them."""
+    """Return all looks of an answer about an image; scores: of its re-encodings, as `Watched` took them."""
     height, width, _ = image.shape
     regions, left = iter(regions_of(answer)), iter(scores)
     shown = []
@@ -132,21 +134,21 @@ class Watched:
 
 
 def conditioning_map(scores: Tensor, look: Look) -> np.ndarray:
-    """The scores of a re-encoding as they lie in the picture, float32 [rows, columns]."""
+    """Return the scores of a re-encoding as they lie in the picture, float32 [rows, columns]."""
     height, width = look.grids[0]
     merge = isqrt(height * width // len(scores))
     return scores.view(height // merge, width // merge).numpy()
 
 
 def tinted(scores: np.ndarray) -> np.ndarray:
-    """The map as uint8 [rows, columns, 4]: colour by sign, opacity by size relative to the largest."""
+    """Return the map as uint8 [rows, columns, 4]: colour by sign, opacity by size relative to the largest."""
     size = np.abs(scores) / max(float(np.abs(scores).max()), np.finfo(np.float32).tiny)
     colours = np.where((scores > 0)[..., None], np.array(STRONGER), np.array(WEAKER))
     return np.dstack([colours, np.round(190 * size)]).astype(np.uint8)
 
 
 def answer_as_json(answer: Answer) -> dict[str, Any]:
-    """An answer as plain values; boxes in pixels, times in milliseconds."""
+    """Return an answer as plain values; boxes are in pixels, times in milliseconds."""
     return {
         "text": answer.text,
         "ids": answer.ids,

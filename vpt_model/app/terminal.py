@@ -38,7 +38,8 @@ _TABLE_WIDTH = 160
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names, from now on the current one; auto: a GPU where torch sees one, else the CPU.
+    """Return the device that --device names, and make it the current one. auto: a GPU where torch sees one, else the
+    CPU.
 
     Raises ValueError for another name, and for a GPU that torch does not see.
     """
@@ -59,7 +60,7 @@ def choose_device(name: str) -> torch.device:
 def load_model(
     model: str, device: torch.device = CPU, quiet: bool = False
 ) -> tuple[Model, Tokenizer, Checkpoint | None]:
-    """The model that a folder, a hub name, `mini` or `random:PRESET` names; progress and notices go to stderr.
+    """Return the model that a folder, a hub name, `mini` or `random:PRESET` names; progress and notices go to stderr.
 
     The tokenizer is checked before any weight is read. Random weights are bfloat16 and have no checkpoint; vpt-mini is
     float32.
@@ -85,7 +86,7 @@ def load_model(
 
 @contextmanager
 def progress(steps: int, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, or a line for each activity where stderr is no terminal."""
+    """Show a bar on stderr, or a line for each activity where stderr is no terminal."""
     console, begun = Console(stderr=True, quiet=quiet), 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -103,7 +104,7 @@ def progress(steps: int, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def question_progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of questions on stderr, where it is a terminal."""
+    """Show a bar of questions on stderr where it is a terminal."""
     console = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -113,7 +114,7 @@ def question_progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]
 
 @contextmanager
 def byte_progress(activity: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on stderr or, where stderr is no terminal, a line for every tenth of a large amount."""
+    """Show a bar of bytes on stderr or, where stderr is no terminal, a line for every tenth of a large amount."""
     console, printed = Console(stderr=True, quiet=quiet), 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -162,7 +163,7 @@ def print_notices(notices: Sequence[str]) -> None:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """The table of `verify_recordings`, and how many cases agree."""
+    """Print the table of `verify_recordings`, and how many cases agree."""
     table = Table("file", "case", "max |Δlogit|", "ids equal", "control Δ", "other Δ", "", header_style="dim")
     for row in rows:
         logits, control, other = (
@@ -186,7 +187,7 @@ def print_table(table: Table) -> None:
 
 
 def print_model(model: Model, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> None:
-    """What was loaded: parameters of each part, how the head is tied, token ids."""
+    """Print what was loaded: parameters of each part, how the head is tied, token ids."""
     config, ids, console = model.config, tokenizer.ids, Console(soft_wrap=True)
     source = "random weights" if checkpoint is None else f"every expected tensor and no other: {checkpoint.folder}"
     console.print(Text(f"{source}, kind {config.kind}, {str(model.dtype).removeprefix('torch.')}"))

@@ -89,7 +89,7 @@ def _vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _dino_shapes(config: DinoConfig) -> dict[str, tuple[int, ...]]:
-    """The published names; those of SwiGLU, which no published variant has, are `encoder_names`' choice."""
+    """Return the published names; those of SwiGLU, which no published variant has, are `encoder_names`' choice."""
     width, patch, mlp = config.hidden_size, config.patch_size, config.hidden_size * config.mlp_ratio
     embeddings = "detection_model.embeddings."
     shapes: dict[str, tuple[int, ...]] = {
@@ -119,7 +119,7 @@ def _dino_shapes(config: DinoConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _sam_shapes(config: SamConfig) -> dict[str, tuple[int, ...]]:
-    """The published names, which are those of transformers' SamVisionEncoder behind a prefix."""
+    """Return the published names, which are those of transformers' SamVisionEncoder behind a prefix."""
     width, patch, channels = config.hidden_size, config.patch_size, config.output_channels
     side, head_dim = config.image_size // patch, width // config.num_attention_heads
     shapes: dict[str, tuple[int, ...]] = {"seg_model.pos_embed": (1, side, side, width)}
@@ -153,7 +153,8 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A random state dict, the same for the same config and seed (bf16 and fp16 are roundings of the float32 values).
+    """Return a random state dict, the same for the same config and seed (bf16 and fp16 are roundings of the float32
+    values).
 
     Scales keep activations and logits of order one (float32 noise in logits stays well below 1e-4), attention peaked
     enough that single tokens matter, and the projector's rank-one term half the features' size.
@@ -278,7 +279,7 @@ class Checkpoint:
         return cls(folder, config, tensors, fields, head, notices)
 
     def load(self, dtype: torch.dtype | None = None, progress: Progress = lambda done, total: None) -> dict[str, Any]:
-        """The state dict, in the stored dtype unless `dtype` is given.
+        """Return the state dict, in the stored dtype unless `dtype` is given.
 
         Takes no more memory than the weights: they are read in pieces to where they stay, and what the language
         model fuses is adjacent.
@@ -296,7 +297,7 @@ class Checkpoint:
         return state
 
     def tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer. Raises ValueError where its vocabulary is not the one of the weights."""
+        """Return the folder's tokenizer. Raises ValueError where its vocabulary is not the one of the weights."""
         tokenizer = Tokenizer.from_folder(self.folder, self.config.kind)
         tokenizer.check_vocabulary(self.config.vocab_size, self.fields)
         return tokenizer
@@ -305,7 +306,7 @@ class Checkpoint:
 def load_checkpoint(
     folder: str | Path, dtype: torch.dtype | None = None
 ) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Configuration and state dict of a checkpoint folder (`Checkpoint.open`); its notices become warnings."""
+    """Return configuration and state dict of a checkpoint folder (`Checkpoint.open`); its notices become warnings."""
     checkpoint = Checkpoint.open(folder)
     for notice in checkpoint.notices:
         warnings.warn(notice, stacklevel=2)
@@ -313,7 +314,7 @@ def load_checkpoint(
 
 
 def moved(state: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The state dict on a device; what shares memory or is adjacent in it still does and is."""
+    """Return the state dict on a device; tensors that share memory or are adjacent in memory still do and are."""
     if all(tensor.device == device for tensor in state.values()):
         return state
     whole: dict[int, torch.Tensor] = {}
@@ -328,7 +329,9 @@ def moved(state: dict[str, torch.Tensor], device: torch.device) -> dict[str, tor
 
 
 def empty_state(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Uninitialised tensors of `expected_shapes`; those that `fused_groups` joins follow each other in one buffer."""
+    """Return uninitialised tensors of `expected_shapes`; those that `fused_groups` joins follow each other in one
+    buffer.
+    """
     shapes = expected_shapes(config)
     state = dict.fromkeys(shapes, torch.empty(0))
     for names in fused_groups(config).values():
@@ -341,7 +344,7 @@ def empty_state(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tens
 
 
 def fused_groups(config: ModelConfig) -> dict[str, list[str]]:
-    """Names of a converted checkpoint, and the published tensors that each holds one after the other.
+    """Return the names of a converted checkpoint, and the published tensors that each holds one after the other.
 
     Query, key and value are one tensor there, gate and up another; a tied head is absent.
     """
@@ -357,8 +360,8 @@ def fused_groups(config: ModelConfig) -> dict[str, list[str]]:
 def published_tensors(
     config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of any stored form, one by one, under the names of the state dict; those that hold several are
-    divided.
+    """Yield names and tensors of any stored form, one by one, under the names of the state dict; those that hold
+    several are divided.
 
     Tied embeddings come last and once: as the head where both are stored, as the published loader has it.
     """

@@ -60,13 +60,13 @@ class Stored:
         return self.count * self.dtype.itemsize
 
     def rows(self, begin: int, end: int) -> Stored:
-        """Rows `begin` to `end` (exclusive) of the first dimension."""
+        """Return rows `begin` to `end` (exclusive) of the first dimension."""
         row = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
         held = None if self.held is None else self.held[begin:end]
         return Stored(self.file, self.dtype, (end - begin, *self.shape[1:]), self.offset + begin * row, held)
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        """The tensor's elements in order, flat, at most `chunk_bytes` at a time in one reused buffer.
+        """Yield the tensor's elements in order, flat, at most `chunk_bytes` at a time in one reused buffer.
 
         Raises ValueError if the file ends early, as one that shrinks while it is read does.
         """
@@ -93,7 +93,7 @@ class Stored:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the `*.safetensors` of a folder or, where it has none, of its `pytorch_model*.bin`.
+    """Return every tensor of the `*.safetensors` of a folder or, where it has none, of its `pytorch_model*.bin`.
 
     An index, where there is one, names the files. Raises ValueError naming the file for anything that is missing,
     corrupt, compressed, outside the folder, or more than named tensors.
@@ -120,7 +120,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of a checkpoint holds. Raises ValueError naming the file if it holds none."""
+    """Return the object that a JSON file of a checkpoint holds. Raises ValueError naming the file if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):
@@ -216,7 +216,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
 
 
 def _bytes(chunk: torch.Tensor) -> Any:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     return chunk.view(torch.uint8).numpy()
 
 
@@ -242,7 +242,7 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
 
 
 def _records(path: Path) -> dict[int, int]:
-    """Where the content of each record of torch's zip archive begins, and its length; nothing is decompressed."""
+    """Return where each record of torch's zip archive begins, and its length; nothing is decompressed."""
     records, size = {}, path.stat().st_size
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for info in archive.infolist():

@@ -182,7 +182,7 @@ class Chat:
 
     @contextmanager
     def _still(self) -> Iterator[None]:
-        """While no other turn runs, and none can begin."""
+        """Hold the chat still: no other turn runs, and none can begin."""
         if not self._running.acquire(blocking=False):
             raise ValueError("a turn of this chat is running: finish or close its stream first")
         try:

@@ -164,7 +164,7 @@ class Conversation:
 
 
 def _forget(cache: KVCache) -> None:
-    """A fork's own buffers go when it goes."""
+    """Do nothing with a fork's cache: its own buffers are freed with it."""
 
 
 @dataclass
@@ -295,7 +295,9 @@ class CachePool:
         return Conversation(self.idle.pop() if self.idle else self._make(), clock, self._take_back)
 
     def keep_only(self, caches: Sequence[KVCache]) -> None:
-        """From now on lease these, which lie side by side, first, and forget every other one that is given back."""
+        """Lease these buffers, which lie side by side, first from now on, and forget every other one that is given
+        back.
+        """
         self._kept, self.idle = caches[0].slab, list(caches)
 
     def _take_back(self, cache: KVCache) -> None:

@@ -85,8 +85,8 @@ class Engine(ChatMixin):
         )
 
     def warm_up(self) -> dict[str, float]:
-        """Capture CUDA graphs for the steps that recur, and run once what is in none; the seconds each took. Nothing on
-        a CPU.
+        """Capture CUDA graphs for the steps that recur, and run once what is in none; return the seconds of each, none
+        on a CPU.
 
         What fits no graph, and all that was begun before this call, runs without, and chooses the same tokens. Takes
         the memory of `vpt_model.engine.graphs.ROWS` caches.

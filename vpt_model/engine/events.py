@@ -142,7 +142,9 @@ def _on_host() -> Callable[[], Callable[[], float]]:
 
 
 def _on_stream(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """As `_on_host`, between events of the device's current stream: what runs ahead on another one is not in it."""
+    """Time as `_on_host` does, between events of the device's current stream: what runs ahead on another one is not in
+    it.
+    """
     start = torch.cuda.Event(enable_timing=True)
     start.record(torch.cuda.current_stream(device))
 

@@ -44,7 +44,7 @@ ROWS = 8
 
 
 def smallest(buckets: Iterable[Bucket], rows: int, tokens: int, sample: bool) -> Bucket | None:
-    """The bucket with the fewest padded tokens that takes `rows` conversations of at most `tokens`, or None."""
+    """Return the bucket with the fewest padded tokens that takes `rows` conversations of at most `tokens`, or None."""
     fitting = (b for b in buckets if b.rows >= rows and b.tokens >= tokens and b.sample == sample)
     return min(fitting, key=lambda bucket: bucket.rows * bucket.tokens, default=None)
 
@@ -122,7 +122,7 @@ class Step:
                 self.given[place] = append.embeds
 
     def run(self) -> tuple[Tensor, ...]:
-        """What a graph holds: nothing here waits for the device or depends on a value."""
+        """Run what a graph holds: nothing here waits for the device or depends on a value."""
         metadata, language = self.device, self.language
         embeds = language.embed(metadata.tokens.clamp_min(0))
         x = torch.where((metadata.tokens >= 0)[:, None], embeds, self.given)

@@ -43,7 +43,7 @@ class Loop:
         self.reencoder = next((name for name, kind in ENCODERS.items() if kind == self.ids.kind), "")
 
     def answer(self, conversation: Conversation, question: Question) -> Generator[Event | Request, Output, Answer]:
-        """Rounds of decoding and looking again, until one ends without a look."""
+        """Decode and look again in rounds, until one ends without a look; return the answer."""
         output: Output | None = yield from self.prefill(conversation, question)
         while output is not None:
             turn = yield from self.decode(conversation, question, output)

@@ -50,7 +50,8 @@ class Sampler:
         self._generator = torch.Generator("cpu").manual_seed(self.sampling.seed)
 
     def __call__(self, logits: Tensor, argmax_token: Tensor | None = None) -> int | None:
-        """The next token from logits float32 [vocab], or None if one is NaN; infinities count as the largest numbers.
+        """Return the next token from logits float32 [vocab], or None if one is NaN; infinities count as the largest
+        numbers.
 
         argmax_token: `greedy(logits)` where that is known already. The token is the one number that is read from a GPU.
         """

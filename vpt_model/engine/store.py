@@ -24,7 +24,7 @@ FORMAT = "vpt chat 1"
 
 
 def fingerprint(model: Model) -> str:
-    """A digest of the configuration, the dtype and samples of the language model's weights."""
+    """Return a digest of the configuration, the dtype and samples of the language model's weights."""
     language = model.language
     digest = hashlib.sha256(json.dumps([asdict(model.config), str(model.dtype)], sort_keys=True, default=str).encode())
     layers = (weight for layer in language.layers for weight in vars(layer).values())
@@ -111,7 +111,7 @@ def load(engine: Engine, file: Path) -> Chat:
 
 
 def _number(pictures: list[Picture], picture: Picture | None) -> int | None:
-    """Which one it is; None for none of them."""
+    """Return the picture's place among them, or None."""
     return next((number for number, one in enumerate(pictures) if one is picture), None)
 
 

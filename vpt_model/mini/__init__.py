@@ -19,13 +19,13 @@ FOLDER = Path(__file__).parent / "weights"
 def load_state(
     dtype: torch.dtype = torch.float32, folder: Path = FOLDER
 ) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
-    """vpt-mini's configuration, weights in `dtype` and tokenizer. Raises ValueError if the files are damaged."""
+    """Return vpt-mini's configuration, weights in `dtype` and tokenizer. Raises ValueError if the files are damaged."""
     checkpoint = Checkpoint.open(folder)
     tokenizer = checkpoint.tokenizer()
     return checkpoint.config, checkpoint.load(dtype), tokenizer
 
 
 def load(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> tuple[Model, Tokenizer]:
-    """vpt-mini, ready for an `Engine`; as `load_state`."""
+    """Return vpt-mini as `load_state` does, ready for an `Engine`."""
     config, state, tokenizer = load_state(dtype, folder)
     return Model.from_state(config, state), tokenizer

@@ -105,7 +105,7 @@ def make_engine(
     folder: Path = mini.FOLDER,
     device: torch.device = CPU,
 ) -> Engine:
-    """vpt-mini, prompted to answer questions of `kind` by `path`.
+    """Return vpt-mini, prompted to answer questions of `kind` by `path`.
 
     Raises ValueError for an unknown path or control.
     """
@@ -136,7 +136,9 @@ def using(backend: str) -> Iterator[None]:
 
 
 def examples(kind: str, count: int, first: int = 0) -> Iterator[tuple[np.ndarray, Question]]:
-    """Test pictures number `first`, `first` + 1, …, each with a question of `kind`; for READ only the crop to read."""
+    """Yield test pictures number `first`, `first` + 1, …, each with a question of `kind`; for READ only the crop to
+    read.
+    """
     for seed in range(first, first + count):
         scene = make_scene(seed, "test")
         question = make_question(scene, "tag" if kind == READ else kind, seed)
@@ -160,7 +162,7 @@ def evaluate(
 
 
 def agreement(ours: Sequence[Result], theirs: Sequence[Result]) -> float:
-    """Share of the questions that got the same tokens and the same look."""
+    """Return the share of the questions that got the same tokens and the same look."""
     return sum((a.ids, a.looked) == (b.ids, b.looked) for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
@@ -182,7 +184,7 @@ class Line:
 
 
 def plan(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[tuple[str, torch.dtype, str, str, str]]:
-    """What `report` runs, in order: (backend, dtype, kind, path, control).
+    """Return what `report` runs, in order: (backend, dtype, kind, path, control).
 
     Every path and control for the first backend and dtype; the others repeat the free choice.
     """
@@ -206,7 +208,7 @@ def report(
     progress: Callable[[int], None] = lambda done: None,
     device: torch.device = CPU,
 ) -> Iterator[Line]:
-    """The lines of `plan`, `count` questions each, as they are done on `device`."""
+    """Yield the lines of `plan`, of `count` questions each, as they are done on `device`."""
     first: dict[str, list[Result]] = {}
     for backend, dtype, kind, path, control in plan(backends, dtypes):
         with using(backend):

@@ -96,7 +96,7 @@ class Question:
 
 
 def make_scene(seed: int, split: str) -> Scene:
-    """The scene of a seed. Raises ValueError for an unknown split, or without scikit-image's photographs."""
+    """Return the scene of a seed. Raises ValueError for an unknown split, or without scikit-image's photographs."""
     if split not in PHOTOS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(PHOTOS)}")
     random = np.random.default_rng([_SPLITS[split], seed])
@@ -105,7 +105,7 @@ def make_scene(seed: int, split: str) -> Scene:
 
 
 def make_question(scene: Scene, kind: str, seed: int) -> Question:
-    """A question of `kind` about the scene, the same for the same seed. Raises ValueError for an unknown kind."""
+    """Return a question of `kind` about the scene, one for each seed. Raises ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     random = np.random.default_rng([2, KINDS.index(kind), seed])
@@ -137,13 +137,15 @@ def make_question(scene: Scene, kind: str, seed: int) -> Question:
 
 
 def crop(scene: Scene, thing: Thing) -> np.ndarray:
-    """The pixels that a look at the thing's cell shows, in the original's resolution."""
+    """Return the pixels that a look at the thing's cell shows, in the original's resolution."""
     left, top, right, bottom = crop_box(RegionSpan(frozenset([thing.column]), frozenset([thing.row])), SIDE, SIDE)
     return scene.pixels[top:bottom, left:right]
 
 
 def fingerprint() -> str:
-    """SHA-256 of this generator's source without its imports: weights belong to the pictures they were trained on."""
+    """Return the SHA-256 of this generator's source without its imports: weights belong to the pictures they were
+    trained on.
+    """
     lines = Path(__file__).read_bytes().splitlines(keepends=True)
     return hashlib.sha256(b"".join(line for line in lines if not line.startswith((b"import ", b"from ")))).hexdigest()
 
@@ -168,7 +170,7 @@ def _things(random: np.random.Generator) -> tuple[Thing, ...]:
 
 
 def _cells(random: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """Cells (column, row) that keep their distance; none where the random ones leave no room."""
+    """Return cells (column, row) that keep their distance; none where the random ones leave no room."""
     free, chosen = [(x, y) for x in _INNER for y in _INNER], []
     while free and len(chosen) < count:
         x, y = free[random.integers(len(free))]

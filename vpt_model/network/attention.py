@@ -130,7 +130,7 @@ def attend(
     capacity: int,
     tickets: Tensor | None = None,
 ) -> Tensor:
-    """Attention of padded queries over caches in one buffer; no value is read by the host.
+    """Return attention of padded queries over caches in one buffer; no value is read by the host.
 
     q: [R, N, Hq, D], of which the last `counts[r]` tokens of row r are real. keys, values: [slots, Hkv, D] with the new
     tokens' already in place; row r's are `capacity` slots from `starts[r]` on, past[r] + counts[r] of them used.
@@ -153,7 +153,9 @@ Within = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def within(x: Tensor, lengths: Sequence[int], head_dim: int) -> Within:
-    """Attention within images of `lengths` patches, for a tower whose patches are like x; made once for all blocks."""
+    """Return attention within images of `lengths` patches, for a tower whose patches are like x; it is made once for
+    all blocks.
+    """
     if takes_ragged(x, head_dim):
         ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
         return partial(_ragged, ends=uploaded(ends, x.device), longest=max(lengths))
@@ -161,7 +163,7 @@ def within(x: Tensor, lengths: Sequence[int], head_dim: int) -> Within:
 
 
 def within_padded(x: Tensor, ends: Tensor, head_dim: int) -> Within:
-    """Attention within one image of ends[1] patches that are followed by padding; the host reads nothing.
+    """Return attention within one image of ends[1] patches that are followed by padding; the host reads nothing.
 
     x: [N, E], the patches. ends: int32 [3], 0, the image's patches and N. What stands in the rows of padding is finite,
     if padding is, and without meaning.
@@ -174,14 +176,16 @@ def within_padded(x: Tensor, ends: Tensor, head_dim: int) -> Within:
 
 
 def takes_ragged(x: Tensor, head_dim: int) -> bool:
-    """Whether flash attention over several sequences takes tensors like x: 16 bits, from sm_80 on."""
+    """Return whether flash attention over several sequences takes tensors like x: 16 bits, from sm_80 on."""
     if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _ragged(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-    """flash-attn where it is installed, else the same kernel of PyTorch, which also fills what dropout would need."""
+    """Attend with flash-attn where it is installed, else with PyTorch's same kernel, which also fills what dropout
+    would need.
+    """
     if flash := _flash_attn():
         return flash.flash_attn_varlen_func(
             q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest
@@ -207,7 +211,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend_parts(q: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention of new tokens q [T, Hq, D] over keys and values that lie in several places, as if they were one.
+    """Return attention of new tokens q [T, Hq, D] over keys and values that lie in several places, as if they were one.
 
     parts: keys and values [L_i, Hkv, D] in the order of their tokens; the last T keys are the new tokens' own. Each
     part is read where it is, and the parts' results are merged by their log-sum-exp. Returns [T, Hq · D].
@@ -229,7 +233,7 @@ def attend_parts(q: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _with_log_sum(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of q [1, H, N, D] over [L, H, D], and the log of each query's sum of exponentials [1, H, N]."""
+    """Return attention of q [1, H, N, D] over [L, H, D], and the log of each query's sum of exponentials [1, H, N]."""
     keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=mask)
@@ -239,14 +243,14 @@ def _with_log_sum(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
 
 
 def causal_mask(count: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Additive mask [count, past + count] aligned at its lower right; None where SDPA needs none."""
+    """Return the additive mask [count, past + count] aligned at its lower right, or None where SDPA needs none."""
     if count == 1 or past == 0:
         return None
     return torch.full((count, past + count), float("-inf"), dtype=dtype, device=device).triu_(past + 1)
 
 
 def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention of q [T, Hq, D] over cache views [L, Hkv, D]; returns [T, Hq · D]."""
+    """Return grouped-query attention of q [T, Hq, D] over cache views [L, Hkv, D]: [T, Hq · D]."""
     count, heads, dim = q.shape
     keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     if count == 1:
@@ -263,8 +267,9 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tenso
 def _composed(
     q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, past: Tensor, counts: Tensor, capacity: int
 ) -> Tensor:
-    """`attend` from PyTorch's operations, over whole rows of the cache: for the CPU, where the buckets are tested, and
-    for a GPU without Triton."""
+    """Do `attend` with PyTorch's operations over whole rows of the cache: on a CPU, where the buckets are tested, and
+    on a GPU without Triton.
+    """
     conversations, tokens, heads, dim = q.shape
     slot = torch.arange(capacity, device=q.device)
     token = torch.arange(tokens, device=q.device) - (tokens - counts)[:, None]  # [R, N], negative for padding
@@ -284,7 +289,7 @@ def _composed(
 
 @cache
 def _flash_attn() -> Any:
-    """flash-attn 2, or None where it is not installed."""
+    """Return flash-attn 2, or None where it is not installed."""
     try:
         import flash_attn
     except ImportError:
@@ -293,12 +298,14 @@ def _flash_attn() -> Any:
 
 
 def use_flash(x: Tensor) -> bool:
-    """Whether flash-attn takes tensors like x."""
+    """Return whether flash-attn takes tensors like x."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and _flash_attn() is not None
 
 
 def _flash(q: Tensor, keys: Tensor, values: Tensor, stored: Tensor | int, rows: Tensor | None = None) -> Tensor:
-    """flash-attn over a cache [rows, capacity, Hkv, D]; its causal mask is aligned at the lower right, as ours is."""
+    """Attend with flash-attn over a cache [rows, capacity, Hkv, D]; its causal mask is aligned at the lower right, as
+    ours is.
+    """
     return _flash_attn().flash_attn_with_kvcache(
         q, keys, values, cache_seqlens=stored, cache_batch_idx=rows, causal=True
     )

@@ -179,7 +179,7 @@ def attend(
     capacity: int,
     tickets: Tensor | None = None,
 ) -> Tensor:
-    """`vpt_model.network.attention.attend` on an NVIDIA GPU: same arguments, same result.
+    """Do `vpt_model.network.attention.attend` on an NVIDIA GPU, with the same arguments and the same result.
 
     tickets: int32, one per token and head, 0 before and after; made here where none are given. Workspace: float32
     [R · Hkv, blocks, splits, rows, D + 2], splits = capacity / split; what is not needed is neither written nor read.

@@ -190,7 +190,7 @@ class KVCache:
         return (Rows(self.keys[:, :used], self.values[:, :used], made, hold),) if used else ()
 
     def _renew(self, rows: int) -> None:
-        """Only read what is stored from now on, and write to new buffers."""
+        """Read only what is stored from now on, and write to new buffers."""
         hold = self._hold and self._hold()
         self.shared += self._stored(self.keys.nbytes + self.values.nbytes, hold)
         self.floor = self.length

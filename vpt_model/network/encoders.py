@@ -29,7 +29,8 @@ _DINO_LONGEST_EDGE, _SAM_LONGEST_EDGE = 512, 1024
 
 
 def build_encoder(kind: str, config: ModelConfig) -> DinoEncoder | SamEncoder:
-    """The re-encoder of `kind` ("detection" or "seg") with the shapes in `config`; its parameters are still to `load`.
+    """Return the re-encoder of `kind` ("detection" or "seg") with the shapes in `config`; its parameters are still to
+    `load`.
 
     The names and shapes of its `state_dict()` are those of the installed transformers' `Dinov2Model` or
     `SamVisionEncoder`. Raises ValueError for any other kind ("clip" re-encodes by the model's own vision tower) and
@@ -183,7 +184,7 @@ class SamEncoder(_Encoder):
 
 @contextmanager
 def ieee_convolutions() -> Iterator[None]:
-    """Inside, cuDNN multiplies float32 as float32: by default it takes TF32, whose ten bits are those of float16."""
+    """Multiply float32 as float32 in cuDNN inside: by default it takes TF32, whose ten bits are those of float16."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"

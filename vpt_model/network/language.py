@@ -72,11 +72,11 @@ class LanguageModel:
         return self.embedding.device
 
     def new_cache(self, capacity: int, rows: int | None = None) -> KVCache:
-        """An empty cache of this model's shape, dtype and device for `capacity` tokens; `rows` as of `KVCache`."""
+        """Return an empty cache of this model's shape and dtype for `capacity` tokens. rows: as of `KVCache`."""
         return KVCache(self.config, capacity, self.dtype, self.device, rows)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings `[T, H]` of token ids int64 `[T]`; a fresh tensor the caller may write into."""
+        """Return input embeddings `[T, H]` of token ids int64 `[T]`; a fresh tensor the caller may write into."""
         return F.embedding(uploaded(ids, self.device), self.embedding)
 
     def forward(
@@ -101,7 +101,7 @@ class LanguageModel:
         return self.run(embeds, attend)
 
     def run(self, x: torch.Tensor, attend: Ragged | Padded) -> torch.Tensor:
-        """All layers and the final norm: embeddings [T, H] → hidden states [T, H]. Nothing is read by the host."""
+        """Run all layers and the final norm: embeddings [T, H] → hidden states [T, H]. Nothing is read by the host."""
         eps = self.config.rms_norm_eps
         delta: torch.Tensor | None = None
         if isinstance(attend, Padded) and attend.tickets is not None and len(x) == len(attend.lengths[0]):
@@ -117,11 +117,11 @@ class LanguageModel:
         return fused.add_rms_norm(x, delta, self.norm, eps)[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits float32 `[n, vocab]` of the rows `[n, H]`; pass only the rows that are sampled from."""
+        """Return next-token logits float32 `[n, vocab]` of the rows `[n, H]`; pass only those that are sampled from."""
         return linear(hidden, self.head).float()
 
     def choose(self, hidden: torch.Tensor, tickets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logits` of the rows `[n, H]` and the `greedy` choice of each; tickets: as of `Padded`."""
+        """Return `logits` of the rows `[n, H]` and the `greedy` choice of each. tickets: as of `Padded`."""
         if decode.serves(hidden):
             from vpt_model.network.decode.head import head
 
@@ -155,7 +155,7 @@ class LanguageModel:
 
 
 def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The rows of all parts, without a copy where each part begins in memory where the one before it ends."""
+    """Return the rows of all parts, without a copy where each part begins in memory where the one before it ends."""
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         if not part.is_contiguous() or part.data_ptr() != end or not _same_storage(part, first):

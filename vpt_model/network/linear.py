@@ -19,7 +19,7 @@ _BLOCKS = 64
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [n, K] times weight [N, K] transposed, plus bias [N]: [n, N] in x's dtype."""
+    """Return x [n, K] times weight [N, K] transposed, plus bias [N]: [n, N] in x's dtype."""
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     rows, columns = weight.shape

@@ -61,7 +61,7 @@ class Model:
 
 
 def build_projector(kind: str, state: Mapping[str, torch.Tensor]) -> ControlProjector:
-    """The projector of a re-encoder's kind, folded. state: its tensors, under the checkpoint's names."""
+    """Return the projector of a re-encoder's kind, folded. state: its tensors, under the checkpoint's names."""
 
     def layer(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return state[f"{kind}_projector.{name}.weight"], state[f"{kind}_projector.{name}.bias"]

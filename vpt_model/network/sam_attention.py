@@ -30,7 +30,7 @@ class SamAttention(nn.Module):
         self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
 
     def prepare(self) -> None:
-        """Tables of the loaded parameters: `_rows`, `_columns` [S, S, D], `_places` [S · S, 2 · S and zeros]."""
+        """Build the loaded parameters' tables: `_rows`, `_columns` [S, S, D], `_places` [S · S, 2 · S and zeros]."""
         side, dim = (len(self.rel_pos_h) + 1) // 2, self.rel_pos_h.shape[1]
         place = torch.arange(side, device=self.rel_pos_h.device)
         distance = place[:, None] - place + side - 1

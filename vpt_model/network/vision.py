@@ -80,7 +80,8 @@ class VisionTower:
         boxes: Sequence[tuple[int, int, int, int, int]],
         policy: RegionPolicy,
     ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-        """Features of each box of the images: `[n_i, H]` in row-major order of the merged grid, and grids in patches.
+        """Return features of each box of the images: `[n_i, H]` in row-major order of the merged grid, and grids in
+        patches.
 
         images: uint8 [height, width, 3]. boxes: (image, left, top, right, bottom) in pixels, right and bottom
         exclusive. policy: how a box is resized (`qwen2_vl_policy`). Raises ValueError for a box outside its image.
@@ -95,7 +96,9 @@ class VisionTower:
         boxes: Sequence[tuple[int, int, int, int, int]],
         policy: RegionPolicy,
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """First half of `look`: crop, resize and embed. Patch embeddings `[N, E]` of all boxes and grids in patches."""
+        """Crop, resize and embed, the first half of `look`; return patch embeddings `[N, E]` of all boxes and grids in
+        patches.
+        """
         plan = self.plan(images, boxes, policy)
         return self.embed_plan(images, plan), list(plan.grids)
 
@@ -105,7 +108,7 @@ class VisionTower:
         boxes: Sequence[tuple[int, int, int, int, int]],
         policy: RegionPolicy,
     ) -> RegionPlan:
-        """How `look` will crop and resize; of the images, only their sizes are read."""
+        """Return how `look` will crop and resize; of the images, only their sizes are read."""
         return plan_regions([(image.shape[0], image.shape[1]) for image in images], boxes, policy)
 
     def embed_plan(self, images: Sequence[torch.Tensor], plan: RegionPlan) -> torch.Tensor:
@@ -135,7 +138,7 @@ class VisionTower:
         return self.run(patch_embeds, *self.rotary(grids), attend)
 
     def run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Within) -> torch.Tensor:
-        """Blocks and merger: patches [N, E] and their angles → features [N / 4, H]; the host reads nothing.
+        """Run blocks and merger: patches [N, E] and their angles → features [N / 4, H]; the host reads nothing.
 
         attend: q, k, v [N, heads, D] → [N, heads · D].
         """
@@ -150,7 +153,7 @@ class VisionTower:
         return linear(F.gelu(linear(merged, *self.merger_fc1)), *self.merger_fc2)
 
     def rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin float32 [N, 1, head_dim / 2]: row angles in the first half, column angles in the second."""
+        """Return cos and sin float32 [N, 1, head_dim / 2]: row angles in the first half, then column angles."""
         quarter = self.config.head_dim // 4
         frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32, device="cpu") / quarter)
         coordinates = vision_positions(grids, self.config.spatial_merge_size)

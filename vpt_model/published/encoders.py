@@ -48,7 +48,7 @@ def first_resize(image: Image.Image, longest_edge: int) -> Image.Image:
 
 
 def smart_resize(height: int, width: int, factor: int) -> tuple[int, int]:
-    """transformers' Qwen2-VL rule: sides rounded to multiples of `factor`, the area kept within the pixel limits."""
+    """Return the sides by transformers' Qwen2-VL rule: multiples of `factor`, the area kept within the pixel limits."""
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > MAX_PIXELS:
         beta = math.sqrt(height * width / MAX_PIXELS)
@@ -60,7 +60,9 @@ def smart_resize(height: int, width: int, factor: int) -> tuple[int, int]:
 
 
 def process_images(images: Sequence[Image.Image], vision: VisionConfig) -> tuple[Tensor, list[Grid]]:
-    """transformers' Qwen2-VL image processor → float32 pixel values [Σ patches, 3·T·p·p] and one (h, w) per image."""
+    """Do what transformers' Qwen2-VL image processor does: float32 pixel values [Σ patches, 3·T·p·p] and one (h, w) per
+    image.
+    """
     p, m, t = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     rows, grids = [], []
     for image in images:
@@ -187,7 +189,7 @@ def reencoder(config: ModelConfig, state: Mapping[str, Tensor]) -> Reencoder | N
 
 
 def process_dino(image: Image.Image) -> Tensor:
-    """transformers' BitImageProcessor as DINOv2 configures it: shorter edge 256, central 224x224, [3, 224, 224]."""
+    """Do what transformers' BitImageProcessor does for DINOv2: shorter edge 256, central 224x224, [3, 224, 224]."""
     short, long = min(image.size), int(256 * max(image.size) / min(image.size))
     width, height = (256, long) if image.width == short else (long, 256)
     image = image.resize((width, image.height), Image.Resampling.BICUBIC)
@@ -197,7 +199,9 @@ def process_dino(image: Image.Image) -> Tensor:
 
 
 def process_sam(image: Image.Image, edge: int) -> Tensor:
-    """transformers' SamImageProcessor: longer edge `edge`, zero padding at the right and bottom, [3, edge, edge]."""
+    """Do what transformers' SamImageProcessor does: longer edge `edge`, zero padding at the right and bottom, [3, edge,
+    edge].
+    """
     scale = edge / max(image.size)
     width, height = int(image.width * scale + 0.5), int(image.height * scale + 0.5)
     image = image.resize((width, image.height), Image.Resampling.BILINEAR)

@@ -58,7 +58,7 @@ def region_box(span: str, size: tuple[int, int]) -> Box | None:
 
 
 def rope_index(ids: Sequence[int], grids: Sequence[Grid], image_pad: int, merge: int) -> tuple[Tensor, int]:
-    """transformers' get_rope_index of the whole sequence → M-RoPE positions [3, L] int64 and the delta of decoding."""
+    """Do transformers' get_rope_index of a whole sequence: M-RoPE positions [3, L] int64, and the decoding's delta."""
     chunks, start, position = [], 0, 0
     for h, w in ((h // merge, w // merge) for h, w in grids):
         end = list(ids).index(image_pad, start)
@@ -231,7 +231,7 @@ class PublishedProcedure:
         keep_logits: bool = False,
         stages: tuple[str, str] = ("prefill", "prefill"),
     ) -> Generation:
-        """Greedy decoding behind the prompt `ids` until a stop token (which is kept) or `max_new_tokens`.
+        """Decode greedily behind the prompt `ids` until a stop token (which is kept) or `max_new_tokens`.
 
         forced: ids that take the place of the first choices; the work of choosing is done all the same.
         """
@@ -276,7 +276,7 @@ class PublishedProcedure:
         max_new_tokens: int = 64,
         keep_logits: bool = False,
     ) -> PublishedAnswer:
-        """Both rounds of the published evaluation. looks: at most one forced look as `parse_look` reads it."""
+        """Answer in both rounds of the published evaluation. looks: at most one forced look, as of `parse_look`."""
         if looks and len(looks) > 1:
             raise ValueError(f"{len(looks)} looks; the published procedure has at most one")
         forced = parse_look(looks[0], self.ids) if looks else []

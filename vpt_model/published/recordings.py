@@ -115,7 +115,7 @@ class Recording:
 
 
 def load_recording(folder: str | Path, name: str) -> Recording:
-    """Raises ValueError naming the file that is missing or unreadable."""
+    """Load one recorded run. Raises ValueError naming the file that is missing or unreadable."""
     path = Path(folder) / f"{name}.safetensors"
     try:
         stored = load_file(path)
@@ -202,7 +202,7 @@ class Replay:
         return encoder(encoder.embed_pixel_values(pixels))
 
     def prefill(self, requests: Sequence[Request]) -> None:
-        """Up to the action-start token, then the look itself: two forward calls for the whole batch."""
+        """Feed all up to the action-start token, then the look itself: two forward calls for the whole batch."""
         self._run([self._prompted(request, self._conversation(request)) for request in requests])
 
     def begin_look(self, request: Request, embeds: Tensor, positions: Tensor) -> None:

@@ -67,7 +67,8 @@ class Row:
 def verify_recordings(
     folder: str | Path, progress: Callable[[str], None] = lambda activity: None
 ) -> tuple[list[Row], dict[str, Tensor]]:
-    """Repeat every recorded run in `folder`: a row for each case, and every tensor computed, as `<file>.<tensor>`.
+    """Repeat every recorded run in `folder`; return a row for each case, and every tensor computed, as
+    `<file>.<tensor>`.
 
     Computed tensors have the shape and dtype of the recorded ones. `progress` is told what begins. Raises ValueError if
     the folder has no recording or one that cannot be read.
@@ -276,7 +277,7 @@ def sample_picture() -> Image.Image:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that appears under its name when it is complete."""
+    """Write a safetensors file, which appears under its name when it is complete."""
     partial = path.with_name(f"{path.name}.incomplete")
     try:
         save_file(

@@ -31,7 +31,7 @@ _SPECIAL_FIELDS = (
 
 
 def byte_pairs(model: models.BPE) -> tokenizers.Tokenizer:
-    """Qwen2's byte-level tokenizer around a byte-pair model."""
+    """Return Qwen2's byte-level tokenizer around a byte-pair model."""
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(

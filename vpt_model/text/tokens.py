@@ -172,7 +172,7 @@ def parse_regions(text: str) -> list[RegionSpan]:
 
 
 def parse_region_ids(tokens: Iterable[int], ids: TokenIds) -> list[RegionSpan]:
-    """`parse_regions` on token ids."""
+    """Do `parse_regions` on token ids."""
     names = {ids.region_start: _REGION[0], ids.region_end: _REGION[1]}
     names |= {token: f"<|x_{i}|>" for i, token in enumerate(ids.x)}
     names |= {token: f"<|y_{i}|>" for i, token in enumerate(ids.y)}

@@ -80,10 +80,10 @@ class Conversation:
 
     params: its SamplingParams. image: name and uint8 pixels [height, width, 3] of the last picture of its prompt.
     max_looks: second looks that it may take. forced: turns that come first, whatever the model would say. round_start:
-    tokens up to and including the current assistant header. room: tokens that a request may hold. free_slots: the free
-    control slots of the whole engine. turn: tokens since round_start. slots: the taken control slots, each with the
-    place of what it conditions. looks, notices: what the client is told at the end. streamed: tokens that the client
-    has seen. asked: when the request last asked for a look, in seconds of `time.monotonic`.
+    tokens up to and including the current assistant header. capacity: tokens that a request may hold. free_slots: the
+    free control slots of the whole engine. turn: tokens since round_start. slots: the taken control slots, each with
+    the place of what it conditions. looks, notices: what the client is told at the end. streamed: tokens that the
+    client has seen. asked: when the request last asked for a look, in seconds of `time.monotonic`.
     """
 
     perception: Perception
@@ -92,7 +92,7 @@ class Conversation:
     max_looks: int
     forced: deque[list[int]]
     round_start: int
-    room: int
+    capacity: int
     free_slots: list[int]
     state: State = State.ANSWERING
     turn: list[int] = field(default_factory=list)
@@ -237,9 +237,9 @@ class Conversation:
         self.slots = [(place, slot) for place, slot in self.slots if place <= keep]
 
     def _fits(self, count: int) -> bool:
-        if count >= self.room:
-            self.notices.append(f"no second look: {count} tokens, of --max-model-len {self.room}")
-        return count < self.room
+        if count >= self.capacity:
+            self.notices.append(f"no second look: {count} tokens, of --max-model-len {self.capacity}")
+        return count < self.capacity
 
     @property
     def _picture(self) -> tuple[str, Tensor]:

@@ -74,7 +74,7 @@ class Looks:
             max_looks,
             looks,
             round_start=request.num_prompt_tokens,
-            room=self.max_model_len,
+            capacity=self.max_model_len,
             free_slots=self.free_slots,
         )
         conversation.notices += notices
@@ -191,7 +191,7 @@ class Looks:
         session.resumable = False
 
     def _params(self, conversation: Conversation, slot: int | None = None) -> Any:
-        """Return the next round's sampling parameters; behind a captured state one token is sampled that is not used."""
+        """Return the next round's sampling parameters; a captured state is followed by one token that is not used."""
         ids, params = self.perception.tokenizer.ids, conversation.params.clone()
         action = {token for token in (ids.action_start, ids.action) if token is not None}
         stop = action if params.ignore_eos else action | ids.stop

@@ -39,7 +39,7 @@ def run(model: str, device: torch.device, host: str, port: int, browser: bool) -
 
 
 def make_answerer(model: str, device: torch.device) -> Answerer:
-    """The model, and where the published procedure finds its weights again."""
+    """Return what answers with the model, and knows where the published procedure finds its weights again."""
     loaded, tokenizer, checkpoint = load_model(model, device)
     config = loaded.config
     if device.type == "cpu" and config.hidden_size < 1024:

@@ -55,7 +55,7 @@ class Job:
         self._why = "cancelled"
 
     def tell(self, message: Sent | None) -> None:
-        """From any thread; None is the end."""
+        """Send a message to whoever reads the job, from any thread; None is the end."""
         try:
             self._loop.call_soon_threadsafe(self.outbox.put_nowait, message)
         except RuntimeError:  # the server has ended, and nobody listens

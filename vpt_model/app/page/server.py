@@ -93,7 +93,7 @@ class Page:
         return self.sessions.get(request.headers.get(SECRET, ""))
 
     async def about(self, request: Request) -> Response:
-        """What the page needs to know before anybody has done anything."""
+        """Return what the page needs to know before anybody has done anything."""
         model, limits = self.answerer.engine.model, self.limits
         kind = next((name for name, kind in ENCODERS.items() if kind == model.config.kind), None)
         regions = self.answerer.engine.ids.region_start is not None
@@ -186,7 +186,7 @@ class Page:
         return StreamingResponse(self._messages(job), media_type="application/x-ndjson")
 
     async def _messages(self, job: Job) -> AsyncIterator[str]:
-        """What a job tells, as lines; before it runs, its place in the line. Who stops reading stops the job."""
+        """Yield what a job tells, as lines, first its place in the queue. Who stops reading stops the job."""
         place, quiet = None, 0.0
         try:
             while True:
@@ -235,7 +235,7 @@ class Page:
         return JSONResponse({"branches": list(session.branches)})
 
     async def answers(self, request: Request) -> Response:
-        """A conversation as its visitor keeps it."""
+        """Return a conversation as its visitor keeps it."""
         branch = self._session(request).branch(request.path_params["number"])
         model = {"model": self.name, "device": str(self.answerer.engine.model.device)}
         return JSONResponse(model | {"turns": [turn.as_json() for turn in branch.turns]})
@@ -261,7 +261,9 @@ def _line(message: Message) -> str:
 
 
 async def _body(request: Request, limit: int, problem: str) -> bytes:
-    """All of a request's body. Raises `Refused` as soon as it is larger than `limit` bytes, before it is all here."""
+    """Return the whole body of a request. Raises `Refused` as soon as it is larger than `limit` bytes, before all of it
+    is here.
+    """
     if int(request.headers.get("content-length", 0)) > limit:
         raise Refused(413, problem)
     data = bytearray()
@@ -310,6 +312,6 @@ def bind(host: str, port: int) -> tuple[socket.socket, bool]:
 
 
 def serve(page: Page, bound: socket.socket) -> None:
-    """Until Ctrl-C. Nothing is logged but failures: questions and pictures are their visitors' own."""
+    """Serve until Ctrl-C. Only failures are logged: questions and pictures are their visitors' own."""
     quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
     uvicorn.Server(uvicorn.Config(page.app, **quiet, timeout_graceful_shutdown=3)).run(sockets=[bound])

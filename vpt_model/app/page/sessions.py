@@ -68,7 +68,7 @@ class Turn:
         return self.picture.truths.get(self.question) if self.picture else None
 
     def as_json(self) -> dict[str, Any]:
-        """For the page and for those who keep it: pixels, milliseconds."""
+        """Return it as plain values for the page and for those who keep it: pixels, milliseconds."""
         size = list(self.picture.size) if self.picture else None
         scene = self.picture.scene["seed"] if self.picture and self.picture.scene else None
         truth = {} if self.truth is None else {"truth": self.truth, "right": self.answer.text == self.truth}

@@ -143,7 +143,7 @@ def _outcome(text: str, milliseconds: float, second_look: float | None, stages: 
 
 
 def told(stages: Sequence[Any]) -> list[Message]:
-    """Stages of either procedure as plain values."""
+    """Return the stages of either procedure as plain values."""
     return [{"stage": s.name, "milliseconds": s.milliseconds, "work": dict(s.work)} for s in stages]
 
 
@@ -196,7 +196,9 @@ class Watch:
         self._triggered, self._looked = 0.0, False
 
     def follow(self, events: Iterator[Event], stages: Callable[[], Sequence[Stage]]) -> Answer:
-        """Until the answer. stages: those of the clock, which grow. Raises `Stopped` between two events."""
+        """Follow the events until the answer. stages: those of the clock, which grow. Raises `Stopped` between two
+        events.
+        """
         start = time.perf_counter()
         with closing(cast("Generator[Event, None, None]", events)):
             for event in events:
@@ -245,7 +247,7 @@ class Watch:
                 tell(partial(_map, self.engine, picture, self.scores[-1], event))
 
     def _spoken(self, text: str) -> Iterator[Message]:
-        """Text and perception tokens apart; the sentence that models learned to print before an answer is left out."""
+        """Yield text and perception tokens apart, without the sentence that models print before an answer."""
         if self._round > 1 and self._held is not None:
             self._held += text
             if ANSWER_PREFIX.startswith(self._held) and self._held != ANSWER_PREFIX:

@@ -17,12 +17,12 @@ MOST_ROWS = 8
 
 
 def serves(x: Tensor) -> bool:
-    """Whether rows [M, H] are few, in a dtype of the kernels and on a GPU that Triton compiles for."""
+    """Return whether rows [M, H] are few, in a dtype of the kernels and on a GPU that Triton compiles for."""
     return len(x) <= MOST_ROWS and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and on_gpu(x)
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether Triton's kernels take x; on a CPU they are only interpreted, by tests."""
+    """Return whether Triton's kernels take x; on a CPU they are only interpreted, by tests."""
     return x.is_cuda and _has_triton()
 
 

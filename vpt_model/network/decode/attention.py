@@ -165,7 +165,8 @@ def attend(
     capacity: int,
     tickets: Tensor,
 ) -> Tensor:
-    """See above. table: `rotary_table`'s, of D angles. tickets: int32, at least R · Hkv of them, 0 before and after.
+    """Return the attention described above. table: `rotary_table`'s, of D angles. tickets: int32, at least R · Hkv of
+    them, 0 before and after.
 
     Workspace: float32 [R, Hkv, splits, 16, D + 2], splits = capacity / 64; what is not needed is not touched.
     """

@@ -1,4 +1,4 @@
-"""Logits and the likeliest token of every row in one launch.
+"""Logits and the argmax token of every row in one launch.
 
 x [M, K] (behind the final norm), weight [V, K] → logits float32 [M, V], rounded to x's dtype as the model's are, and
 tokens int64 [M]: the lowest id on ties, −1 where a logit is NaN. Each program keeps the best of its outputs; the one
@@ -109,7 +109,7 @@ def head_kernel(
 
 
 def head(x: Tensor, weight: Tensor, tickets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and tokens; see above. x is contiguous. tickets: int32, 0 before and after.
+    """Return the logits and tokens described above. x is contiguous. tickets: int32, 0 before and after.
 
     Workspace: 8 bytes per row and program. Raises ValueError for more than 8 rows.
     """

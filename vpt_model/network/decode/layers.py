@@ -27,7 +27,8 @@ class Layer(Protocol):
 
 
 def run(layers: Sequence[Layer], eps: float, x: Tensor, step: Padded, tickets: Tensor) -> Tensor:
-    """Hidden states [R, H] behind all layers, before the final norm; x: the tokens' embeddings, one per conversation.
+    """Return hidden states [R, H] behind all layers, before the final norm. x: the tokens' embeddings, one per
+    conversation.
 
     step: where keys and values are and where the new ones go. tickets: as of `Padded`, 0 before and after.
     """

@@ -82,13 +82,14 @@ def linear_add_kernel(
 
 
 def splits_of(launch: Launch, columns: int, outputs: int) -> int:
-    """How many programs share one block of outputs; it depends on shapes alone, so a result does, too."""
+    """Return how many programs share one block of outputs; it depends on shapes alone, so a result does, too."""
     blocks = triton.cdiv(outputs, launch.outputs)
     return max(1, min(PROGRAMS // blocks, columns // (STEPS * launch.step)))
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, tickets: Tensor) -> Tensor:
-    """See above; x and residual are contiguous. tickets: int32, at least N of them, 0 before and after.
+    """Return the sum described above; x and residual are contiguous. tickets: int32, at least N of them, 0 before and
+    after.
 
     Workspace: float32 [splits, M, N] where there is more than one. Raises ValueError for more than 8 rows.
     """

@@ -62,7 +62,7 @@ def norm_linear_kernel(
 
 
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
-    """See above. x is contiguous. Raises ValueError for more than 8 rows."""
+    """Return the product described above. x is contiguous. Raises ValueError for more than 8 rows."""
     launch, pdl = launch_of(x), overlaps(x)
     (rows, columns), outputs = x.shape, len(weight)
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)

@@ -65,7 +65,7 @@ def norm_swiglu_kernel(
 
 
 def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """See above. x is contiguous. Raises ValueError for more than 8 rows."""
+    """Return the product described above. x is contiguous. Raises ValueError for more than 8 rows."""
     launch, pdl = launch_of(x), overlaps(x)
     (rows, columns), outputs = x.shape, len(weight) // 2
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)

@@ -111,7 +111,7 @@ def sum_products(total, ROWS: tl.constexpr):
 
 
 def launch_of(x: Tensor) -> Launch:
-    """The launch for rows x [M, K]. Raises ValueError for more rows than a tile has."""
+    """Return the launch for rows x [M, K]. Raises ValueError for more rows than a tile has."""
     if not 1 <= len(x) <= MOST_ROWS:
         raise ValueError(f"{len(x)} rows were given; these products are for 1 to {MOST_ROWS}: use a library's")
     if len(x) == 1:
@@ -120,5 +120,5 @@ def launch_of(x: Tensor) -> Launch:
 
 
 def overlaps(x: Tensor) -> bool:
-    """Whether a launch may begin while the one before it ends: sm_90 and later."""
+    """Return whether a launch may begin while the one before it ends: sm_90 and later."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)

@@ -9,35 +9,35 @@ from torch.nn.functional import linear
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in float32 (float64 for float64), rounded to x's dtype before its weight as in Qwen2-VL."""
+    """Return RMSNorm in float32 (float64 for float64), rounded to x's dtype before its weight as in Qwen2-VL."""
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
-    """`vpt_model.network.decode.norm_linear.norm_linear`."""
+    """Do `vpt_model.network.decode.norm_linear.norm_linear`."""
     return linear(rms_norm(x, norm, eps), weight, bias)
 
 
 def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """`vpt_model.network.decode.norm_swiglu.norm_swiglu`."""
+    """Do `vpt_model.network.decode.norm_swiglu.norm_swiglu`."""
     gate, up = linear(rms_norm(x, norm, eps), weight).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """`vpt_model.network.decode.linear_add.linear_add`."""
+    """Do `vpt_model.network.decode.linear_add.linear_add`."""
     return residual + linear(x, weight)
 
 
 def head(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`vpt_model.network.decode.head.head`; logits of at least float32."""
+    """Do `vpt_model.network.decode.head.head`; logits are at least float32."""
     logits = linear(x, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits, greedy(logits)
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The argmax of logits [..., vocab], the lowest id on ties, −1 where a logit is NaN: int64 [...].
+    """Return the argmax of logits [..., vocab], the lowest id on ties, −1 where a logit is NaN: int64 [...].
 
     Computed where the logits are, without a wait.
     """
@@ -58,7 +58,7 @@ def attend(
     counts: Tensor,
     capacity: int,
 ) -> Tensor:
-    """`vpt_model.network.decode.attention.attend`, one conversation and head after the other; the host reads all."""
+    """Do `vpt_model.network.decode.attention.attend`, one conversation and head after the other; the host reads all."""
     (_, kv_heads, dim), out = keys.shape, torch.zeros_like(qkv[:, : qkv.shape[1] - 2 * keys[0].numel()])
     group = out.shape[1] // dim // kv_heads
     axis = torch.arange(3).repeat_interleave(torch.tensor(sections))

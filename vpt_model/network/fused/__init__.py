@@ -13,7 +13,7 @@ from vpt_model.network.fused import reference
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta [M, H], x itself without a delta, and its RMSNorm, which rounds before the weight as Qwen2-VL's."""
+    """Return x + delta [M, H], or x without a delta, and its RMSNorm, rounded before the weight as in Qwen2-VL."""
     if not on_gpu(x):
         return reference.add_rms_norm(x, delta, weight, eps)
     from vpt_model.network.fused import norms
@@ -22,7 +22,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
 
 
 def add_layer_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta [M, H], x itself without a delta, and its LayerNorm."""
+    """Return x + delta [M, H], or x itself without a delta, and its LayerNorm."""
     if not on_gpu(x):
         return reference.add_layer_norm(x, delta, weight, bias, eps)
     from vpt_model.network.fused import norms
@@ -31,7 +31,7 @@ def add_layer_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor
 
 
 def silu_mul(packed: Tensor) -> Tensor:
-    """SiLU(gate) · up of packed gates and ups [M, 2 · I]: [M, I]."""
+    """Return SiLU(gate) · up of packed gates and ups [M, 2 · I]: [M, I]."""
     if not on_gpu(packed):
         return reference.silu_mul(packed)
     from vpt_model.network.fused import gates
@@ -40,7 +40,7 @@ def silu_mul(packed: Tensor) -> Tensor:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 · x) of [M, I], which on a GPU is written over x."""
+    """Return x · sigmoid(1.702 · x) of [M, I]; on a GPU it is written over x."""
     if not on_gpu(x):
         return reference.quick_gelu(x)
     from vpt_model.network.fused import gates
@@ -49,7 +49,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def rotate_packed(packed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of a packed projection [N, 3, heads, D], q and k rotated by half-split pairs; cos, sin [N, 1, D / 2].
+    """Return q, k and v of a packed projection [N, 3, heads, D], q and k rotated by half-split pairs; cos, sin [N, 1, D
+    / 2].
 
     On a GPU the three are views of `packed`, rotated in place.
     """

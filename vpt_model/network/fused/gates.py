@@ -36,7 +36,7 @@ def quick_gelu_kernel(x, columns, BLOCK: tl.constexpr):
 
 
 def silu_mul(packed: Tensor) -> Tensor:
-    """[M, I] of packed gates and ups [M, 2 · I]."""
+    """Return [M, I] of packed gates and ups [M, 2 · I]."""
     packed = packed.contiguous()
     rows, columns = len(packed), packed.shape[1] // 2
     out = torch.empty((rows, columns), dtype=packed.dtype, device=packed.device)

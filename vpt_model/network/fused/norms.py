@@ -60,7 +60,7 @@ def add_layer_norm_kernel(x, delta, weight, bias, out, normed, eps, columns, BLO
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta and its norm; x and delta of one shape [M, H]."""
+    """Return x + delta and its norm; x and delta have one shape [M, H]."""
     x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     out, normed = x if delta is None else torch.empty_like(x), torch.empty_like(x)
     rows, columns = x.shape
@@ -82,7 +82,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
 
 
 def add_layer_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta and its norm; x and delta of one shape [M, H]."""
+    """Return x + delta and its norm; x and delta have one shape [M, H]."""
     x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     out, normed = x if delta is None else torch.empty_like(x), torch.empty_like(x)
     rows, columns = x.shape

@@ -32,6 +32,6 @@ def rotate_packed(packed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Computed in the float32 of cos and sin and rounded once."""
+    """Rotate in the float32 of cos and sin, and round once."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

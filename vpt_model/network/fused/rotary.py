@@ -44,7 +44,7 @@ def rotate_packed_kernel(
 
 
 def rotate_packed_(packed: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """See above; each token of `packed` is contiguous, and so are cos and sin."""
+    """Rotate q and k of `packed` in place; each token of it is contiguous, and so are cos and sin."""
     tokens, _, heads, dim = packed.shape
     if not tokens:
         return
