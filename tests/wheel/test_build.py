@@ -73,7 +73,7 @@ def build(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
