@@ -48,7 +48,7 @@ def _served(layer: type[nn.Module], kernel: tuple[Rule, Serve], module: nn.Modul
     try:
         return serve(module, CALLS, *inputs)
     except OwnForward as declined:
-        reason = str(declined)
+        reason = declined.args[0]  # not str(): torch 2.11 cannot trace it
     own = type(module).forward
     if own is layer.forward:
         raise ValueError(f"{layer.__name__} cannot be computed: {reason}; it has no forward of its own")

@@ -56,7 +56,7 @@ def _subclass(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
             if reason is None:
                 return serve(self, calls, *inputs, **named)
         except OwnForward as declined:
-            reason = str(declined)
+            reason = declined.args[0]  # not str(): torch 2.11 cannot trace it
         if rule.reject is not None:
             rule.reject(self, reason, *inputs, **named)
         record(calls, f"original: {reason}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -85,11 +86,20 @@ def load_model(
 
 
 @contextmanager
+def _bar(console: Console, *columns: ProgressColumn) -> Iterator[Progress]:
+    """Show a bar where the console is a terminal; nothing at all is printed elsewhere."""
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    # Older versions of rich end a disabled bar with an empty line.
+    with bar if console.is_terminal else nullcontext():
+        yield bar
+
+
+@contextmanager
 def progress(steps: int, quiet: bool) -> Iterator[Callable[[str], None]]:
     """Show a bar on stderr, or a line for each activity where stderr is no terminal."""
     console, begun = Console(stderr=True, quiet=quiet), 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _bar(console, *columns) as bar:
         task = bar.add_task("", total=steps)
 
         def begin(activity: str) -> None:
@@ -107,7 +117,7 @@ def question_progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]
     """Show a bar of questions on stderr where it is a terminal."""
     console = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _bar(console, *columns) as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.advance(task, done)
 
@@ -117,7 +127,7 @@ def byte_progress(activity: str, quiet: bool = False) -> Iterator[Callable[[int,
     """Show a bar of bytes on stderr or, where stderr is no terminal, a line for every tenth of a large amount."""
     console, printed = Console(stderr=True, quiet=quiet), 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _bar(console, *columns) as bar:
         task = bar.add_task(activity, total=None)
 
         def advance(done: int, total: int) -> None:
