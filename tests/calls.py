@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -15,16 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 import vpt_kernels as kernels
+import vpt_kernels.live as live
 import vpt_model as model
-from tests.helpers import CLIP_MEAN, CLIP_STD, noise, normal
+import vpt_model.engine as engines
+from tests import talks
+from tests.helpers import CLIP_MEAN, CLIP_STD, normal
 from tests.model.checkpoints import fields, write
 from tests.model.inputs import tiny_config, tiny_model, tiny_state
 from tests.patch import foreign
+from tests.talks import engine, image, png, question, tokenizer
 from vpt_model.checkpoint import load_checkpoint
 
 Made = tuple[Callable[..., Any], dict[str, Any]]
@@ -32,18 +34,6 @@ Made = tuple[Callable[..., Any], dict[str, Any]]
 
 def cpu(values: Any, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device="cpu")
-
-
-@lru_cache(maxsize=1)
-def image() -> Tensor:
-    return noise(40, 56, "calls")
-
-
-@lru_cache(maxsize=1)
-def png() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image().numpy()).save(file, "PNG")
-    return file.getvalue()
 
 
 def policy() -> kernels.RegionPolicy:
@@ -127,24 +117,10 @@ def processor() -> kernels.QwenVLImageProcessor:
 
 
 @lru_cache(maxsize=1)
-def tokenizer() -> model.Tokenizer:
-    return model.Tokenizer.byte_level(320, "clip")
-
-
-@lru_cache(maxsize=1)
 def folder() -> Path:
     made = write(Path(tempfile.mkdtemp()), tiny_state(), fields())
     (made / "tokenizer.json").write_text(tokenizer().to_json(), encoding="utf-8")
     return made
-
-
-def engine() -> model.Engine:
-    return model.Engine(tiny_model(), tokenizer())
-
-
-def question() -> dict[str, Any]:
-    options = {"looks": ["region:x2,y1,x5,y4"], "max_new_tokens": 3, "keep_logits": True}
-    return {"image": image(), "question": "what?", "sampling": model.Sampling(0.5, 5, 0.9, 1)} | options
 
 
 def batch() -> dict[str, Any]:
@@ -242,12 +218,39 @@ CALLS: dict[str, Callable[[], Made]] = {
     ),
     "Engine.ask": lambda: (engine().ask, question()),
     "Engine.ask_batch": lambda: (engine().ask_batch, batch()),
-    "Engine.stream": lambda: (_streamed, question()),
-    "Engine.chat": lambda: (_chatted, {"image": image(), "capacity": 600, "keep_pixels": True}),
-    "Engine.load_chat": lambda: (_resumed, {"file": saved_chat()}),
+    "Engine.stream": lambda: (talks.streamed, question()),
+    "Engine.chat": lambda: (talks.chatted, {"image": image(), "capacity": 600, "keep_pixels": True}),
+    "Engine.load_chat": lambda: (talks.resumed, {"file": talks.saved_chat()}),
     "Engine.ask_chats": lambda: (
         engine().ask_chats,
         {"chats": [engine().chat(image())], "questions": ["what?"], "samplings": [model.Sampling()]},
+    ),
+    "Chat.ask": lambda: (engine().chat().ask, question()),
+    "Chat.stream": lambda: (talks.streamed_turn, question()),
+    "Chat.fork": lambda: (talks.forked, {"n": 2}),
+    "Chat.rewind": lambda: (talks.rewound, {"turn": -1}),
+    "Chat.save": lambda: (talks.saved, {"file": Path(tempfile.mkdtemp()) / "chat.safetensors"}),
+    "LiveConversation": lambda: (
+        talks.opened, talks.parts() | {"cache": "static", "capacity": 400, "kernels": True}
+    ),
+    "LiveConversation.append": lambda: (talks.appended, {"text": "what?", "image": image()}),
+    "LiveConversation.crop": lambda: (
+        talks.live(png()).crop, {"box": (100, 200.5, 600, 800), "image": -1, "coordinates": "thousandths"}
+    ),
+    "LiveConversation.cut": lambda: (
+        talks.live(png()).cut, {"box": (3, 2, 51, 99), "image": 0, "coordinates": "pixels", "clip": True}
+    ),
+    "LiveConversation.add": lambda: (
+        talks.added, {"messages": [{"role": "user", "content": "and now?"}], "resync": True}
+    ),
+    "LiveConversation.generate": lambda: (talks.generated, {}),
+    "zoom": lambda: (
+        talks.zoomed,
+        talks.parts() | {"image": image(), "question": "what?", "coordinates": "pixels", "max_looks": 2, "role": "user"}
+        | {"parser": live.parse_zoom_calls, "system": "s", "template": {}, "cache": "static", "capacity": 400},
+    ),
+    "parse_zoom_calls": lambda: (
+        live.parse_zoom_calls, {"text": '<tool_call>{"arguments": {"bbox_2d": [1, 2, 3, 4]}}</tool_call>'}
     ),
     "Model.from_state": lambda: (model.Model.from_state, {"config": tiny_config(), "state": tiny_state()}),
     "ModelConfig": lambda: (model.ModelConfig, {name: getattr(tiny_config(), name) for name in vars(tiny_config())}),
@@ -281,18 +284,25 @@ CALLS: dict[str, Callable[[], Made]] = {
 EXEMPT = {
     "BackendUnavailable": "an exception",
     **dict.fromkeys(
-        ("Answer", "Done", "Look", "Reencode", "Region", "Stage", "Token", "ClippedBoxes", "PatchReport"),
+        (
+            *("Answer", "Box", "ClippedBoxes", "Done", "Event", "Look", "PatchReport", "Reencode", "Region", "Stage"),
+            *("Token", "Zoom", "ZoomAnswer"),
+        ),
         "a result that others only read",
     ),
     **dict.fromkeys(
-        ("ControlProjector", "FoldedPatchEmbed", "PackedWeight", "RegionPlan", "TokenIds", "Model"),
+        ("Chat", "ControlProjector", "FoldedPatchEmbed", "PackedWeight", "RegionPlan", "TokenIds", "Model"),
         "made by a function of this table; what is put together by hand is checked where it is used",
     ),
     **dict.fromkeys(
-        ("ControlProjector.tensors", "Engine.warm_up", "PatchReport.unpatch", "Tokenizer.to_json"), "takes no argument"
+        (
+            *("Chat.close", "ControlProjector.tensors", "Engine.warm_up", "LiveConversation.close"),
+            *("PatchReport.unpatch", "Tokenizer.to_json"),
+        ),
+        "takes no argument",
     ),
     **dict.fromkeys(
-        ("Engine.events", "Engine.picture", "Engine.question", "Engine.use"),
+        ("Chat.row", "Engine.events", "Engine.picture", "Engine.question", "Engine.use"),
         "a step of `Engine.ask`, for those who extend the engine",
     ),
 }
@@ -310,32 +320,11 @@ def _patched(**given: Any) -> list[str]:
         return [replacement.name for replacement in report.replaced]
 
 
-def _chatted(**given: Any) -> model.Answer:
-    with engine().chat(**given) as chat:
-        return chat.ask("what?", max_new_tokens=3)
-
-
-@lru_cache(maxsize=1)
-def saved_chat() -> Path:
-    file = Path(tempfile.mkdtemp()) / "chat.safetensors"
-    with engine().chat(image()) as chat:
-        chat.ask("what?", max_new_tokens=3)
-        chat.save(file)
-    return file
-
-
-def _resumed(**given: Any) -> model.Answer:
-    with engine().load_chat(**given) as chat:
-        return chat.ask("and now?", max_new_tokens=3)
-
-
-def _streamed(**given: Any) -> list[Any]:
-    return [*engine().stream(**given)]
-
-
 def public_callables() -> Iterator[str]:
-    """Names in `__all__` of both packages that can be called, and the public methods of their classes."""
-    for package in (kernels, model):
+    """Names in `__all__` of both packages and of their live conversations that can be called, and the public methods of
+    their classes.
+    """
+    for package in (kernels, live, model, engines):
         for name in package.__all__:
             thing = getattr(package, name)
             if not callable(thing):

@@ -6,6 +6,7 @@ have the bits of a call in no such state.
 
 from __future__ import annotations
 
+import ast
 import io
 import multiprocessing
 import os
@@ -16,9 +17,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +67,7 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inference mode": lambda: torch.inference_mode(),
     "no gradients": lambda: torch.no_grad(),
     "warnings are errors": warnings_are_errors,
+    "numpy's warnings are errors": lambda: np.errstate(all="raise"),
     "deterministic": lambda: setting(
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
     ),
@@ -72,9 +76,10 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 PREPARED: dict[str, list[Any]] = {}
 
 
-def outcome(name: str, state: AbstractContextManager[Any] | None = None) -> list[Any]:
+def outcome(name: str, state: AbstractContextManager[Any] | None = None, **choice: Any) -> list[Any]:
     """The result and, after the call, the arguments, which in-place operators write to."""
     function, given = made(name)
+    given |= choice
     if state is None:
         result = function(**given)
     else:
@@ -105,13 +110,48 @@ def test_the_table_is_complete() -> None:
     assert not missing and CALLS.keys() <= {*public_callables(), "QwenVLImageProcessor.__call__"}
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", CALLS)
+FOREIGN = [("zoom", "autocast")]
+"""The layers of somebody's model are what autocast is for; with it transformers' own static cache does not work."""
+
+
+@pytest.mark.parametrize("name, state", [pair for pair in product(CALLS, STATES) if pair not in FOREIGN])
 def test_a_state_changes_nothing(name: str, state: str) -> None:
     wanted = expected(name)
     if state == "seed":
         torch.manual_seed(12345)
     assert_equal(outcome(name, STATES[state]()), wanted)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", [name for name in CALLS if "backend" in made(name)[1] and name != "Tokenizer"])
+def test_a_state_changes_nothing_of_the_reference(name: str, state: str) -> None:
+    """Its plain PyTorch is what autocast and the defaults are for."""
+    wanted = outcome(name, backend="reference")
+    assert_equal(outcome(name, STATES[state](), backend="reference"), wanted)
+
+
+FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
+    "randn", "randperm", "scalar_tensor", "tensor", "zeros",
+)  # fmt: skip
+INTEGERS = ("arange", "randint", "randperm", "full", "tensor", "as_tensor")
+"""Factories whose dtype follows from their arguments; of the others it is the process's default."""
+
+
+def factories() -> Iterator[tuple[str, str, set[str | None]]]:
+    """Place, name and keywords of every call that makes a tensor; vLLM sets the defaults for what it loads."""
+    for path in sorted(path for package in ("vpt_kernels", "vpt_model") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if "vllm" not in path.parts else ():
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in [f"torch.{name}" for name in FACTORIES]:
+                name = ast.unparse(node.func).removeprefix("torch.")
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", name, {keyword.arg for keyword in node.keywords}
+
+
+def test_every_factory_names_its_device_and_its_float_dtype() -> None:
+    made = list(factories())
+    assert len(made) > 50
+    assert not [f"{place} {name}" for place, name, given in made if "device" not in given]
+    assert not [f"{place} {name}" for place, name, given in made if name not in INTEGERS and "dtype" not in given]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -129,7 +129,7 @@ KERNEL_RULES = {
     "packed_linear": OPERATOR,
     "roi_patch_embed": OPERATOR,
     "patch": {"append_visual_kv", "control_cross_attention", "roi_patch_embed", "caches", "checks", "guard"},
-    "live": {"patch", "roi_patch_embed", "images", "processor"},
+    "live": {"patch", "roi_patch_embed", "checks", "images", "processor"},
 }
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _every
+from torch.utils._device import DeviceContext
 
 
 class OwnForward(Exception):  # noqa: N818  (no error: it says whose turn it is)
@@ -61,6 +63,8 @@ def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str 
     weight, bias = held["weight"], held["bias"]
     if type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
         return f"its {name} has a {type(weight).__name__} as weight and a {type(bias).__name__} as bias"
+    if weight.layout is not torch.strided:
+        return f"its {name}'s weight is {weight.layout}"
     if x is not None and type(x) not in _PLAIN:
         return f"its input is a {type(x).__name__}"
     if weight.is_meta or (bias is not None and bias.is_meta) or (x is not None and weight.device != x.device):
@@ -93,6 +97,25 @@ def why_every_module_is_called() -> str | None:
         return "there are hooks for all modules"
     if nn.Module.__call__ is not _CALL or nn.Module._call_impl is not _CALL_IMPL:
         return "the calls of all modules were replaced, as torch.fx does to trace"
+    return why_watched()
+
+
+def why_watched() -> str | None:
+    """Why every function of torch must be called as it stands, or None: somebody transforms, traces or replaces them
+    all.
+    """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"
-    return "torch.jit.trace" if torch.jit.is_tracing() else None  # type: ignore[attr-defined]
+    if torch._C._len_torch_function_stack() and (mode := _function_mode()) is not None:
+        return f"the mode {mode} sees every function"
+    if torch._C._len_torch_dispatch_stack():
+        return f"the mode {type(torch._C._get_dispatch_stack_at(0)).__name__} sees every operator"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return "torch.jit.trace" if torch._C._get_tracing_state() is not None else None
+
+
+def _function_mode() -> str | None:
+    """Return the innermost mode of `__torch_function__` that does more than to choose a device for new tensors."""
+    modes = (torch._C._get_function_stack_at(n) for n in reversed(range(torch._C._len_torch_function_stack())))
+    return next((type(mode).__name__ for mode in modes if type(mode) is not DeviceContext), None)

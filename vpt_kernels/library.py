@@ -6,7 +6,9 @@ schema and the same fake, so that a compiled graph names the implementation it w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from operator import or_
 from typing import Any
 
 import torch
@@ -95,8 +97,21 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 _LIBRARY = torch.library.Library("vpt_kernels", "DEF")
+_AUTOCASTS = ("AutocastCPU", "AutocastCUDA")
+_AUTOCAST = functools.reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, k)) for k in _AUTOCASTS))
 OPS: dict[str, dict[str, torch._ops.OpOverload]] = {}
 """`OPS[operator][backend]` is the bound overload."""
+
+
+def _as_given(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    """An operator computes in the dtypes of its arguments; autocast would reach what PyTorch computes inside it."""
+
+    def kernel(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return overload(*arguments)
+
+    return kernel
+
 
 for _name, _schema in SCHEMAS.items():
     OPS[_name] = {}
@@ -104,6 +119,8 @@ for _name, _schema in SCHEMAS.items():
         _LIBRARY.define(f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"vpt_kernels::{_name}.{_backend}", _FAKES[_name], lib=_LIBRARY)
         OPS[_name][_backend] = getattr(getattr(torch.ops.vpt_kernels, _name), _backend)
+        for _key in _AUTOCASTS:
+            _LIBRARY.impl(f"{_name}.{_backend}", _as_given(OPS[_name][_backend]), _key)
 
 
 def implement(name: str, backend: str, function: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,24 @@ def wrap_rotation(model: nn.Module, monkeypatch: Any) -> None:
     own = home(model).apply_rotary_pos_emb
     scaled = functools.wraps(own)(lambda q, k, *others, **named: own(q * 2, k, *others, **named))
     monkeypatch.setattr(home(model), "apply_rotary_pos_emb", scaled)
+
+
+def replace_what_rotates_a_half(model: nn.Module, monkeypatch: Any) -> None:
+    """A name that the rotation looks up, and the attention does not."""
+    own = home(model).rotate_half
+    monkeypatch.setattr(home(model), "rotate_half", lambda x: 2 * own(x))
+
+
+def replace_torch(model: nn.Module, monkeypatch: Any) -> None:
+    """In this one module, as tracers and simulators do it."""
+
+    class Theirs:
+        cat = staticmethod(lambda parts, dim=0: (2 if parts[0].dim() == 4 else 1) * torch.cat(parts, dim=dim))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    monkeypatch.setattr(home(model), "torch", Theirs())
 
 
 def replace_attention_function(model: nn.Module, monkeypatch: Any) -> None:
@@ -90,6 +109,8 @@ def replace_cache_update(model: nn.Module, monkeypatch: Any) -> None:
 THEIRS = (
     replace_rotation,
     wrap_rotation,
+    replace_what_rotates_a_half,
+    replace_torch,
     replace_attention_function,
     replace_class_forward,
     replace_layer_update,
@@ -168,6 +189,22 @@ def test_every_name_is_looked_up_when_it_is_used() -> None:
         changed()
     with pytest.raises(KeyError):
         _Names(names, {})["missing"]
+
+
+def test_imports_and_warnings_know_their_module() -> None:
+    """The interpreter reads `__name__`, `__package__` and the registry of warnings by itself."""
+    code = "def outer(n):\n from . import configuration_qwen2_vl\n warnings.warn('!')\n"
+    code += " return configuration_qwen2_vl.__name__, __name__, __spec__.parent"
+    theirs = vars(sys.modules[type(foreign.qwen("qwen2_vl")).__module__])
+    names = {name: value for name, value in theirs.items() if name.startswith("__")} | {"warnings": warnings}
+    exec(code, names)
+    for function in (names["outer"], changed_copy(names["outer"], {"n": 1})):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("error")
+            warnings.filterwarnings("always", module=names["__name__"].replace(".", r"\."))
+            found = function(0)
+        assert found == ("transformers.models.qwen2_vl.configuration_qwen2_vl", names["__name__"], names["__package__"])
+        assert len(caught) == 1
 
 
 @each_qwen

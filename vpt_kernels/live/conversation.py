@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpt_kernels.checks import require_flag, shown
 from vpt_kernels.images import decode_image
 from vpt_kernels.live.family import Family
 from vpt_kernels.live.fed import Fed
@@ -85,6 +86,7 @@ class LiveConversation:
         capacity: int | None = None,
         kernels: bool = True,
     ) -> None:
+        require_flag("kernels", kernels)
         for part in ("tokenizer", "image_processor"):
             if getattr(processor, part, None) is None:
                 raise TypeError(f"processor is a {type(processor).__name__} without {part}; give the model's processor")
@@ -162,6 +164,7 @@ class LiveConversation:
 
         clip: cut off what lies outside the image and exchange borders in the wrong order instead of raising.
         """
+        require_flag("clip", clip)
         with self._alone():
             return self._cut(box, image, coordinates, clip)
 
@@ -182,6 +185,7 @@ class LiveConversation:
             TypeError, ValueError: the template rewrites the history (the first different token is named), other content
                 than text and images, a picture that cannot be read. Nothing is appended then.
         """
+        require_flag("resync", resync)
         with self._alone():
             history, new = self._messages.joined(messages, self.ids)
             pictures = self._pictures + [self._seen(decode_image(image)) for image in new]
@@ -262,7 +266,7 @@ class LiveConversation:
         count = len(self._pictures)
         if type(image) is not int or not -count <= image < count:
             raise ValueError(
-                f"image is {image!r}; the conversation has {count} images: give 0 … {count - 1}, or add one"
+                f"image is {shown(image)}; the conversation has {count} images: give 0 … {count - 1}, or add one"
             )
         picture = self._pictures[image]
         height, width = picture.pixels.shape[:2]

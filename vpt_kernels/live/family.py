@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vpt_kernels.checks import require_integer, shown
+
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers whose state is keys and values; any other kind carries a state that a chunk cannot continue."""
 
@@ -75,13 +77,13 @@ class Family:
 
         grids: (frames, rows, columns) in patches, one per image of the chunk.
         """
-        tokens = torch.tensor([list(ids)])
+        tokens = torch.tensor([list(ids)], device="cpu")
         if grids:
-            given = {"image_grid_thw": torch.tensor([list(grid) for grid in grids])}
+            given = {"image_grid_thw": torch.tensor([list(grid) for grid in grids], device="cpu")}
             positions, _ = self.core.get_rope_index(tokens, **given, **self.kinds(tokens))
             positions = positions[:, 0] + start
         else:
-            positions = torch.arange(start, start + len(ids)).expand(3, -1)
+            positions = torch.arange(start, start + len(ids), device="cpu").expand(3, -1)
         behind = (positions.amax(0).cummax(0).values + 1).tolist()
         return positions.to(self.core.device), behind
 
@@ -136,19 +138,20 @@ def new_cache(model: Any, cache: Any, capacity: int | None) -> Any:
     """
     from transformers import Cache, DynamicCache, StaticCache
 
-    text = model.config.get_text_config()
-    if capacity is not None and cache != "static":
+    text, kind = model.config.get_text_config(), cache if isinstance(cache, str) else None
+    if capacity is not None and kind != "static":
         raise ValueError(
-            f"capacity is {capacity}, and only a static cache has one: pass cache='static' or leave it out"
+            f"capacity is {shown(capacity)}, and only a static cache has one: pass cache='static' or leave it out"
         )
-    if cache == "dynamic":
+    if kind == "dynamic":
         return DynamicCache(config=text)
-    if cache == "static":
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity is {capacity!r}; a static cache needs a number of tokens")
-        return StaticCache(config=text, max_cache_len=capacity)
+    if kind == "static":
+        if capacity is None:
+            raise ValueError("capacity is None; a static cache needs a number of tokens")
+        with model.device:
+            return StaticCache(config=text, max_cache_len=require_integer("capacity", capacity, 1, 1 << 31))
     if not isinstance(cache, Cache):
-        raise ValueError(f"cache is {cache!r}; give 'dynamic', 'static' or a cache of transformers")
+        raise ValueError(f"cache is {shown(cache)}; give 'dynamic', 'static' or a cache of transformers")
     if cache_length(cache):
         raise ValueError(f"the cache holds {cache_length(cache)} tokens; a conversation begins with an empty one")
     return cache

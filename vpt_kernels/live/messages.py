@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vpt_kernels.checks import shown
+
 
 class Messages:
     """The history of a conversation in messages; the pictures are kept in its order by whoever owns this."""
@@ -18,6 +20,10 @@ class Messages:
         """Return the token ids of a text as it stands."""
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; it must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text has a lone surrogate at {error.start}, which is no character: remove it") from None
         return self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def joined(
@@ -29,8 +35,8 @@ class Messages:
         Raises:
             TypeError, ValueError: no message, or one that is not made of a role, texts and images.
         """
-        if isinstance(messages, (str, Mapping)) or not messages:
-            raise TypeError(f"messages is {messages!r}; give a list of dictionaries with a role and a content")
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise TypeError(f"messages is {shown(messages)}; give a list of dictionaries with a role and a content")
         pictures: list[Any] = []
         new = [_separated(message, pictures) for message in messages]
         history = list(self._history)

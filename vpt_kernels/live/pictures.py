@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from vpt_kernels.checks import shown
 from vpt_kernels.patch.rules import folded
 from vpt_kernels.processor import QwenVLImageProcessor, plain_patch_embed
 from vpt_kernels.roi_patch_embed.boxes import clip_boxes
@@ -69,10 +70,12 @@ def box_in_pixels(
         TypeError, ValueError: not four finite numbers, unknown coordinates, an empty box, or one outside the picture.
     """
     scales = {"pixels": None, "relative": 1, "thousandths": 1000, "resized": resized[::-1]}
-    if coordinates not in scales:
-        raise ValueError(f"coordinates is {coordinates!r}; give one of {tuple(scales)}")
-    if isinstance(box, str) or len(box := tuple(box)) != 4:
-        raise ValueError(f"box is {box!r}; it must be four numbers: left, top, right, bottom")
+    if not isinstance(coordinates, str) or coordinates not in scales:
+        raise ValueError(f"coordinates is {shown(coordinates)}; give one of {tuple(scales)}")
+    if not isinstance(box, Iterable) or isinstance(box, (str, bytes)) or getattr(box, "ndim", 1) != 1:
+        raise TypeError(f"box is {shown(box)}; it must be four numbers: left, top, right, bottom")
+    if len(box := tuple(box)) != 4:
+        raise ValueError(f"box is {box!r:.80}; it must be four numbers: left, top, right, bottom")
     ((_, *whole),), (changes,) = clip_boxes([(0, *box)], [size], scale=scales[coordinates])
     if wrong := {"widened"} & set(changes) if clip else {"swapped", "clipped", "widened"} & set(changes):
         reasons = {"swapped": "its borders are in the wrong order", "clipped": "a part lies outside"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from vpt_kernels.checks import require_integer, require_type, shown
 from vpt_kernels.live.conversation import LiveConversation
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
@@ -48,6 +49,7 @@ def parse_zoom_calls(text: str) -> list[Zoom]:
     </tool_call>`; `bbox` and `box` are read like `bbox_2d`, and arguments may be JSON in a string. What is no such call
     is passed over: an answer without any is final.
     """
+    require_type("text", text, str, "a string")
     found = []
     for written in _CALL.findall(text):
         try:
@@ -95,13 +97,18 @@ def zoom(
     Raises:
         TypeError, ValueError: as `LiveConversation`, its `add` and its `generate` do.
     """
-    if not isinstance(max_looks, int) or max_looks < 0:
-        raise ValueError(f"max_looks is {max_looks!r}; it must be a whole number, 0 or more")
+    require_integer("max_looks", max_looks, 0)
+    require_type("question", question, str, "a string")
+    require_type("system", system, (str, type(None)), "a string or None")
+    require_type("role", role, str, "a string")
+    require_type("template", template, (dict, type(None)), "a dictionary or None")
+    if not callable(parser):
+        raise TypeError(f"parser is {shown(parser)}; it must be a function of an answer's text")
     conversation = LiveConversation(model, processor, cache=cache, capacity=capacity)
     try:
         messages = [] if system is None else [{"role": "system", "content": system}]
-        shown = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        conversation.add([*messages, {"role": "user", "content": shown}], **(template or {}))
+        asking = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        conversation.add([*messages, {"role": "user", "content": asking}], **(template or {}))
         answer = ZoomAnswer("", conversation)
         while True:
             before = len(conversation.ids)

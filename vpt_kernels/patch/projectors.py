@@ -48,7 +48,7 @@ def _refuse(module: Any) -> str | None:
     try:
         # Offloaded weights have the right shapes and no device in common.
         _ = fold(module) if why_parts_called(module) is None else None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return None
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vpt_kernels.caches import LAYERS, append_rows_, page_slots
-from vpt_kernels.guard import OwnForward
+from vpt_kernels.guard import OwnForward, why_watched
 from vpt_kernels.patch import legacy
 from vpt_kernels.patch.rules import Forward, Rule, Serve, lacks, record
 from vpt_kernels.patch.supported import ATTENTIONS, LEGACY_ATTENTIONS
@@ -160,7 +160,8 @@ class _Names(dict[str, Any]):
     """The globals of a changed copy: what was exchanged, and for all else what the original would find now."""
 
     def __init__(self, originals: dict[str, Any], exchanged: dict[str, Any]) -> None:
-        super().__init__(exchanged, __builtins__=originals["__builtins__"])
+        # The interpreter reads a module's own names, for imports and warnings, past `__missing__`.
+        super().__init__({name: value for name, value in originals.items() if name.startswith("__")} | exchanged)
         self._originals = originals
 
     def __missing__(self, name: str) -> Any:
@@ -202,12 +203,20 @@ def _why_rotated_elsewhere(function: FunctionType) -> str | None:
     for name in ROTATIONS:
         if name in function.__code__.co_names:
             found: Any = function.__globals__.get(name)
-            beside = isinstance(found, FunctionType) and found.__globals__ is function.__globals__
+            beside = _is_own(found, function.__globals__)
             # The package `kernels` makes a module of it, whose forward it can exchange.
             plain = isinstance(found, nn.Module) and type(found).__module__.startswith("kernels.")
             if not beside and not (plain and "forward" not in vars(found) and not found._forward_hooks):
                 return f"another library replaced {name}"
     return None
+
+
+def _is_own(found: Any, names: dict[str, Any]) -> bool:
+    """Return whether it is a function of the module with these globals, and so is each that it calls there."""
+    if not isinstance(found, FunctionType) or found.__globals__ is not names:
+        return False
+    used = (names[name] for name in found.__code__.co_names if name in names)
+    return all(other is torch or _is_own(other, names) for other in used)
 
 
 def _own_update(holder: Any) -> bool:
@@ -242,14 +251,14 @@ def _layer(cache: Any, index: int) -> Any:
 def _served(function: FunctionType, hidden: Tensor | None, given: dict[str, Any], name: str, index: int) -> Any:
     """Return the layer to append to; raises OwnForward for a call that the kernel does not serve."""
     # Hooks see what they saw: every module that the attention calls is still called.
-    reason = "torch.jit.trace" if torch._C._get_tracing_state() is not None else _why_rotated_elsewhere(function)
+    reason = why_watched() or _why_rotated_elsewhere(function)
     if reason is not None:
         raise OwnForward(reason)
     if torch.is_grad_enabled():
         raise OwnForward("gradients are enabled")
     if hidden is None or not name or given.get("position_embeddings") is None:
         raise OwnForward("hidden_states, the cache or position_embeddings is not given by name")
-    if type(hidden) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None:
+    if type(hidden) is not Tensor:
         raise OwnForward("its input is no plain tensor")
     if torch.is_autocast_enabled(hidden.device.type):
         raise OwnForward("autocast")

@@ -65,8 +65,8 @@ def stage(
         raise ValueError(f"the plan needs {tiles} blocks; the limit is 2^31 - 1: split the boxes over calls")
     device = images[0].device if images else torch.device("cpu")
     if device.type != "cuda":
-        return torch.tensor(records, dtype=torch.int64), tiles
-    pinned = torch.tensor(records, dtype=torch.int64, pin_memory=True)
+        return torch.tensor(records, dtype=torch.int64, device="cpu"), tiles
+    pinned = torch.tensor(records, dtype=torch.int64, device="cpu", pin_memory=True)
     if torch.cuda.is_current_stream_capturing():
         _CAPTURED.append(pinned)
     return pinned.to(device, non_blocking=True), tiles

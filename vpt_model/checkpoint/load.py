@@ -333,7 +333,7 @@ def empty_state(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tens
     buffer.
     """
     shapes = expected_shapes(config)
-    state = dict.fromkeys(shapes, torch.empty(0))
+    state = dict.fromkeys(shapes, torch.empty(0, dtype=dtype, device="cpu"))
     for names in fused_groups(config).values():
         rows = [shapes[name][0] for name in names]
         buffer = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=dtype, device="cpu")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FIRST_ROWS = 512
 """Tokens for which a chat has room before it grows."""
+MOST_FORKS = 1 << 16
+"""At once; each has a cache of its own from its first turn on."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,10 @@ class Chat:
     def fork(self, n: int = 1) -> list[Chat]:
         """Return `n` chats that go on from here, each on its own; what was said so far is shared, not copied.
 
-        They run without CUDA graphs. Raises ValueError as `stream` does, and if `n` is less than 1.
+        They run without CUDA graphs. Raises TypeError for anything but an integer, ValueError as `stream` does, and if
+        `n` is not in 1..65536.
         """
-        if n < 1:
-            raise ValueError(f"n is {n}; it must be at least 1")
+        require_integer("n", n, 1, MOST_FORKS)
         with self._still():
             return [self._fork() for _ in range(n)]
 
@@ -150,7 +152,7 @@ class Chat:
         Raises ValueError if there is no such turn, and as `stream` does.
         """
         with self._still():
-            if not -len(self) <= turn < len(self):
+            if not -len(self) <= require_integer("turn", turn, -(1 << 63)) < len(self):
                 raise ValueError(f"turn is {turn}; the chat has {len(self)}: give one of 0..{len(self) - 1}, or -1")
             first = self.exchanges[turn]
             self.conversation.truncate(first.before)
@@ -163,6 +165,7 @@ class Chat:
         The file has the keys and values, the features, the pixels that are kept, ids and positions, and a fingerprint
         of the model; no logits and no timings. Raises ValueError as `stream` does.
         """
+        require_type("file", file, (str, PathLike), "a path")
         from vpt_model.engine import store  # it makes chats, too
 
         with self._still():

@@ -75,10 +75,10 @@ class StepMetadata:
             end = (row + 1) * self.bucket.tokens
             place = slice(end - count, end)
             if append.embeds is None:
-                self.tokens[place] = torch.tensor(append.tokens)
+                self.tokens[place] = torch.tensor(append.tokens, device="cpu")
             self.positions[:, place] = append.positions
             begin = cache.first + cache.length
-            self.slots[place] = torch.arange(begin, begin + count)
+            self.slots[place] = torch.arange(begin, begin + count, device="cpu")
             self.starts[row], self.past[row], self.counts[row] = cache.first, cache.length, count
             places.append(place)
         return places

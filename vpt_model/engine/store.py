@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ def fingerprint(model: Model) -> str:
 
 
 def save(chat: Chat, file: Path) -> None:
+    try:
+        os.fsencode(file)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"file is {str(file)!r}, which is no name of a file: {error}") from None
     conversation = chat.conversation
     keys, values = conversation.cache.gather()
     tensors = {

@@ -50,7 +50,7 @@ class PatchStep(_Replayed):
     def __init__(self, tower: VisionTower, patches: int) -> None:
         self.tower, config = tower, tower.config
         self.x = torch.zeros(patches, config.embed_dim, dtype=tower.dtype, device=tower.device)
-        self.angles = torch.zeros(2, patches, 1, config.head_dim // 2, device=tower.device)
+        self.angles = torch.zeros(2, patches, 1, config.head_dim // 2, dtype=torch.float32, device=tower.device)
         self.ends = torch.full((3,), patches, dtype=torch.int32, device=tower.device)
         self.ends[0] = 0
 

@@ -81,7 +81,7 @@ def process_images(images: Sequence[Image.Image], vision: VisionConfig) -> tuple
 
 
 def frequencies(theta: float, dim: int) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class VisionTower:
 
     def rotary(self, h: int, w: int) -> Tensor:
         m = self.config.spatial_merge_size
-        cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+        cells = torch.cartesian_prod(torch.arange(h, device="cpu"), torch.arange(w, device="cpu")).T
         cells = cells.view(2, h // m, m, w // m, m).permute(1, 3, 2, 4, 0).reshape(h * w, 2)
         angles = (cells[..., None] * frequencies(10000.0, self.config.head_dim // 2)).flatten(1).repeat(1, 2)
         return torch.stack((angles.cos(), angles.sin()))

@@ -62,12 +62,12 @@ def rope_index(ids: Sequence[int], grids: Sequence[Grid], image_pad: int, merge:
     chunks, start, position = [], 0, 0
     for h, w in ((h // merge, w // merge) for h, w in grids):
         end = list(ids).index(image_pad, start)
-        chunks.append(torch.arange(position, position + end - start).expand(3, -1))
+        chunks.append(torch.arange(position, position + end - start, device="cpu").expand(3, -1))
         position += end - start
-        cell = torch.arange(h * w)
+        cell = torch.arange(h * w, device="cpu")
         chunks.append(torch.stack([torch.zeros_like(cell), cell // w, cell % w]) + position)
         start, position = end + h * w, position + max(h, w)
-    chunks.append(torch.arange(position, position + len(ids) - start).expand(3, -1))
+    chunks.append(torch.arange(position, position + len(ids) - start, device="cpu").expand(3, -1))
     positions = torch.cat(chunks, dim=1)
     return positions, int(positions.max()) + 1 - len(ids)
 
@@ -253,7 +253,8 @@ class PublishedProcedure:
                 if running[-1] == self.ids.action:
                     cache = [(k[:, :, :-1], v[:, :, :-1]) for k, v in cache]
                     fresh = running[-2:]
-                positions = torch.arange(len(running) - len(fresh), len(running)).expand(3, -1) + delta
+                places = torch.arange(len(running) - len(fresh), len(running), device="cpu")
+                positions = places.expand(3, -1) + delta
             hidden, _, cache = self.forward(fresh, positions, cache, **images, stages=stages)
             with self._stage(stages[1]):
                 logits = F.linear(hidden[-1], self.lm_head).float()

@@ -109,7 +109,7 @@ class Recording:
             return self.tensors[f"gen_b2.detection_images_row{row}" if row else "fwd.detection_images"], []
         # Stored as a tile, uint8, and a formula that float32 computes exactly.
         tile = self.tensors[f"gen_b2.seg_tile_row{row}_u8" if row else "fwd.seg_tiles_u8"].flatten(0, -3).float()
-        where = torch.arange(self.config.sam.image_size)
+        where = torch.arange(self.config.sam.image_size, device=tile.device)
         repeated = tile[:, where % tile.shape[1]][:, :, where % tile.shape[2]]
         return ((repeated / 64 - 2) + (where[:, None] - where) / 1024)[None], []
 
@@ -226,7 +226,7 @@ class Replay:
         questions = [Question([], max_new_tokens=steps + 1, max_looks=0, keep_logits=True) for _ in requests]
         self._run([self._answered(*row, steps) for row in zip(requests, questions, strict=True)])
         turns = [question.turns[0] for question in questions]
-        ids = torch.tensor([turn.ids[:steps] for turn in turns])
+        ids = torch.tensor([turn.ids[:steps] for turn in turns], device="cpu")
         return ids, torch.stack([torch.stack(turn.logits[:steps]) for turn in turns])
 
     def _run(self, rows: Sequence[Row]) -> None:

@@ -154,7 +154,7 @@ def _positions(case: str, requests: list[Request], tensors: Mapping[str, Tensor]
     length = tensors[f"{case}.input_ids"].shape[1]
     rows = [torch.cat(request.positions, 1) for request in requests]
     yield f"{case}.position_ids", left_padded(rows, length, value=1)
-    yield f"{case}.rope_deltas", torch.tensor([[int(row.max()) + 1 - length] for row in rows])
+    yield f"{case}.rope_deltas", torch.tensor([[int(row.max()) + 1 - length] for row in rows], device="cpu")
 
 
 def _projectors(recording: Recording) -> Iterator[tuple[str, Tensor]]:
@@ -182,7 +182,7 @@ def _projectors(recording: Recording) -> Iterator[tuple[str, Tensor]]:
         out = control_cross_attention(features, control, projector, ends)
         key = F.linear(F.layer_norm(control, control.shape[1:], *affine["condition_norm"]), *affine["condition"])
         counts = [len(out) // images] * images if ends is None else ends.diff().tolist()
-        key = key.repeat_interleave(torch.tensor(counts), 0)
+        key = key.repeat_interleave(torch.tensor(counts, device=key.device), 0)
         # The operator adds score·key and keeps the score to itself; what it added tells it.
         score = ((out - plain) * key).sum(1) / key.square().sum(1)
         if match["form"] == "Projector":
@@ -240,7 +240,7 @@ def _add(row: Row, name: str, found: Tensor, expected: Tensor) -> None:
     difference = (found - expected).abs().max().item()
     if not found.is_floating_point() and difference:
         row.reason = f"{kind} differs"
-    differences = torch.tensor([difference, getattr(row, column) or 0.0], dtype=torch.float64)
+    differences = torch.tensor([difference, getattr(row, column) or 0.0], dtype=torch.float64, device="cpu")
     setattr(row, column, differences.max().item())  # of a NaN and a number, NaN
 
 

@@ -61,14 +61,14 @@ def attend(
     """Do `vpt_model.network.decode.attention.attend`, one conversation and head after the other; the host reads all."""
     (_, kv_heads, dim), out = keys.shape, torch.zeros_like(qkv[:, : qkv.shape[1] - 2 * keys[0].numel()])
     group = out.shape[1] // dim // kv_heads
-    axis = torch.arange(3).repeat_interleave(torch.tensor(sections))
+    axis = [axis for axis, count in enumerate(sections) for _ in range(count)]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     for row, (start, length, count, slot) in enumerate(zip(*(x.tolist() for x in (starts, past, counts, slots)))):
         if not count:
             continue
         length = min(length, capacity - 1)
         angle = positions[axis, row].long().clamp(0, len(table) - 1)
-        half = torch.arange(dim // 2)
+        half = torch.arange(dim // 2, device=table.device)
         cos, sin = table[angle, half].to(wide), table[angle, dim // 2 + half].to(wide)
         heads = qkv[row].unflatten(0, (-1, dim))
         first, second = heads.to(wide).chunk(2, dim=-1)
