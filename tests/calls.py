@@ -230,27 +230,30 @@ CALLS: dict[str, Callable[[], Made]] = {
     "Chat.fork": lambda: (talks.forked, {"n": 2}),
     "Chat.rewind": lambda: (talks.rewound, {"turn": -1}),
     "Chat.save": lambda: (talks.saved, {"file": Path(tempfile.mkdtemp()) / "chat.safetensors"}),
-    "LiveConversation": lambda: (
-        talks.opened, talks.parts() | {"cache": "static", "capacity": 400, "kernels": True}
-    ),
+    "LiveConversation": lambda: (talks.opened, talks.parts() | {"cache": "static", "capacity": 400, "kernels": True}),
     "LiveConversation.append": lambda: (talks.appended, {"text": "what?", "image": image()}),
     "LiveConversation.crop": lambda: (
-        talks.live(png()).crop, {"box": (100, 200.5, 600, 800), "image": -1, "coordinates": "thousandths"}
+        talks.live(png()).crop,
+        {"box": (100, 200.5, 600, 800), "image": -1, "coordinates": "thousandths"},
     ),
     "LiveConversation.cut": lambda: (
-        talks.live(png()).cut, {"box": (3, 2, 51, 99), "image": 0, "coordinates": "pixels", "clip": True}
+        talks.live(png()).cut,
+        {"box": (3, 2, 51, 99), "image": 0, "coordinates": "pixels", "clip": True},
     ),
     "LiveConversation.add": lambda: (
-        talks.added, {"messages": [{"role": "user", "content": "and now?"}], "resync": True}
+        talks.added,
+        {"messages": [{"role": "user", "content": "and now?"}], "resync": True},
     ),
     "LiveConversation.generate": lambda: (talks.generated, {}),
     "zoom": lambda: (
         talks.zoomed,
-        talks.parts() | {"image": image(), "question": "what?", "coordinates": "pixels", "max_looks": 2, "role": "user"}
+        talks.parts()
+        | {"image": image(), "question": "what?", "coordinates": "pixels", "max_looks": 2, "role": "user"}
         | {"parser": live.parse_zoom_calls, "system": "s", "template": {}, "cache": "static", "capacity": 400},
     ),
     "parse_zoom_calls": lambda: (
-        live.parse_zoom_calls, {"text": '<tool_call>{"arguments": {"bbox_2d": [1, 2, 3, 4]}}</tool_call>'}
+        live.parse_zoom_calls,
+        {"text": '<tool_call>{"arguments": {"bbox_2d": [1, 2, 3, 4]}}</tool_call>'},
     ),
     "Model.from_state": lambda: (model.Model.from_state, {"config": tiny_config(), "state": tiny_state()}),
     "ModelConfig": lambda: (model.ModelConfig, {name: getattr(tiny_config(), name) for name in vars(tiny_config())}),
