@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY_IMPL(vpt_kernels, CPU, m) {
   m.impl("control_cross_attention_into.cpp", TORCH_BOX(&Control::into));
   m.impl("append_visual_kv.cpp", TORCH_BOX(&Append::fresh));
   m.impl("append_visual_kv_.cpp", TORCH_BOX(&Append::in_place));
+  m.impl("cached_attention.cpp", TORCH_BOX(&vpt::cpu::cached_attention));
   m.impl("packed_linear.cpp", TORCH_BOX(&Packed::fresh));
   m.impl("packed_linear_into.cpp", TORCH_BOX(&Packed::into));
 }

@@ -50,13 +50,19 @@ VERIFIED = (
         "CPU: against float64; copies bit for bit",
     ),
     (
+        "`cached_attention`",
+        "reference, cpp (AVX-512, AVX2, plain C++)",
+        "float32, bfloat16, float16, caches too",
+        "CPU: against float64, ≤ 2× PyTorch's error",
+    ),
+    (
         "`packed_linear`",
         "reference, cpp (AVX-512, AVX2, plain C++)",
         "float32, bfloat16, float16; weights also int8",
         "CPU: against float64, ≤ 2× PyTorch's error",
     ),
     (
-        "all but `packed_linear`, which is for CPUs",
+        "all but `cached_attention` and `packed_linear`, which are for CPUs",
         "triton",
         "as cpp",
         "run in Triton's interpreter by the same tests, compiled for sm_80, sm_90, sm_100, sm_120; **not yet "

@@ -186,6 +186,11 @@ CALLS: dict[str, Callable[[], Made]] = {
         kernels.pack_weight,
         {"weight": [normal(6, 5, key="w"), normal(6, 5, key="v")], "dtype": "int8", "gated": True, "group_size": 32},
     ),
+    "cached_attention": lambda: (
+        kernels.cached_attention,
+        {"q": normal(2, 4, 8, key="q"), "keys": normal(5, 2, 8, key="k"), "values": normal(5, 2, 8, key="v")}
+        | {"causal": False},
+    ),
     "packed_linear": lambda: (
         kernels.packed_linear,
         {"x": normal(2, 5, key="x"), "weight": packed(), "bias": normal(12, key="b"), "activation": "silu"}

@@ -125,6 +125,7 @@ KERNEL_WING_FILES = [(wing, path) for wing in KERNEL_WINGS for path in sorted(wi
 OPERATOR = {"backends", "checks", "launch", "library"}
 KERNEL_RULES = {
     "append_visual_kv": OPERATOR,
+    "cached_attention": OPERATOR,
     "control_cross_attention": OPERATOR,
     "packed_linear": OPERATOR,
     "roi_patch_embed": OPERATOR,

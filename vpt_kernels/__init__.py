@@ -4,6 +4,8 @@ it may import nothing else of this project."""
 from vpt_kernels.append_visual_kv import reference as _append_reference  # noqa: F401  (registers the backend)
 from vpt_kernels.append_visual_kv.api import append_visual_kv, append_visual_kv_, rotary_table
 from vpt_kernels.backends import BackendUnavailable, explain
+from vpt_kernels.cached_attention import reference as _attention_reference  # noqa: F401
+from vpt_kernels.cached_attention.api import cached_attention
 from vpt_kernels.caches import (
     append_to_flashinfer_pages_,
     append_to_layer_,
@@ -62,6 +64,7 @@ __all__ = [
     "append_visual_kv",
     "append_visual_kv_",
     "cache_spare_bytes",
+    "cached_attention",
     "compact_cache_",
     "clip_boxes",
     "control_cross_attention",

@@ -49,6 +49,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "roi_patch_embed": {"triton": _TRITON, "cuda": _CUDA, "cpp": _CPP, "reference": _REFERENCE},
     "control_cross_attention": {"cuda": _CUDA, "triton": _TRITON, "cpp": _CPP, "reference": _REFERENCE},
     "append_visual_kv": {"cuda": _CUDA, "triton": _TRITON, "cpp": _CPP, "reference": _REFERENCE},
+    "cached_attention": {"cpp": _CPP, "reference": _REFERENCE},
     "packed_linear": {"cpp": _CPP, "reference": _REFERENCE},
 }
 """`CAPABILITIES[operator][backend]`, in the order in which `backend="auto"` tries them; the `_into` and in-place forms
@@ -229,7 +230,8 @@ def explain(operator: str, *tensors: torch.Tensor, backend: str = "auto") -> str
     """Print, and return, which backend would run `operator` on these tensors, and why the others would not.
 
     Args:
-        operator: "roi_patches", "roi_patch_embed", "control_cross_attention", "append_visual_kv" or "packed_linear".
+        operator: "roi_patches", "roi_patch_embed", "control_cross_attention", "append_visual_kv",
+            "cached_attention" or "packed_linear".
             What only a call's other arguments rule out (a form of a projector, float8 caches) is not known here; the
             call says it.
         tensors: the call's tensors, or any one on the same device and of the same dtype; default: a float32

@@ -40,6 +40,7 @@ SCHEMAS = {
     "control_cross_attention_into": f"({_CONTROL}, Tensor(a!) out, Tensor rows) -> ()",
     "append_visual_kv": f"(Tensor q, {_APPEND}) -> Tensor",
     "append_visual_kv_": f"(Tensor(c!) q, {_APPEND}) -> ()",
+    "cached_attention": "(Tensor q, Tensor keys, Tensor values, bool causal) -> (Tensor, Tensor)",
     "packed_linear": f"({_PACKED}) -> Tensor",
     "packed_linear_into": f"({_PACKED}, Tensor(a!) out) -> ()",
 }
@@ -76,6 +77,10 @@ def _append_visual_kv(q: Tensor, *others: object) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
+def _cached_attention(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
 def _packed_linear(x: Tensor, data: Tensor, scales: Tensor | None, features: int, *others: object) -> Tensor:
     return x.new_empty((x.shape[0], features))
 
@@ -92,6 +97,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "control_cross_attention_into": _mutates,
     "append_visual_kv": _append_visual_kv,
     "append_visual_kv_": _mutates,
+    "cached_attention": _cached_attention,
     "packed_linear": _packed_linear,
     "packed_linear_into": _mutates,
 }

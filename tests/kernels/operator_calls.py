@@ -21,6 +21,7 @@ from tests.kernels.control_inputs import fold
 from vpt_kernels import (
     append_visual_kv,
     append_visual_kv_,
+    cached_attention,
     control_cross_attention,
     control_cross_attention_into,
     fold_patch_weight,
@@ -129,7 +130,17 @@ def packed_cases(form: str, dtype: torch.dtype) -> list[tuple]:
     return cases
 
 
+def attention_cases(dtype: torch.dtype) -> list[tuple]:
+    found = []
+    for tokens, stored, cached, causal in ((1, 9, dtype, True), (3, 3, torch.bfloat16, True), (2, 5, dtype, False)):
+        keys, values = (normal(stored, 2, 16, key=key, dtype=cached) for key in "kv")
+        found.append((normal(tokens, 6, 16, key="q", dtype=dtype), keys, values, causal))
+    return found
+
+
 def cases(form: str, dtype: torch.dtype) -> list[tuple]:
+    if form == "cached_attention":
+        return attention_cases(dtype)
     if form.startswith("roi"):
         return roi_cases(form, dtype)
     if form.startswith("packed"):
@@ -192,6 +203,10 @@ FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
         ],
     ),
     "append_visual_kv_": (lambda *t, backend: append_visual_kv_(*t, (2, 3, 3), backend=backend), append_call),
+    "cached_attention": (
+        lambda q, keys, values, backend: cached_attention(q, keys, values, backend=backend)[0],
+        lambda: [normal(3, 4, 16, key="q"), normal(7, 2, 16, key="k").bfloat16(), normal(7, 2, 16, key="v").bfloat16()],
+    ),
     "packed_linear": (
         lambda x, bias, residual, backend: packed_linear(x, PACKED[0], bias, residual, backend=backend),
         lambda: [normal(3, 5, 37, key="x"), normal(22, key="b"), normal(3, 5, 22, key="r")],

@@ -21,6 +21,7 @@ from vpt_kernels import (
     BackendUnavailable,
     append_visual_kv,
     append_visual_kv_,
+    cached_attention,
     control_cross_attention,
     control_cross_attention_into,
     explain,
@@ -37,7 +38,7 @@ from vpt_kernels.backends import reasons, select
 from vpt_kernels.library import BACKENDS as ALL_BACKENDS
 
 OPERATORS = ("roi_patches", "roi_patch_embed", "control_cross_attention", "append_visual_kv")
-"""Those of every device; `packed_linear` is for CPUs."""
+"""Those of every device; `cached_attention` and `packed_linear` are for CPUs."""
 
 
 def calls(dtype: torch.dtype, device: str = "cpu") -> dict[str, Callable]:
@@ -50,6 +51,7 @@ def calls(dtype: torch.dtype, device: str = "cpu") -> dict[str, Callable]:
     features, control = normal(4, 12, key="f", dtype=dtype), normal(1, 12, key="c", dtype=dtype)
     out, rows = torch.zeros(4, 12, dtype=dtype), torch.arange(4)
     append = make(3, dtype=dtype)
+    heads = normal(2, 2, 8, key="h", dtype=dtype)
     x, weight = normal(2, 6, key="x", dtype=dtype), pack_weight(normal(5, 6, key="w"), "bfloat16")
     return {
         "roi_patches": lambda backend: roi_patches(images, plan, backend=backend),
@@ -63,6 +65,7 @@ def calls(dtype: torch.dtype, device: str = "cpu") -> dict[str, Callable]:
         ),
         "append_visual_kv": lambda backend: append_visual_kv(*append.tensors(), append.sections, backend=backend),
         "append_visual_kv_": lambda backend: append_visual_kv_(*append.tensors(), append.sections, backend=backend),
+        "cached_attention": lambda backend: cached_attention(heads, heads, heads, backend=backend),
         "packed_linear": lambda backend: packed_linear(x, weight, backend=backend),
         "packed_linear_into": lambda backend: packed_linear(x, weight, out=x.new_empty(2, 5), backend=backend),
     }
@@ -134,7 +137,7 @@ def test_unknown_backends(form, backend):
         assert text in str(raised.value)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("packed")])
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith(("cached", "packed"))])
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
 def test_gpu_backends_refuse_cpu_tensors(form, backend):
     with pytest.raises(BackendUnavailable) as raised:
@@ -144,14 +147,15 @@ def test_gpu_backends_refuse_cpu_tensors(form, backend):
     assert f"{other}:" not in str(raised.value)
 
 
+@pytest.mark.parametrize("operator", ("cached_attention", "packed_linear"))
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
-def test_an_operator_for_cpus_has_no_gpu_backends(backend):
+def test_an_operator_for_cpus_has_no_gpu_backends(backend, operator):
     """The dtype and the device are not the reason, and `auto` takes what there is on any device."""
-    with pytest.raises(BackendUnavailable, match=f"{backend}: packed_linear is for CPUs"):
-        calls(torch.float32)["packed_linear"](backend)
-    found = reasons("packed_linear", torch.device("cpu"), torch.float32)
+    with pytest.raises(BackendUnavailable, match=f"{backend}: {operator} is for CPUs"):
+        calls(torch.float32)[operator](backend)
+    found = reasons(operator, torch.device("cpu"), torch.float32)
     assert set(found) == set(ALL_BACKENDS) and found["cpp"] is None and found["reference"] is None
-    assert select("packed_linear", "auto", CUDA, torch.bfloat16) == "reference"
+    assert select(operator, "auto", CUDA, torch.bfloat16) == "reference"
 
 
 CUDA = torch.device("cuda")

@@ -17,6 +17,7 @@ from tests.helpers import CLIP_MEAN, CLIP_STD, assert_same_bits, each_backend, n
 from tests.kernels.append_inputs import make
 from tests.kernels.control_inputs import fold
 from vpt_kernels import (
+    cached_attention,
     control_cross_attention,
     fold_patch_weight,
     pack_weight,
@@ -46,7 +47,7 @@ def shared_inputs():
     return image, plan, embed, linear, identity, torch.tensor([0, 250, 600])
 
 
-WORK = ("roi_patches", "roi_patch_embed", "linear", "identity", "append", "packed_linear")
+WORK = ("roi_patches", "roi_patch_embed", "linear", "identity", "append", "cached_attention", "packed_linear")
 
 
 def work(name: str, backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -56,6 +57,13 @@ def work(name: str, backend: str, dtype: torch.dtype = torch.float32) -> list[Te
     if name == "roi_patch_embed":
         given = replace(embed, weight=embed.weight.to(dtype))
         return [roi_patch_embed([image], plan, given, backend=backend)]
+    if name == "cached_attention":
+        keys, values = (normal(3000, 2, 64, key=key).bfloat16() for key in "kv")
+        return [
+            tensor
+            for tokens in (1, 60)
+            for tensor in cached_attention(normal(tokens, 8, 64, key="q", dtype=dtype), keys, values, backend=backend)
+        ]
     if name == "packed_linear":
         x = normal(90, 700, key="packed", dtype=dtype)
         weights = [pack_weight(normal(1000, 700, key="packed"), stored) for stored in ("bfloat16", "int8")]

@@ -22,6 +22,7 @@ from vpt_kernels import (
     append_to_vllm_pages_,
     append_visual_kv,
     append_visual_kv_,
+    cached_attention,
     control_cross_attention,
     control_cross_attention_into,
     decode_image,
@@ -72,6 +73,7 @@ append_to_flashinfer_pages_(tensor, tensor, tensor, table, integers, tensor, slo
 assert_type(append_to_layer_(tensor, tensor, tensor, table, integers, object()), tuple[Tensor, Tensor])
 
 packed = assert_type(pack_weight([tensor, tensor], "int8", gated=True, group_size=32), PackedWeight)
+assert_type(cached_attention(tensor, tensor, tensor, causal=False), tuple[Tensor, Tensor])
 assert_type(packed_linear(tensor, packed, tensor, None, "silu", out=tensor), Tensor)
 assert_type(packed.rows(integers), Tensor)
 assert_type(packed.dequantize(torch.bfloat16), Tensor)

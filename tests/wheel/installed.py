@@ -15,6 +15,7 @@ import vpt_kernels
 from vpt_kernels import (
     append_visual_kv,
     append_visual_kv_,
+    cached_attention,
     control_cross_attention,
     control_cross_attention_into,
     fold_patch_weight,
@@ -59,6 +60,7 @@ def every_operator(backend: str) -> dict[str, torch.Tensor]:
         "control_cross_attention_into": buffer,
         "append_visual_kv": torch.cat([rotated.flatten(), caches.flatten()]),
         "append_visual_kv_": q,
+        "cached_attention": cached_attention(q, *caches[:2], backend=backend)[0],
         "packed_linear": packed_linear(q[:, 1], weight, activation="silu", backend=backend),
         "packed_linear_into": product,
     }

@@ -1,0 +1,162 @@
+"""Attention over cached keys: against float64 on the same keys, over every instruction set, its pieces merged."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers import normal
+from vpt_kernels import cached_attention
+from vpt_kernels import library as vpt_library
+from vpt_kernels.backends import EXTENSION_PROBLEM
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("reference", *(("cpp",) if EXTENSION_PROBLEM is None else ()))
+SHAPES = (
+    # tokens, query heads, KV heads, width, cached tokens
+    (1, 12, 2, 128, 1),
+    (1, 12, 2, 128, 4097),
+    (1, 28, 4, 128, 2500),
+    (3, 14, 2, 64, 1025),
+    (16, 6, 1, 128, 1111),
+    (40, 12, 2, 128, 333),
+    (97, 4, 2, 32, 97),
+    (5, 3, 3, 80, 37),
+    (2, 2, 1, 7, 5),
+)
+
+
+def inputs(shape: tuple[int, ...], cached: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, heads, kv_heads, dim, stored = shape
+    # Peaked enough that single keys count.
+    q = normal(tokens, heads, dim, key="q", scale=2.0)
+    keys, values = (normal(stored, kv_heads, dim, key=key).to(cached) for key in "kv")
+    return q, keys, values
+
+
+def library() -> ctypes.CDLL:
+    from pathlib import Path
+
+    found = ctypes.CDLL(str(Path(vpt_library.__file__).with_name("_C.so")))
+    found.vpt_cached_attention_kernels.restype = ctypes.c_char_p
+    found.vpt_cached_attention_kernels.argtypes = [ctypes.c_char_p]
+    return found
+
+
+@pytest.fixture(params=("generic", "avx2", "avx512"))
+def instructions(request):
+    if EXTENSION_PROBLEM is not None:
+        pytest.skip(EXTENSION_PROBLEM)
+    choose = library().vpt_cached_attention_kernels
+    if choose(request.param.encode()) is None:
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    choose(None)
+
+
+def check(shape: tuple[int, ...], cached: torch.dtype, causal: bool, backend: str) -> None:
+    q, keys, values = inputs(shape, cached)
+    out, log_sum = cached_attention(q, keys, values, causal=causal, backend=backend)
+    wide = [t.double() for t in (q, keys, values)]
+    exact, exact_log = cached_attention(*wide, causal=causal, backend="reference")
+    rows = [t.transpose(0, 1)[None] for t in (q, keys.float(), values.float())]
+    stored, tokens = len(keys), len(q)
+    mask = torch.ones(tokens, stored, dtype=torch.bool).tril_(stored - tokens) if causal else None
+    plain = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    error, allowed = (out - exact).abs(), (plain - exact).abs()
+    assert error.max() <= 2 * allowed.max() + 1e-7 and error.square().mean() <= 4 * allowed.square().mean() + 1e-15
+    assert (log_sum - exact_log).abs().max() <= 1e-5
+    assert out.shape == q.shape and out.is_contiguous() and log_sum.dtype == torch.float32
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("cached", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(instructions, shape, cached, causal) -> None:
+    check(shape, cached, causal, "cpp")
+
+
+@pytest.mark.parametrize("cached", DTYPES, ids=str)
+def test_the_reference_against_float64(cached) -> None:
+    check(SHAPES[3], cached, True, "reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_merge_by_their_log_sums(backend) -> None:
+    q, keys, values = inputs(SHAPES[3], torch.bfloat16)
+    whole, log_sum = cached_attention(q, keys, values, backend=backend)
+    parts = [
+        cached_attention(q, keys[:1000], values[:1000], causal=False, backend=backend),
+        cached_attention(q, keys[1000:], values[1000:], backend=backend),
+    ]
+    logs = torch.stack([log for _, log in parts])
+    merged = sum(((log - logs.logsumexp(0)).exp()[..., None] * out for out, log in parts), torch.zeros_like(whole))
+    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logs.logsumexp(0), log_sum)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_of_half_precision_are_rounded_once(backend, dtype) -> None:
+    q, keys, values = inputs(SHAPES[5], dtype)
+    q = q.to(dtype)
+    out, _ = cached_attention(q, keys, values, backend=backend)
+    exact, _ = cached_attention(q.double(), keys.double(), values.double(), backend="reference")
+    assert out.dtype == dtype
+    assert (out - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_of_a_cache_and_of_a_packed_product(backend) -> None:
+    q, keys, values = inputs(SHAPES[1], torch.bfloat16)
+    cache = torch.full((2, 5000, 2, 160), float("nan"), dtype=torch.bfloat16)
+    cache[0, 7 : 7 + len(keys), :, 16:144], cache[1, 7 : 7 + len(keys), :, 16:144] = keys, values
+    views = [part[7 : 7 + len(keys), :, 16:144] for part in cache]
+    packed = torch.full((1, 16, 128), float("nan"))
+    packed[:, 2:14] = q
+    for ours, plain in zip(
+        cached_attention(packed[:, 2:14], *views, backend=backend), cached_attention(q, keys, values, backend=backend)
+    ):
+        assert torch.equal(ours, plain)
+    heads_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (keys, values)]
+    assert torch.equal(
+        cached_attention(q, *heads_first, backend=backend)[0], cached_attention(q, keys, values, backend=backend)[0]
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_see_and_nobody_to_see_it(backend) -> None:
+    q, keys, values = inputs(SHAPES[0], torch.bfloat16)
+    out, log_sum = cached_attention(q, keys[:0], values[:0], causal=False, backend=backend)
+    assert not out.any() and (log_sum == float("-inf")).all()
+    out, log_sum = cached_attention(q[:0], keys, values, backend=backend)
+    assert out.shape == (0, 12, 128) and log_sum.shape == (0, 12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_reaches_who_sees_it(backend) -> None:
+    q, keys, values = inputs((4, 4, 2, 32, 40), torch.float32)
+    keys[38, 0] = float("nan")
+    out, _ = cached_attention(q, keys, values, backend=backend)
+    assert not out[:2].isnan().any() and out[2:, :2].isnan().all() and not out[2:, 2:].isnan().any()
+
+
+def test_what_does_not_fit() -> None:
+    q, keys, values = inputs(SHAPES[3], torch.bfloat16)
+    for wrong, message in (
+        ((q, keys, values[1:]), "multiple of Hkv"),
+        ((q[:, :3], keys, values), "multiple of Hkv"),
+        ((q[..., :5], keys, values), "multiple of Hkv"),
+        ((q, keys[:2], values[:2]), "3 tokens and 2 keys"),
+        ((q, keys.transpose(1, 2).contiguous().transpose(1, 2), values), "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cached_attention(*wrong)
+    for wrong in ((q, keys, values.float()), (q, keys.int(), values.int()), (q, keys, None)):
+        with pytest.raises(TypeError):
+            cached_attention(*wrong)
+    with pytest.raises(ValueError, match="forward only"):
+        cached_attention(q.requires_grad_(), keys, values)
