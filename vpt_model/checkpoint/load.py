@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vpt_model.checkpoint.encoder_names import packed_name, state_name
-from vpt_model.checkpoint.weights import Stored, read_json, stored_tensors
+from vpt_model.checkpoint.weights import Maps, Stored, read_json, stored_tensors
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig, VisionConfig, parse_config, require_type
 from vpt_model.text.tokens import Tokenizer
 
@@ -30,10 +30,14 @@ _RENAMES = {
     "model.language_model.": "model.",
     "model.visual.": "visual.",
 }
+_DRAWN = 1 << 20
+"""Random numbers that are float32 at a time."""
 _SHOWN = 10
 """Tensors of each kind of problem that an error names."""
 _GAINS = ("lambda1",)
 _TABLES = ("cls_token", "mask_token", "pos_embed", "position_embeddings")
+Progress = Callable[[int, int], None]
+"""Is told how many bytes of how many are done."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -152,28 +156,46 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def random_state(
+    config: ModelConfig,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, torch.Tensor]:
     """Return a random state dict, the same for the same config and seed (bf16 and fp16 are roundings of the float32
     values).
+
+    Takes no more memory than the weights: they are drawn in pieces to where they stay, and what the language model
+    fuses is adjacent.
 
     Scales keep activations and logits of order one (float32 noise in logits stays well below 1e-4), attention peaked
     enough that single tokens matter, and the projector's rank-one term half the features' size.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    state: dict[str, torch.Tensor] = {}
-    for name, shape in expected_shapes(config).items():
+    state = empty_state(config, dtype)
+    total, done = sum(tensor.nbytes for tensor in state.values()), 0
+    for name, tensor in state.items():
         if name == _HEAD and config.tie_word_embeddings:
-            state[name] = state[_EMBEDDING]
             continue
-        tensor = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
         if name.endswith(_GAINS) or (name.endswith("weight") and ("norm" in name or "ln_q" in name)):
-            tensor.mul_(0.1).add_(1.0)
-        elif name.endswith("bias"):
-            tensor.mul_(0.1)
+            scale, offset = 0.1, 1.0
         else:
-            tensor.mul_(_weight_std(name, shape))
-        state[name] = tensor.to(dtype)
+            scale, offset = 0.1 if name.endswith("bias") else _weight_std(name, tuple(tensor.shape)), 0.0
+        for piece in _pieces(tensor.view(-1)):
+            drawn = torch.empty(piece.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+            piece.copy_(drawn.mul_(scale).add_(offset))
+        done += tensor.nbytes
+        progress(done, total)
     return state
+
+
+def _pieces(flat: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Parts of a flat tensor of which each draws what it would within the whole.
+
+    normal_ fills 16 numbers at a time, and fewer than those in another way: no part is shorter than `_DRAWN`.
+    """
+    count = max(1, len(flat) // _DRAWN)
+    return flat.tensor_split([index * _DRAWN for index in range(1, count)])
 
 
 def _weight_std(name: str, shape: tuple[int, ...]) -> float:
@@ -228,10 +250,6 @@ def _rest(lines: Sequence[str]) -> list[str]:
     return [f"… and {len(lines) - _SHOWN} more of this kind"] if len(lines) > _SHOWN else []
 
 
-Progress = Callable[[int, int], None]
-"""Is told how many bytes of how many are done."""
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that holds every tensor of `config` in one dtype, and nothing else; the weights are still in its files.
@@ -281,19 +299,29 @@ class Checkpoint:
     def load(self, dtype: torch.dtype | None = None, progress: Progress = lambda done, total: None) -> dict[str, Any]:
         """Return the state dict, in the stored dtype unless `dtype` is given.
 
-        Takes no more memory than the weights: they are read in pieces to where they stay, and what the language
-        model fuses is adjacent.
+        Takes no more memory than the weights: tensors in their stored dtype are the files' own pages (`Maps`); the
+        others, and what the language model fuses and the file keeps apart, are read in pieces to where they stay. What
+        is fused is adjacent.
         """
         require_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype or None")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; it must be floating point, or None for the stored one")
-        state = empty_state(self.config, dtype or next(iter(self.tensors.values())).dtype)
-        names = [name for name in state if not (self.config.tie_word_embeddings and name == _HEAD)]
-        total, done = sum(self.tensors[name].nbytes for name in names), 0
-        for name in names:
-            self.tensors[name].read_into(state[name])
-            done += self.tensors[name].nbytes
+        groups, maps = fused_groups(self.config), Maps()
+        state = dict.fromkeys(expected_shapes(self.config), torch.empty(0))
+        total, done = sum(self.tensors[name].nbytes for names in groups.values() for name in names), 0
+        for names in groups.values():
+            parts = [self.tensors[name] for name in names]
+            wanted, rows = dtype or parts[0].dtype, [part.shape[0] for part in parts]
+            whole = maps.tensor(parts) if wanted == parts[0].dtype else None
+            if whole is None:
+                whole = torch.empty(sum(rows), *parts[0].shape[1:], dtype=wanted, device="cpu")
+                for part, place in zip(parts, whole.split(rows), strict=True):
+                    part.read_into(place)
+            state |= zip(names, whole.split(rows), strict=True)
+            done += sum(part.nbytes for part in parts)
             progress(done, total)
+        if self.config.tie_word_embeddings:
+            state[_HEAD] = state[_EMBEDDING]
         return state
 
     def tokenizer(self) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Weight files: what they hold, known without reading a weight, and tensors streamed in small pieces.
+"""Weight files: what they hold, known without reading a weight, and tensors mapped, or streamed in small pieces.
 
 Nothing in a file is executed. Every tensor's place in its file is checked against the file before its first byte is
 read, so a broken or hostile file is refused before memory is spent on it.
@@ -7,11 +7,13 @@ read, so a broken or hostile file is refused before memory is spent on it.
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 import struct
+import weakref
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,62 @@ class Stored:
         for chunk in self.chunks():
             flat[begin : begin + len(chunk)] = chunk
             begin += len(chunk)
+
+
+class Maps:
+    """Weight files mapped into memory: tensors in their files' own pages, which no copy is made of.
+
+    A tensor that is written to keeps what was written to itself. The files must not change while a tensor lives.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Tensor] = {}
+
+    def tensor(self, parts: Sequence[Stored]) -> Tensor | None:
+        """One tensor of all parts, which follow each other along the first dimension, or None where none can be mapped:
+        they do not lie one behind the other in one file, on their dtype's alignment.
+
+        Raises ValueError if the file has become shorter than it was.
+        """
+        first, end = parts[0], parts[0].offset
+        for part in parts:
+            if part.held is not None or (part.file, part.offset, part.dtype) != (first.file, end, first.dtype):
+                return None
+            end += part.nbytes
+        if first.offset % first.dtype.itemsize or end == first.offset:
+            return None
+        memory = self._mapped(first.file)
+        if end > len(memory):
+            raise ValueError(f"{first.file} ended while it was read: do not change files that are being loaded")
+        rows = sum(part.shape[0] for part in parts) if first.shape else 1
+        return memory[first.offset : end].view(first.dtype).view(rows, *first.shape[1:])
+
+    def _mapped(self, path: Path) -> Tensor:
+        if path not in self._files:
+            with path.open("rb") as file:
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            memory = self._files[path] = torch.frombuffer(pages, dtype=torch.uint8)
+            _PAGES[memory.data_ptr()] = pages
+        return self._files[path]
+
+
+_PAGES: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+"""Every mapping in use by its address."""
+
+
+def release(tensor: Tensor) -> None:
+    """Give the pages of a mapped tensor back to the system, which reads them again if anybody does; of no other.
+
+    Nobody may have written to the tensor.
+    """
+    pages = _PAGES.get(tensor.untyped_storage().data_ptr())
+    if pages is None or not hasattr(pages, "madvise"):
+        return
+    begin = tensor.storage_offset() * tensor.itemsize
+    # Pages that hold a part of a neighbour stay.
+    first, last = -(-begin // mmap.PAGESIZE), (begin + tensor.nbytes) // mmap.PAGESIZE
+    if last > first:
+        pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
