@@ -24,6 +24,7 @@ from bench.environment import ROOT, commit, machine
 from bench.gpu import report as gpu_report
 from bench.loops import Loops
 from bench.rows import merge
+from vpt_model.network.state import PRECISIONS
 
 RESULTS = ROOT / "bench" / "results"
 PAGES = ("README.md", "docs/results.md")
@@ -36,7 +37,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 console = Console(width=None if sys.stdout.isatty() else 200)
 
 
-def _measure(rows: str, files: list[Path], only: str, path: Path, seconds: float) -> tuple[reports.Result | None, bool]:
+def _measure(
+    rows: str, files: list[Path], only: str, path: Path, seconds: float, weights: str
+) -> tuple[reports.Result | None, bool]:
     """Return what a fresh process measured, None if `only` picks nothing, and whether anything was wrong.
 
     path: where it writes each row as it is measured, and finds those that a run before it has measured. seconds: for
@@ -46,6 +49,7 @@ def _measure(rows: str, files: list[Path], only: str, path: Path, seconds: float
         return found, False
     options = ["--rows", rows, "-p", "no:cacheprovider", "--benchmark-quiet", "--no-header", "-q"]
     command = [sys.executable, "-m", "pytest", *files, *options, "--results", path, "--seconds", max(0.0, seconds)]
+    command += ["--weights", weights]
     command += ["-k", only] if only else []
     status = subprocess.run(list(map(str, command)), cwd=ROOT, check=False).returncode
     nothing = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
@@ -81,6 +85,9 @@ def run(
     only: Annotated[str, typer.Option(help="A pytest -k expression that picks rows.")] = "",
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes at most, whose rows are merged.")] = 3,
     minutes: Annotated[float | None, typer.Option(min=0, help="For the whole run; default 5, with --full 40.")] = None,
+    weights: Annotated[
+        str, typer.Option(help=f"Precision in which the engine keeps its weights: {', '.join(PRECISIONS[1:])}.")
+    ] = "float32",
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run has measured.")] = False,
 ) -> None:
     """Measure, print and save; the exit status is 1 if a result was wrong.
@@ -90,17 +97,21 @@ def run(
     """
     if only and out is None:
         raise typer.BadParameter("--only measures a part, which must not replace a whole result: give --out as well")
+    if weights not in PRECISIONS[1:]:
+        raise typer.BadParameter(f"--weights {weights}: it must be one of {', '.join(PRECISIONS[1:])}")
+    if weights != "float32" and out is None:
+        raise typer.BadParameter("--weights measures other rows than those of float32: give --out as well")
     rows, begin = "full" if full else "quick", time.monotonic()
     seconds = 60 * (minutes if minutes is not None else 40 if full else 5)
-    kept = _kept(rows, only)
+    kept = _kept(rows, only, weights)
     if fresh:
         shutil.rmtree(kept, ignore_errors=True)
     _announce(rows, only, seconds, kept)
     # A look or a turn takes seconds: one process has to be enough, and its rows say so.
     fast, slow = ([file for file in SUITES if (file.stem in SLOW) == is_slow] for is_slow in (False, True))
-    first = _measure(rows, fast, only, kept / "operators-1.json", seconds * OPERATORS)
+    first = _measure(rows, fast, only, kept / "operators-1.json", seconds * OPERATORS, weights)
     left = begin + seconds - time.monotonic()
-    looks = _measure(rows, slow, only, kept / "engine-1.json", left * (1 - OPERATORS))
+    looks = _measure(rows, slow, only, kept / "engine-1.json", left * (1 - OPERATORS), weights)
     ops = [first]
     while ops[-1][0] and len(ops) < processes:
         left = begin + seconds - time.monotonic()
@@ -108,7 +119,7 @@ def run(
         if not more:
             console.print(f"{len(ops)} of {processes} processes: no more fit into the time")
             break
-        ops.append(_measure(rows, fast, only, kept / f"operators-{len(ops) + 1}.json", left / more))
+        ops.append(_measure(rows, fast, only, kept / f"operators-{len(ops) + 1}.json", left / more, weights))
     suites = [found for runs in (ops, [looks]) if (found := [result for result, _ in runs if result])]
     if not suites:
         console.print("no row was measured; see above")
@@ -125,11 +136,11 @@ def run(
     raise typer.Exit(int(failed))
 
 
-def _kept(rows: str, only: str) -> Path:
+def _kept(*what: str) -> Path:
     """Return where a run's processes write; a run of the same rows of the same code on the same machine finds it
     again.
     """
-    of = [rows, only, machine(), commit(), torch.__version__]
+    of = [*what, machine(), commit(), torch.__version__]
     return ROOT / "build" / "bench" / hashlib.sha256("\n".join(of).encode()).hexdigest()[:12]
 
 

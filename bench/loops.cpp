@@ -23,6 +23,8 @@ constexpr int kWidth = 32;
 constexpr int kWidth = 16;
 #endif
 typedef float Vector __attribute__((vector_size(kWidth)));
+// A weight may begin anywhere.
+typedef float Anywhere __attribute__((vector_size(kWidth), aligned(4)));
 constexpr int64_t kLanes = kWidth / 4;
 // Two units of a latency of four need eight chains; more than twelve do not fit sixteen registers.
 constexpr int kChains = 12;
@@ -51,7 +53,7 @@ inline void store(Vector* to, Vector value, bool around_the_cache) {
   *to = value;
 }
 
-float read(const Vector* from, int64_t count) {
+float read(const Anywhere* from, int64_t count) {
   Vector sums[8] = {};
   for (int64_t i = 0; i < count; i += 8)
     for (int j = 0; j < 8; ++j) sums[j] += from[i + j];
@@ -149,11 +151,21 @@ double move(void* buffer, int64_t bytes, int what, int threads, int64_t times) {
     Vector* const mine = all + thread * count;
     for (int64_t k = 0; k < times; ++k) {
       if (what == 0)
-        sink = read(mine, count);
+        sink = read(reinterpret_cast<const Anywhere*>(mine), count);
       else if (what <= 2)
         write(mine, count, what == 2);
       else
         copy(mine, mine + threads * count, count, what == 4);
+    }
+  });
+}
+
+// Seconds in which `threads` threads read every buffer once, each its own slice of each.
+double read_all(void* const* buffers, const int64_t* bytes, int64_t count, int threads) {
+  return timed(threads, [=](int thread) {
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t mine = bytes[b] / threads / kWidth / 8 * 8;
+      sink = read(static_cast<const Anywhere*>(buffers[b]) + thread * mine, mine);
     }
   });
 }

@@ -30,6 +30,7 @@ class Loops:
             ("take", pointer, integer),
             ("give_back", None, pointer),
             ("move", double, pointer, integer, ctypes.c_int, ctypes.c_int, integer),
+            ("read_all", double, ctypes.POINTER(pointer), ctypes.POINTER(integer), integer, ctypes.c_int),
             ("operations", integer, ctypes.c_int),
             ("multiply", double, ctypes.c_int, ctypes.c_int, integer),
         ):
@@ -68,6 +69,13 @@ class Loops:
     def _moved(self, buffer: int, size: int, loop: int, threads: int) -> float:
         times = max(1, _BYTES // size)
         return max(size * times / self._calls.move(buffer, size, loop, threads, times) for _ in range(_TRIES))
+
+    def read(self, buffers: Sequence[tuple[int, int]], threads: int) -> float:
+        """Seconds to read every buffer, an address and its bytes, once."""
+        count = len(buffers)
+        addresses = (ctypes.c_void_p * count)(*(address for address, _ in buffers))
+        sizes = (ctypes.c_int64 * count)(*(size for _, size in buffers))
+        return self._calls.read_all(addresses, sizes, count, threads)
 
     def multiplied(self, threads: int) -> dict[str, float]:
         """Return the operations a second by type, of those for which the processor has a unit."""

@@ -106,7 +106,11 @@ class SecondLook:
     quick: bool = True
     sweep: str = ""
     op: ClassVar[str] = "second look"
-    dtype: ClassVar[str] = "float32"
+    weights: str = "float32"
+
+    @property
+    def dtype(self) -> str:
+        return self.weights
 
     @property
     def shape(self) -> str:
@@ -210,7 +214,11 @@ class Decode:
     quick: bool = True
     sweep: str = ""
     op: ClassVar[str] = "decode"
-    dtype: ClassVar[str] = "float32"
+    weights: str = "float32"
+
+    @property
+    def dtype(self) -> str:
+        return self.weights
 
     @property
     def shape(self) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bench.cases import Alternative, Case, WrongResult, absent, sweep
 from bench.cases.engine import continued, our_linear, procedures, transformers_twin
+from bench.loops import Loops
 from bench.rooflines import Work
 from bench.workloads import Decode
+from vpt_kernels import PackedWeight
 from vpt_model.app.demo import QUESTION, default_image
 from vpt_model.engine.events import Token
 
@@ -23,12 +25,12 @@ class Decoding:
     """Greedy tokens behind the prompt; every way chooses for itself, and all must choose the same."""
 
     def __init__(self, workload: Decode, device: str) -> None:
-        self.workload, self.names, self.device = workload, (workload.preset, "clip", device), device
+        self.workload, self.names, self.device = workload, (workload.preset, "clip", device, workload.weights), device
         self.made, self.photo = procedures(*self.names), default_image()
         self.count, self.batch = workload.tokens, workload.batch
         language = self.made.engine.model.language
         # A tied embedding is read whole by the head; of its own rows one per token.
-        self.weights = [tensor for layer in language.layers for tensor in vars(layer).values()] + [language.head]
+        self.weights = [weight for layer in language.layers for weight in vars(layer).values()] + [language.head]
         self.ids, self.prompt = self._ours()[1], self.made.engine.executor.fed[0]
 
     @cached_property
@@ -56,12 +58,22 @@ class Decoding:
 
     def read(self) -> float:
         """Return the seconds to read the weights that a token needs, once."""
+        if self.device == "cpu":
+            return self.loops.read(self.buffers, torch.get_num_threads())
         begin = time.perf_counter()
         for weight in self.weights:
             weight.sum()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         return time.perf_counter() - begin
+
+    @cached_property
+    def loops(self) -> Loops:
+        return Loops.compiled()
+
+    @cached_property
+    def buffers(self) -> list[tuple[int, int]]:
+        tensors = [weight.data if isinstance(weight, PackedWeight) else weight for weight in self.weights]
+        return [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
 
     @property
     def work(self) -> Work:
@@ -111,7 +123,9 @@ DECODED = Alternative(
     lambda problem: absent("transformers"),
 )
 FLOOR = Alternative(
-    "floor: the weights read once", "sum() over every weight that a token needs", lambda problem: problem.read
+    "floor: the weights read once",
+    "every weight that a token needs, by the loop that measures the bandwidth; on a GPU by sum()",
+    lambda problem: problem.read,
 )
 DECODED_WITH_OUR_LINEAR = Alternative(
     "transformers, with our float32 products",

@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from statistics import median
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import Tensor
 from bench.cases import Alternative, Case, WrongResult, absent, sweep
 from bench.transformers_model import transformers_model
 from bench.workloads import SecondLook
+from vpt_kernels import pack_weight
 from vpt_model.app.demo import QUESTION, default_image
 from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS
@@ -33,6 +35,7 @@ from vpt_model.engine.executor import Eager, Fed
 from vpt_model.engine.requests import Append
 from vpt_model.network.linear import linear
 from vpt_model.network.model import Model
+from vpt_model.network.state import rounded
 from vpt_model.published.procedure import PublishedProcedure
 from vpt_model.text.tokens import Tokenizer
 
@@ -42,16 +45,24 @@ TOLERANCES = {"2b-slice": 1e-3, "2b": 1e-2}
 and by 2e-3 behind 28."""
 
 
+_PACKED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
 @contextmanager
 def our_linear() -> Iterator[None]:
     """transformers' linear layers, and its patch embedding, which is a product, multiply as this engine does."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 
+    def product(layer: Any, x: Tensor) -> Tensor:
+        if layer not in _PACKED:
+            _PACKED[layer] = pack_weight(layer.weight.flatten(1)) if x.device.type == "cpu" else layer.weight.flatten(1)
+        return linear(x.flatten(0, -2), _PACKED[layer], layer.bias).unflatten(0, x.shape[:-1])
+
     def layer(self: torch.nn.Linear, x: Tensor) -> Tensor:
-        return linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        return product(self, x)
 
     def embedding(self: PatchEmbed, patches: Tensor) -> Tensor:
-        return linear(patches, self.proj.weight.flatten(1))
+        return product(self.proj, patches)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.nn.Linear, "forward", layer))
@@ -82,21 +93,22 @@ class Procedures:
 
 
 @lru_cache(maxsize=1)  # several looks of one model follow one another
-def procedures(preset: str, kind: str, device: str) -> Procedures:
+def procedures(preset: str, kind: str, device: str, weights: str = "float32") -> Procedures:
+    """All in float32, over weights that the precision `weights` of the engine's holds exactly."""
     config = replace(PRESETS[preset], kind=kind)
     tokenizer = Tokenizer.byte_level(config.vocab_size, kind)
-    state = {name: tensor.to(device) for name, tensor in random_state(config).items()}
+    state = {name: tensor.to(device) for name, tensor in rounded(random_state(config), weights).items()}
     capacity = min(CAPACITY, config.max_position_embeddings)
-    engine = Engine(Model.from_state(config, state), tokenizer, longest_edge=LONGEST_EDGE, capacity=capacity)
+    engine = Engine(Model.from_state(config, state, weights), tokenizer, longest_edge=LONGEST_EDGE, capacity=capacity)
     engine.warm_up()
     engine.executor = Recorder(engine.executor)
     return Procedures(engine, PublishedProcedure(config, state, tokenizer.ids, tokenizer), state)
 
 
 @lru_cache(maxsize=1)
-def transformers_twin(preset: str, kind: str, device: str) -> Any:
+def transformers_twin(preset: str, kind: str, device: str, weights: str = "float32") -> Any:
     """transformers' Qwen2-VL over the same weights."""
-    made = procedures(preset, kind, device)
+    made = procedures(preset, kind, device, weights)
     ids = made.engine.ids
     # Beside the weights there are tables of frequencies, which no state dict holds.
     return transformers_model(made.engine.model.config, made.state, ids.image_pad, ids.vision_start).to(device)
@@ -107,7 +119,7 @@ class Problem:
 
     def __init__(self, workload: SecondLook, device: str) -> None:
         self.workload, self.device = workload, device
-        self.names = (workload.preset, ENCODERS.get(workload.look, ENCODERS["clip"]), device)
+        self.names = (workload.preset, ENCODERS.get(workload.look, ENCODERS["clip"]), device, workload.weights)
         made = procedures(*self.names)
         self.engine, self.published, self.state = made.engine, made.published, made.state
         self.look, self.photo = workload.look, default_image()

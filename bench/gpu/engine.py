@@ -29,6 +29,7 @@ from vpt_model.engine.events import Look, Token
 from vpt_model.engine.graphs import Bucket, smallest
 from vpt_model.network.language import LanguageModel
 from vpt_model.network.model import Model
+from vpt_model.network.state import State
 from vpt_model.text.tokens import Tokenizer
 
 LOOKS = {
@@ -78,7 +79,7 @@ def gate(engine: Engine, preset: str, tokens: int = 48) -> None:
     ids = torch.arange(3, 3 + tokens)
     positions = torch.arange(tokens).expand(3, -1)
     logits = []
-    for language in (engine.model.language, LanguageModel(engine.model.config, state)):
+    for language in (engine.model.language, LanguageModel(engine.model.config, State(state))):
         hidden = language.forward(language.embed(ids), positions, [language.new_cache(tokens)], [tokens])
         logits.append(language.logits(hidden))
     ours, exact = logits

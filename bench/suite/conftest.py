@@ -28,6 +28,7 @@ BUDGET = pytest.StashKey[Budget | None]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rows", choices=("quick", "full"), default="quick", help="which workloads are measured")
     parser.addoption("--results", type=Path, help="JSON file for the rows, written after each; those in it are kept")
+    parser.addoption("--weights", default="float32", help="precision in which the engine keeps its weights")
     parser.addoption("--seconds", type=float, help="for all rows; the fewest samples of slow ones may take longer")
 
 
@@ -92,6 +93,11 @@ def _inference() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def _ceilings(request: pytest.FixtureRequest) -> None:
     _measure_ceilings(request.config)
+
+
+@pytest.fixture
+def weights(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--weights")
 
 
 @pytest.fixture

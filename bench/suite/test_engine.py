@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -15,9 +16,11 @@ pytestmark = pytest.mark.benchmark(timer=time.perf_counter, disable_gc=True)
 
 
 @pytest.mark.parametrize("workload", workloads.ENGINE[DEVICE], ids=lambda w: w.shape)
-def test_engine(workload: workloads.SecondLook | workloads.Decode, record: Callable[[Case], None]) -> None:
+def test_engine(
+    workload: workloads.SecondLook | workloads.Decode, weights: str, record: Callable[[Case], None]
+) -> None:
     case = decode if isinstance(workload, workloads.Decode) else engine
-    record(case.build(workload, DEVICE))
+    record(case.build(replace(workload, weights=weights), DEVICE))
 
 
 @pytest.mark.parametrize("workload", workloads.DROP_IN_DECODE, ids=lambda w: w.shape)

@@ -48,6 +48,7 @@ from vpt_model.engine import Engine
 from vpt_model.mini.evaluation import Line, plan
 from vpt_model.mini.evaluation import report as evaluation
 from vpt_model.mini.scenes import fingerprint, make_scene
+from vpt_model.network.state import PRECISIONS
 from vpt_model.published.verify import (
     FILES,
     SAMPLE_QUESTION,
@@ -71,6 +72,12 @@ MODEL = (
 )
 Looks = Annotated[list[str] | None, typer.Option("--look", help=LOOK, show_default=False)]
 Device = Annotated[str, typer.Option(help="auto (a GPU where torch sees one), cpu, cuda or cuda:N")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help=f"precision in which the weights of products are kept: {', '.join(PRECISIONS)} (as stored)",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
@@ -135,6 +142,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="which picture of its test split vpt-mini is shown", min=0)] = SEED,
     device: Device = "auto",
+    weights: Weights = "auto",
 ) -> None:
     """Look twice at a picture: vpt-mini answers; this engine and the published procedure are compared.
 
@@ -144,7 +152,15 @@ def demo(
     looks, place = look or demonstration.default_looks(preset, seed), choose_device(device)
     with progress(demonstration.activities(preset, looks), quiet=as_json) as begin:
         report = demonstration.run(
-            preset, looks, image, max_new_tokens=tokens, inject=inject, seed=seed, progress=begin, device=place
+            preset,
+            looks,
+            image,
+            max_new_tokens=tokens,
+            inject=inject,
+            seed=seed,
+            progress=begin,
+            device=place,
+            weights=weights,
         )
         figure.draw(report, out)
     if as_json:
@@ -168,6 +184,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="without --image: which picture of vpt-mini's test split", min=0)] = SEED,
     device: Device = "auto",
+    weights: Weights = "auto",
     draw: Annotated[
         Path | None,
         typer.Option(help="also write a picture (PNG): the boxes, what was seen, the time line", dir_okay=False),
@@ -181,7 +198,7 @@ def ask(
         raise ValueError("there is no image: give --image FILE")
     figure = None if draw is None else _figure("--draw", draw)
     picture = torch.from_numpy(make_scene(seed, "test").pixels) if image is None else decode_image(image)
-    loaded, tokenizer, _ = load_model(model, choose_device(device), quiet=as_json)
+    loaded, tokenizer, _ = load_model(model, choose_device(device), as_json, weights)
     engine = Engine(loaded, tokenizer, max_looks=max(1, len(look or ())))
     console = Console(quiet=as_json)
     warm = engine.warm_up()
@@ -295,6 +312,10 @@ def eval_mini(
     dtype: Annotated[
         list[str] | None, typer.Option(help="bfloat16, float16 or float32; may be repeated; by default float32")
     ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help=f"the float32 weights kept in {', '.join(PRECISIONS[1:])}; may be repeated"),
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="other weights than the shipped ones", file_okay=False)] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -303,10 +324,11 @@ def eval_mini(
 
     The first backend and dtype take every path; the others repeat the free choice and are compared token by token.
     """
-    names = dtype or ["float32"]
+    names = dtype or ([] if weights else ["float32"])
     if unknown := [name for name in names if name not in DTYPES]:
         raise ValueError(f"--dtype {unknown[0]}: it must be one of {', '.join(DTYPES)}")
-    backends, dtypes, place = backend or ["cpp", "reference"], [DTYPES[name] for name in names], choose_device(device)
+    backends, place = backend or ["cpp", "reference"], choose_device(device)
+    dtypes = [*(DTYPES[name] for name in names), *(weights or ())]
     columns = ("backend", "dtype", "question", "path", "control state")
     table = Table(*columns, box=box.SIMPLE_HEAD, header_style="dim")
     for column in ("right", "right path", "same tokens"):

@@ -31,6 +31,7 @@ from vpt_model.mini.story import Chapter, tell
 from vpt_model.network.cache import KVCache
 from vpt_model.network.encoders import ieee_convolutions
 from vpt_model.network.model import Model
+from vpt_model.network.state import rounded
 from vpt_model.published.procedure import PublishedProcedure
 from vpt_model.text.tokens import RegionSpan, Tokenizer, parse_look, parse_region_ids
 
@@ -207,13 +208,16 @@ def run(
     seed: int = 3,
     progress: Callable[[str], None] = lambda activity: None,
     device: torch.device = CPU,
+    weights: str = "auto",
 ) -> Report:
     """Compare both procedures on every look; `progress` is told what begins, `activities(preset, looks)` times.
 
     On a GPU the engine is warmed up, but for one that is corrupted, whose graphs would hide it; convolutions compute
     in float32 there, not in TensorFloat-32. seed: of vpt-mini's test scene, which is its picture, and whose first
-    question it is asked. The other presets have random weights and look at `image`. Raises ValueError or TypeError on
-    bad input, before any weight is made.
+    question it is asked. The other presets have random weights and look at `image`. weights: the precision in which
+    the engine keeps its own (`Model.from_state`); the published procedure then computes, in float32, with the numbers
+    that this precision holds, and caches stay float32, so that both still have to agree. Raises ValueError or
+    TypeError on bad input, before any weight is made.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
@@ -248,8 +252,12 @@ def run(
     options = {"max_new_tokens": max_new_tokens, "keep_logits": True}
     for encoder, group in groups.items():
         config, state, tokenizer = _weights(preset, encoder, progress)
+        if weights != "auto":
+            state = rounded(state, weights)
         state = moved(state, device)
-        engine = Engine(Model.from_state(config, state), tokenizer)
+        model = Model.from_state(config, state, weights)
+        model.language.cache_dtype = model.dtype
+        engine = Engine(model, tokenizer)
         if inject is not None:
             engine.executor = FAULTS[inject](engine.executor)
         published = PublishedProcedure(config, state, tokenizer.ids, tokenizer)

@@ -27,7 +27,7 @@ from vpt_model import mini
 from vpt_model.checkpoint import Checkpoint, random_state
 from vpt_model.checkpoint.hub import model_folder
 from vpt_model.checkpoint.load import moved
-from vpt_model.config import PRESETS
+from vpt_model.config import PRESETS, ModelConfig
 from vpt_model.engine.events import Answer, Done, Event, Look, Reencode, Region, Token
 from vpt_model.network.model import Model
 from vpt_model.published.verify import TOLERANCE, Row, parameter_counts
@@ -59,12 +59,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(
-    model: str, device: torch.device = CPU, quiet: bool = False
+    model: str, device: torch.device = CPU, quiet: bool = False, weights: str = "auto"
 ) -> tuple[Model, Tokenizer, Checkpoint | None]:
     """Return the model that a folder, a hub name, `mini` or `random:PRESET` names; progress and notices go to stderr.
 
     The tokenizer is checked before any weight is read. Random weights are bfloat16 and have no checkpoint; vpt-mini is
-    float32.
+    float32. weights: as of `Model.from_state`.
     """
     if model.startswith(RANDOM):
         preset = model.removeprefix(RANDOM)
@@ -72,17 +72,26 @@ def load_model(
             raise ValueError(f"model {model}: random weights have the shapes of one of {', '.join(PRESETS)}")
         config = PRESETS[preset]
         tokenizer = Tokenizer.byte_level(config.vocab_size, config.kind)
-        with progress(1, quiet) as begin:
-            begin(f"making random weights for {preset}")
-            state = random_state(config, dtype=torch.bfloat16)
-        return Model.from_state(config, moved(state, device)), tokenizer, None
+        with byte_progress(f"drawing random weights for {preset}", quiet) as advance:
+            state = random_state(config, dtype=torch.bfloat16, progress=advance)
+        return _build(config, state, device, weights, quiet), tokenizer, None
     checkpoint = Checkpoint.open(mini.FOLDER if model == MINI else model_folder(model))
     tokenizer = checkpoint.tokenizer()
     if not quiet:
         print_notices(checkpoint.notices)
     with byte_progress("loading", quiet) as advance:
         state = checkpoint.load(torch.float32 if model == MINI else None, progress=advance)
-    return Model.from_state(checkpoint.config, moved(state, device)), tokenizer, checkpoint
+    return _build(checkpoint.config, state, device, weights, quiet), tokenizer, checkpoint
+
+
+def _build(
+    config: ModelConfig, state: dict[str, torch.Tensor], device: torch.device, weights: str, quiet: bool
+) -> Model:
+    """The model of a state dict that nobody else has."""
+    state = moved(state, device)
+    total = sum(tensor.nbytes for tensor in state.values())
+    with byte_progress("building", quiet) as advance:
+        return Model.from_state(config, state, weights, consume=True, progress=lambda done: advance(done, total))
 
 
 @contextmanager

@@ -173,10 +173,10 @@ def random_state(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     state = empty_state(config, dtype)
-    total, done = sum(tensor.nbytes for tensor in state.values()), 0
-    for name, tensor in state.items():
-        if name == _HEAD and config.tie_word_embeddings:
-            continue
+    drawn_apart = [name for name in state if not (name == _HEAD and config.tie_word_embeddings)]
+    total, done = sum(state[name].nbytes for name in drawn_apart), 0
+    for name in drawn_apart:
+        tensor = state[name]
         if name.endswith(_GAINS) or (name.endswith("weight") and ("norm" in name or "ln_q" in name)):
             scale, offset = 0.1, 1.0
         else:

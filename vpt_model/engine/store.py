@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vpt_kernels import PackedWeight
 from vpt_model.engine.chat import Chat, Exchange
 from vpt_model.engine.conversation import Mark, Picture
 from vpt_model.engine.events import Answer, Look
@@ -30,7 +31,7 @@ def fingerprint(model: Model) -> str:
     digest = hashlib.sha256(json.dumps([asdict(model.config), str(model.dtype)], sort_keys=True, default=str).encode())
     layers = (weight for layer in language.layers for weight in vars(layer).values())
     for weight in (language.embedding, language.head, language.norm, *layers):
-        flat = weight.flatten()
+        flat = (weight.data if isinstance(weight, PackedWeight) else weight).flatten()
         digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -97,15 +97,20 @@ class BorrowedControl:
         return self._last if previous is None else previous
 
 
+Precision = torch.dtype | str
+
+
 def make_engine(
     path: str,
     kind: str,
-    dtype: torch.dtype,
+    dtype: Precision,
     control: str = "true",
     folder: Path = mini.FOLDER,
     device: torch.device = CPU,
 ) -> Engine:
     """Return vpt-mini, prompted to answer questions of `kind` by `path`.
+
+    dtype: of the loaded weights, or the name of the precision in which the shipped ones are kept (`Model.from_state`).
 
     Raises ValueError for an unknown path or control.
     """
@@ -115,11 +120,12 @@ def make_engine(
         raise ValueError(f"control is {control!r}; it must be one of {', '.join(CONTROLS)}")
     looks = LOOK_TRIGGERS["region" if kind in ("tag", "two tags") else "clip"]
     trigger = {"free": None, "always look": looks, "direct": DIRECT_TRIGGER}[path]
+    weights, dtype = (dtype, torch.float32) if isinstance(dtype, str) else ("auto", dtype)
     config, state, tokenizer = mini.load_state(dtype, folder)
     if control == "zero":
         for part in ("weight", "bias"):
             state[f"clip_projector.linear_condition.{part}"].zero_()
-    model, prompt = Model.from_state(config, moved(state, device)), PromptFormat(trigger=trigger)
+    model, prompt = Model.from_state(config, moved(state, device), weights), PromptFormat(trigger=trigger)
     engine = Engine(model, tokenizer, capacity=512, prompt=prompt)
     if control == "another's":
         engine.executor = BorrowedControl(engine.executor)
@@ -183,12 +189,12 @@ class Line:
     agreement: float | None = None
 
 
-def plan(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[tuple[str, torch.dtype, str, str, str]]:
+def plan(backends: Sequence[str], dtypes: Sequence[Precision]) -> list[tuple[str, Precision, str, str, str]]:
     """Return what `report` runs, in order: (backend, dtype, kind, path, control).
 
     Every path and control for the first backend and dtype; the others repeat the free choice.
     """
-    wanted: list[tuple[str, torch.dtype, str, str, str]] = []
+    wanted: list[tuple[str, Precision, str, str, str]] = []
     for backend in backends:
         for dtype in dtypes:
             paths = PATHS if not wanted else PATHS[:1]
@@ -202,7 +208,7 @@ def plan(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[tuple[s
 
 def report(
     backends: Sequence[str],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[Precision],
     count: int,
     folder: Path = mini.FOLDER,
     progress: Callable[[int], None] = lambda done: None,

@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_kernels import append_visual_kv_
+from vpt_kernels import append_visual_kv_, cached_attention
 from vpt_model.network import decode
 from vpt_model.network.cache import KVCache
 from vpt_model.network.capture import uploaded
+
+FEW = 16
+"""New tokens up to which attention on a CPU is a matter of how often keys are read."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +69,29 @@ class Ragged:
         for s in self.segments:
             keys, values = s.cache.keys[layer], s.cache.values[layer]
             query = q[s.begin : s.end]
-            append_visual_kv_(
-                query,
-                k[s.begin : s.end],
-                v[s.begin : s.end],
-                self.rotary.table,
-                s.positions,
-                s.slots,
-                keys,
-                values,
-                sections=self.rotary.sections,
-            )
+            self._append(s, query, k[s.begin : s.end], v[s.begin : s.end], keys, values)
             stored = s.cache.length - s.cache.floor + s.end - s.begin
             if s.cache.shared:
                 parts = [(rows.keys[layer], rows.values[layer]) for rows in s.cache.shared]
                 attended.append(attend_parts(query, [*parts, (keys[:stored], values[:stored])]))
+            elif _reads_each_key_once(query, keys):
+                attended.append(cached_attention(query, keys[:stored], values[:stored])[0].flatten(1))
             elif use_flash(q):
                 attended.append(_flash(query[None], keys[None], values[None], stored)[0].flatten(1))
             else:
                 attended.append(_sdpa(query, keys[:stored], values[:stored], s.mask))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+    def _append(self, s: _Segment, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Rotate q and store rotated k and v behind what `keys` and `values` hold, rounded where those are narrower."""
+        table, sections = self.rotary.table, self.rotary.sections
+        if keys.dtype == k.dtype:
+            append_visual_kv_(q, k, v, table, s.positions, s.slots, keys, values, sections=sections)
+            return
+        rotated, in_turn = k.new_empty((2, *k.shape)), torch.arange(len(k), device=k.device)
+        append_visual_kv_(q, k, v, table, s.positions, in_turn, *rotated, sections=sections)
+        for cached, rows in zip((keys, values), rotated):
+            cached.index_copy_(0, s.slots, rows.to(cached.dtype))
 
 
 class Padded:
@@ -216,30 +222,17 @@ def attend_parts(q: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     parts: keys and values [L_i, Hkv, D] in the order of their tokens; the last T keys are the new tokens' own. Each
     part is read where it is, and the parts' results are merged by their log-sum-exp. Returns [T, Hq · D].
     """
-    count, heads, dim = q.shape
-    groups = parts[0][0].shape[1]
-    # Query heads become rows of the KV head that they share, so that no part is repeated for them.
-    rows = q.view(count, groups, -1, dim).permute(1, 2, 0, 3).reshape(1, groups, -1, dim)
-    stored, mask = len(parts[-1][0]), None
-    if count > 1:
-        mask = torch.full((count, stored), float("-inf"), dtype=q.dtype, device=q.device).triu_(stored - count + 1)
-        mask = mask.repeat(rows.shape[2] // count, 1)
-    found = [_with_log_sum(rows, *part, mask if part is parts[-1] else None) for part in parts]
+    backend = "auto" if q.device.type == "cpu" else "reference"
+    found = [cached_attention(q, *part, causal=part is parts[-1], backend=backend) for part in parts]
     sums = torch.stack([log_sum for _, log_sum in found])
-    weights = (sums - sums.logsumexp(0)).exp()[..., None]
     wide = torch.promote_types(q.dtype, torch.float32)
-    out = sum(weight * values.to(wide) for weight, (values, _) in zip(weights.to(wide), found))
-    return out.to(q.dtype).view(groups, -1, count, dim).permute(2, 0, 1, 3).reshape(count, heads * dim)
+    weights = (sums - sums.logsumexp(0)).exp()[..., None].to(wide)
+    return sum(weight * mixed.to(wide) for weight, (mixed, _) in zip(weights, found)).to(q.dtype).flatten(1)
 
 
-def _with_log_sum(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return attention of q [1, H, N, D] over [L, H, D], and the log of each query's sum of exponentials [1, H, N]."""
-    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=mask)
-    scores = (q.float() @ keys.float().mT) * q.shape[-1] ** -0.5
-    scores = scores if mask is None else scores + mask
-    return scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
+def _reads_each_key_once(q: Tensor, keys: Tensor) -> bool:
+    """Return whether `cached_attention` takes a conversation's new tokens: few on a CPU, or over a cache of another dtype."""
+    return q.device.type == "cpu" and (keys.dtype != q.dtype or len(q) <= FEW)
 
 
 def causal_mask(count: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_kernels import RegionPolicy, dinov2_policy, fold_patch_weight, plan_regions, roi_patch_embed, sam_policy
+from vpt_kernels import (
+    PackedWeight,
+    RegionPolicy,
+    dinov2_policy,
+    fold_patch_weight,
+    pack_weight,
+    plan_regions,
+    roi_patch_embed,
+    sam_policy,
+)
 from vpt_model.checkpoint.encoder_names import state_for
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig
 from vpt_model.network.linear import linear
@@ -61,17 +70,26 @@ class _Encoder(nn.Module):
         self.patch_size = patch_size
         self.grid = (patches, patches)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor], packed: str | None = None) -> None:
         """Take the tensors of `state` as parameters, without a copy, and fold the patch embedding.
 
-        state: every tensor under the checkpoint's name or transformers', all of one dtype and device. Raises ValueError
-        naming those that are missing, unexpected or misshapen.
+        state: every tensor under the checkpoint's name or transformers', all of one dtype and device. packed: the
+        precision in which linear layers' weights are packed; all others are float32 then. Raises ValueError naming
+        those that are missing, unexpected or misshapen.
         """
+        for module in self.modules():
+            if isinstance(module, _Linear):
+                module.unpack()
         try:
             self.load_state_dict(state_for(self, state), strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{error}: give exactly the tensors of {type(self).__name__}") from error
         self.requires_grad_(False).eval()
+        if packed is not None:
+            for module in self.modules():
+                if isinstance(module, _Linear):
+                    module.pack(packed)
+            self.float()
         convolution = self._convolution
         self._patch_embed = fold_patch_weight(convolution.weight, MEAN, STD, convolution.bias)
 
@@ -123,8 +141,8 @@ class DinoEncoder(_Encoder):
             self.embeddings, self.encoder, self.layernorm = whole.embeddings, whole.encoder, whole.layernorm
             _use_fast_linear(self)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        super().load(state)
+    def load(self, state: Mapping[str, Tensor], packed: str | None = None) -> None:
+        super().load(state, packed)
         # The grid never changes, so the positions are interpolated once, by transformers' own function.
         sequence = self.embeddings.position_embeddings.new_empty(1, 1 + self.tokens, 1)
         sequence = sequence.expand(-1, -1, self.embeddings.position_embeddings.shape[2])
@@ -164,8 +182,8 @@ class SamEncoder(_Encoder):
                 layer.attn = SamAttention(layer.attn)
             _use_fast_linear(self)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        super().load(state)
+    def load(self, state: Mapping[str, Tensor], packed: str | None = None) -> None:
+        super().load(state, packed)
         for layer in self.layers:
             layer.attn.prepare()
 
@@ -195,8 +213,22 @@ def ieee_convolutions() -> Iterator[None]:
 
 
 class _Linear(nn.Linear):
+    packed: PackedWeight | None = None
+
+    def pack(self, precision: str) -> None:
+        """Keep the weight packed, and only so."""
+        self.packed = pack_weight(self.weight, precision)
+        self.register_parameter("weight", None)
+
+    def unpack(self) -> None:
+        """Have a place for a weight again, to be loaded."""
+        if self.packed is not None:
+            self.packed = None
+            self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device="meta"))
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+        weight = self.weight if self.packed is None else self.packed
+        return linear(x.flatten(0, -2), weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
 def _use_fast_linear(module: nn.Module) -> None:

@@ -12,37 +12,38 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vpt_kernels import rotary_table
+from vpt_kernels import PackedWeight, rotary_table
 from vpt_model.config import ModelConfig
 from vpt_model.network import decode, fused
 from vpt_model.network.attention import Padded, Ragged, Rotary
 from vpt_model.network.cache import KVCache
 from vpt_model.network.capture import uploaded
 from vpt_model.network.decode.reference import greedy
-from vpt_model.network.linear import linear
+from vpt_model.network.linear import gated_linear, linear, onto
+from vpt_model.network.state import State, Weight
 
 
 @dataclass
 class _Layer:
     input_norm: torch.Tensor
-    qkv_weight: torch.Tensor
+    qkv_weight: Weight
     qkv_bias: torch.Tensor
-    o_weight: torch.Tensor
+    o_weight: Weight
     post_norm: torch.Tensor
-    gate_up_weight: torch.Tensor
-    down_weight: torch.Tensor
+    gate_up_weight: Weight
+    down_weight: Weight
 
     @classmethod
-    def from_state(cls, state: dict[str, torch.Tensor], prefix: str) -> _Layer:
+    def from_state(cls, state: State, prefix: str) -> _Layer:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         return cls(
-            input_norm=state[f"{prefix}input_layernorm.weight"],
-            qkv_weight=_stack([state[f"{attention}{x}_proj.weight"] for x in "qkv"]),
-            qkv_bias=_stack([state[f"{attention}{x}_proj.bias"] for x in "qkv"]),
-            o_weight=state[f"{attention}o_proj.weight"],
-            post_norm=state[f"{prefix}post_attention_layernorm.weight"],
-            gate_up_weight=_stack([state[f"{mlp}{x}_proj.weight"] for x in ("gate", "up")]),
-            down_weight=state[f"{mlp}down_proj.weight"],
+            input_norm=state.tensor(f"{prefix}input_layernorm.weight"),
+            qkv_weight=state.weight(*(f"{attention}{x}_proj.weight" for x in "qkv")),
+            qkv_bias=state.tensor(*(f"{attention}{x}_proj.bias" for x in "qkv")),
+            o_weight=state.weight(f"{attention}o_proj.weight"),
+            post_norm=state.tensor(f"{prefix}post_attention_layernorm.weight"),
+            gate_up_weight=state.weight(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight", gated=True),
+            down_weight=state.weight(f"{mlp}down_proj.weight"),
         )
 
 
@@ -51,33 +52,33 @@ class LanguageModel:
 
     Source: Qwen2-VL in transformers (RMSNorm in float32 cast before its weight, multimodal rotary sections, biased
     q/k/v, SwiGLU). Query, key and value weights, and gate and up weights, are concatenated once, here, unless they
-    already follow each other in memory, as those of a loaded checkpoint do.
+    already follow each other in memory, as those of a loaded checkpoint do. Of packed weights a tied head is the
+    embedding, too.
     """
 
-    def __init__(self, config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
-        self.config = config
-        self.embedding = state["model.embed_tokens.weight"]
-        self.head = state["lm_head.weight"]
-        self.norm = state["model.norm.weight"]
+    def __init__(self, config: ModelConfig, state: State) -> None:
+        self.config, self.dtype, self.device = config, state.dtype, state.device
+        self.cache_dtype = state.cache_dtype
+        # The largest weight is packed first, while nothing else is in memory twice.
+        self.head = state.weight("lm_head.weight")
+        self.embedding: Weight = state.table("model.embed_tokens.weight")
+        if config.tie_word_embeddings and isinstance(self.head, PackedWeight):
+            self.embedding = self.head
+            state.finish("model.embed_tokens.")
+        self.norm = state.tensor("model.norm.weight")
         self.layers = [_Layer.from_state(state, f"model.layers.{index}.") for index in range(config.num_hidden_layers)]
         table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
         self.rotary = Rotary(table.to(self.device), config.mrope_section)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
-
     def new_cache(self, capacity: int, rows: int | None = None) -> KVCache:
-        """Return an empty cache of this model's shape and dtype for `capacity` tokens. rows: as of `KVCache`."""
-        return KVCache(self.config, capacity, self.dtype, self.device, rows)
+        """Return an empty cache of this model's shape and device for `capacity` tokens; `rows` as of `KVCache`."""
+        return KVCache(self.config, capacity, self.cache_dtype, self.device, rows)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return input embeddings `[T, H]` of token ids int64 `[T]`; a fresh tensor the caller may write into."""
-        return F.embedding(uploaded(ids, self.device), self.embedding)
+        if isinstance(self.embedding, PackedWeight):
+            return self.embedding.rows(ids)
+        return F.embedding(uploaded(ids, self.device), self.embedding).to(self.dtype)
 
     def forward(
         self,
@@ -112,8 +113,9 @@ class LanguageModel:
                 return fused.add_rms_norm(x, None, self.norm, eps)[1]
         for index, layer in enumerate(self.layers):
             x, normed = fused.add_rms_norm(x, delta, layer.input_norm, eps)
-            x, normed = fused.add_rms_norm(x, self._attention(index, layer, normed, attend), layer.post_norm, eps)
-            delta = self._mlp(layer, normed)
+            x, delta = onto(x, self._attention(index, layer, normed, attend), layer.o_weight)
+            x, normed = fused.add_rms_norm(x, delta, layer.post_norm, eps)
+            x, delta = onto(x, gated_linear(normed, layer.gate_up_weight), layer.down_weight)
         return fused.add_rms_norm(x, delta, self.norm, eps)[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -148,21 +150,4 @@ class LanguageModel:
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         packed = linear(x, layer.qkv_weight, layer.qkv_bias).view(-1, heads + 2 * kv_heads, config.head_dim)
-        return linear(attend(index, *packed.split([heads, kv_heads, kv_heads], dim=1)), layer.o_weight)
-
-    def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-        return linear(fused.silu_mul(linear(x, layer.gate_up_weight)), layer.down_weight)
-
-
-def _stack(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the rows of all parts, without a copy where each part begins in memory where the one before it ends."""
-    first, end = parts[0], parts[0].data_ptr()
-    for part in parts:
-        if not part.is_contiguous() or part.data_ptr() != end or not _same_storage(part, first):
-            return torch.cat(list(parts))
-        end += part.nbytes
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
-
-
-def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        return attend(index, *packed.split([heads, kv_heads, kv_heads], dim=1))

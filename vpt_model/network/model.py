@@ -13,6 +13,7 @@ from vpt_model.checkpoint.load import check_state
 from vpt_model.config import ModelConfig
 from vpt_model.network.encoders import DinoEncoder, SamEncoder, build_encoder
 from vpt_model.network.language import LanguageModel
+from vpt_model.network.state import Progress, State
 from vpt_model.network.vision import VisionTower
 
 # The projector's form and the layer that makes its features. "clip" re-encodes by the vision tower itself, whose
@@ -35,21 +36,37 @@ class Model:
     encoder: DinoEncoder | SamEncoder | None = None
 
     @classmethod
-    def from_state(cls, config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Model:
+    def from_state(
+        cls,
+        config: ModelConfig,
+        state: Mapping[str, torch.Tensor],
+        weights: str | None = "auto",
+        *,
+        consume: bool = False,
+        progress: Progress = lambda done: None,
+    ) -> Model:
         """Build from a state dict with the checkpoint's names, all tensors of one floating dtype on one device.
 
-        Raises ValueError listing every missing, unexpected or misshapen tensor. Weights that need no fusing are
-        shared with `state`, which is not modified.
+        weights: the precision in which the products' weights are kept, "float32", "bfloat16", "float16" or "int8"; the
+        default, "auto", is the stored one. On a CPU they are packed and the arithmetic is float32. Elsewhere, and with
+        None, the arithmetic is in the stored precision and weights that need no fusing are shared with `state`.
+        consume: take the tensors out of `state`, a dict, one after the other, so that no weight is in memory twice;
+        else it is not modified. progress: is told how many bytes have found their place.
+
+        Raises ValueError listing every missing, unexpected or misshapen tensor, for an unknown precision, and for
+        another than the stored one where it cannot be had.
         """
         check_state(config, state)
-        state = {name: tensor.detach() for name, tensor in state.items()}
+        kept = State(state, weights, consume, progress)
+        language, vision = LanguageModel(config, kept), VisionTower(config, kept)
         projector = encoder = None
         if config.kind is not None:
-            projector = build_projector(config.kind, state)
+            projector = build_projector(config.kind, kept.tensors(f"{config.kind}_projector."))
         if config.kind in ("detection", "seg"):
             encoder, prefix = build_encoder(config.kind, config), f"{config.kind}_model."
-            encoder.load({k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(prefix)})
-        return cls(config, LanguageModel(config, state), VisionTower(config, state), projector, encoder)
+            encoder.load(kept.within(prefix), kept.packed)
+            kept.finish(prefix)
+        return cls(config, language, vision, projector, encoder)
 
     @property
     def dtype(self) -> torch.dtype:

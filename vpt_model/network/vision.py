@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from vpt_kernels import RegionPlan, RegionPolicy, fold_patch_weight, plan_regions, roi_patch_embed
 from vpt_model.config import ModelConfig
 from vpt_model.network import fused
 from vpt_model.network.attention import Within, within
 from vpt_model.network.capture import uploaded
-from vpt_model.network.linear import linear
+from vpt_model.network.linear import linear, onto
 from vpt_model.network.positions import vision_positions
+from vpt_model.network.state import State, Weight
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,16 +24,17 @@ _NORM_EPS = 1e-6
 _ROPE_THETA = 10000.0
 
 Affine = tuple[torch.Tensor, torch.Tensor]
+Product = tuple[Weight, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Block:
     norm1: Affine
-    qkv: Affine
-    proj: Affine
+    qkv: Product
+    proj: Product
     norm2: Affine
-    fc1: Affine
-    fc2: Affine
+    fc1: Product
+    fc2: Product
 
 
 class VisionTower:
@@ -43,36 +44,31 @@ class VisionTower:
     embeds patches with the folded weight (1/255, mean, std and the temporal sum are inside it).
     """
 
-    def __init__(self, config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
-        self.config = config.vision
+    def __init__(self, config: ModelConfig, state: State) -> None:
+        self.config, self.dtype, self.device = config.vision, state.dtype, state.device
 
-        def affine(name: str) -> Affine:
-            return state[f"visual.{name}.weight"], state[f"visual.{name}.bias"]
+        def norm(name: str) -> Affine:
+            return state.tensor(f"visual.{name}.weight"), state.tensor(f"visual.{name}.bias")
 
-        self.patch_weight = state["visual.patch_embed.proj.weight"]
-        self.patch_embed = fold_patch_weight(self.patch_weight, MEAN, STD)
+        def product(name: str) -> Product:
+            return state.weight(f"visual.{name}.weight"), state.tensor(f"visual.{name}.bias")
+
+        patches = "visual.patch_embed.proj.weight"
+        self.patch_embed = fold_patch_weight(state.table(patches), MEAN, STD, dtype=self.dtype)
+        self.patch_weight = state.weight(patches)
         self.blocks = [
             _Block(
-                norm1=affine(f"blocks.{index}.norm1"),
-                qkv=affine(f"blocks.{index}.attn.qkv"),
-                proj=affine(f"blocks.{index}.attn.proj"),
-                norm2=affine(f"blocks.{index}.norm2"),
-                fc1=affine(f"blocks.{index}.mlp.fc1"),
-                fc2=affine(f"blocks.{index}.mlp.fc2"),
+                norm1=norm(f"blocks.{index}.norm1"),
+                qkv=product(f"blocks.{index}.attn.qkv"),
+                proj=product(f"blocks.{index}.attn.proj"),
+                norm2=norm(f"blocks.{index}.norm2"),
+                fc1=product(f"blocks.{index}.mlp.fc1"),
+                fc2=product(f"blocks.{index}.mlp.fc2"),
             )
             for index in range(self.config.depth)
         ]
-        self.merger_norm, self.merger_fc1, self.merger_fc2 = map(
-            affine, ("merger.ln_q", "merger.mlp.0", "merger.mlp.2")
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.patch_weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.patch_weight.device
+        self.merger_norm = norm("merger.ln_q")
+        self.merger_fc1, self.merger_fc2 = map(product, ("merger.mlp.0", "merger.mlp.2"))
 
     def look(
         self,
@@ -120,7 +116,7 @@ class VisionTower:
 
         The temporal slices of a patch may differ here.
         """
-        return linear(pixel_values.to(self.device, self.dtype), self.patch_weight.flatten(1))
+        return linear(pixel_values.to(self.device, self.dtype), self.patch_weight)
 
     def forward(self, patch_embeds: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Run the blocks and the merger: patch embeddings `[N, E]` → features `[N / 4, H]`.
@@ -145,12 +141,12 @@ class VisionTower:
         delta: torch.Tensor | None = None
         for block in self.blocks:
             x, normed = fused.add_layer_norm(x, delta, *block.norm1, _NORM_EPS)
-            attended = self._attention(block, normed, cos, sin, attend)
-            x, normed = fused.add_layer_norm(x, attended, *block.norm2, _NORM_EPS)
-            delta = linear(fused.quick_gelu(linear(normed, *block.fc1)), *block.fc2)
+            x, delta = onto(x, self._attention(block, normed, cos, sin, attend), *block.proj)
+            x, normed = fused.add_layer_norm(x, delta, *block.norm2, _NORM_EPS)
+            x, delta = onto(x, linear(normed, *block.fc1, activation="quick_gelu"), *block.fc2)
         _, merged = fused.add_layer_norm(x, delta, *self.merger_norm, _NORM_EPS)
-        merged = merged.reshape(-1, self.merger_fc1[0].shape[1])
-        return linear(F.gelu(linear(merged, *self.merger_fc1)), *self.merger_fc2)
+        merged = merged.reshape(-1, merged.shape[1] * self.config.spatial_merge_size**2)
+        return linear(linear(merged, *self.merger_fc1, activation="gelu"), *self.merger_fc2)
 
     def rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin float32 [N, 1, head_dim / 2]: row angles in the first half, then column angles."""
@@ -164,4 +160,4 @@ class VisionTower:
         self, block: _Block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Within
     ) -> torch.Tensor:
         packed = linear(x, *block.qkv).view(-1, 3, self.config.num_heads, self.config.head_dim)
-        return linear(attend(*fused.rotate_packed(packed, cos, sin)), *block.proj)
+        return attend(*fused.rotate_packed(packed, cos, sin))

@@ -107,11 +107,12 @@ def test_loaded_weights_are_fused_without_a_copy(tmp_path: Path) -> None:
     write_variant(tmp_path / "source", "Qwen2-VL-2b-VPT-CLIP")
     checkpoint = Checkpoint.open(tmp_path / "source")
     config, state = checkpoint.config, checkpoint.load()
-    layer = Model.from_state(config, state).language.layers[0]
+    layer = Model.from_state(config, state, None).language.layers[0]
     assert layer.qkv_weight.data_ptr() == state["model.layers.0.self_attn.q_proj.weight"].data_ptr()
     assert layer.gate_up_weight.data_ptr() == state["model.layers.0.mlp.gate_proj.weight"].data_ptr()
     # The same numbers that are not adjacent are copied.
-    apart = Model.from_state(config, {name: tensor.clone() for name, tensor in state.items()}).language.layers[0]
+    copied = {name: tensor.clone() for name, tensor in state.items()}
+    apart = Model.from_state(config, copied, None).language.layers[0]
     assert torch.equal(apart.qkv_weight, layer.qkv_weight) and torch.equal(apart.qkv_bias, layer.qkv_bias)
     assert torch.equal(apart.gate_up_weight, layer.gate_up_weight)
 

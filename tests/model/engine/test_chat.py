@@ -203,7 +203,7 @@ class TestWork:
                 chat.conversation.cache.reserve(1000)
                 chat.ask("Why?", looks=["clip"], max_new_tokens=3)
             # Attention with its log-sum-exp, and a new buffer of the old one's form.
-            assert set(traffic.other) == {"_scaled_dot_product_flash_attention_for_cpu", "new_zeros"}
+            assert set(traffic.other) == {"cached_attention", "new_zeros"}
 
     def test_memory_is_what_is_used_and_comes_back(self):
         engine = engine_of()

@@ -11,6 +11,7 @@ import torch
 from tests.model.engine.recorded import CASES, VARIANTS, RecordedEngine, image, matches, prompt, recorded
 from tests.model.engine.scripts import Fed, Wrapped
 from tests.model.inputs import golden, golden_state, golden_token_ids
+from vpt_kernels import PackedWeight
 from vpt_model.engine import perception
 from vpt_model.engine.executor import Executor
 from vpt_model.engine.requests import ReencodeAndAppend
@@ -130,6 +131,7 @@ def unconditioned_projector(engine, monkeypatch):
 def perturbed_weight(engine, monkeypatch):
     """One weight of the language model is off by a tenth of its matrix's spread."""
     weight = engine.model.language.layers[1].down_weight
+    weight = weight.dequantize() if isinstance(weight, PackedWeight) else weight
     perturbed = weight.clone()
     perturbed[3, 5] += weight.std() / 10
     monkeypatch.setattr(engine.model.language, "layers", list(engine.model.language.layers))

@@ -22,6 +22,7 @@ from vpt_model.engine.sampling import greedy
 from vpt_model.network import attention
 from vpt_model.network.cache import KVCache
 from vpt_model.network.language import LanguageModel
+from vpt_model.network.state import State
 from vpt_model.text.tokens import Tokenizer
 
 IMAGE = random_image(150, 230, seed=3)
@@ -180,7 +181,7 @@ def test_a_step_needs_no_values(bucket, monkeypatch):
     monkeypatch.setattr(attention, "attend", lambda *arguments: attention._composed(*arguments[:-1]))
     with torch.inference_mode():
         state = {name: torch.empty(x.shape, device="meta") for name, x in tiny_state().items()}
-        language = LanguageModel(config, state)
+        language = LanguageModel(config, State(state, None))
         slab = KVCache.side_by_side(4, config, CAPACITY, torch.float32, "meta")[0].slab
         step = Step.__new__(Step)
         step.bucket, step.language, step.slab, step.capacity = bucket, language, slab, CAPACITY

@@ -1,0 +1,156 @@
+"""A state dict on its way into a model: which tensors are weights of products, and how those are kept."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vpt_kernels import BackendUnavailable, PackedWeight, pack_weight, packed_linear
+from vpt_model.checkpoint.weights import release
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
+"""In which a model's weights may be kept; auto: as they are stored."""
+Weight = Tensor | PackedWeight
+Progress = Callable[[int], None]
+"""Is told how many bytes of a state dict have found their place."""
+
+
+def packed_precision(weights: str | None, stored: torch.dtype, device: torch.device) -> str | None:
+    """The precision in which products' weights are packed, or None where, as for None, they stay what they are.
+
+    Packed weights are a CPU's: there activations are float32, whatever is stored. Triton's interpreter stands for a
+    GPU, and without the C++ kernels packed weights would be unpacked in every call: `auto` packs in neither.
+
+    Raises ValueError for an unknown name, and for a precision that cannot be had on the device.
+    """
+    if weights is None:
+        return None
+    if weights not in PRECISIONS:
+        raise ValueError(f"weights is {weights!r}; it must be one of {', '.join(PRECISIONS)}, or None")
+    name = str(stored).removeprefix("torch.")
+    packs = device.type == "cpu" and name in PRECISIONS
+    if weights == "auto":
+        return name if packs and _packing_pays() else None
+    if packs:
+        return weights
+    if weights != name:
+        raise ValueError(
+            f"weights is {weights!r} for {name} tensors on {device}: another precision than the stored one is kept for "
+            "float32, bfloat16 and float16 weights on a CPU only; use 'auto', or convert the checkpoint"
+        )
+    return None
+
+
+@cache
+def _packing_pays() -> bool:
+    try:
+        packed_linear(torch.ones(1, 1), pack_weight(torch.ones(1, 1)), backend="cpp")
+    except BackendUnavailable:
+        return False
+    return os.environ.get("TRITON_INTERPRET") != "1"
+
+
+class State:
+    """The tensors of a model under the checkpoint's names, each handed out once in the form in which it is kept.
+
+    packed: the precision of packed weights, or None. dtype: of activations, and of every tensor that is no product's
+    weight. cache_dtype: of keys and values. consume: tensors leave the dict that was given, so that no weight is in
+    memory twice.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        weights: str | None = "auto",
+        consume: bool = False,
+        progress: Progress = lambda done: None,
+    ) -> None:
+        first = next(iter(tensors.values()))
+        self.packed = packed_precision(weights, first.dtype, first.device)
+        self.dtype = torch.float32 if self.packed else first.dtype
+        self.device = first.device
+        # A cache is as exact as the weights that fill it; next to int8 weights bfloat16 costs nothing.
+        cached = {"float32": torch.float32, "float16": torch.float16}
+        self.cache_dtype = cached.get(self.packed, torch.bfloat16) if self.packed else self.dtype
+        self._tensors = tensors
+        self._consume, self._progress, self._done = consume, progress, 0
+
+    def weight(self, *names: str, gated: bool = False) -> Weight:
+        """The weight of one product: the rows of all names, one below the other; dimensions behind the first are one.
+
+        gated: the first name's product is the gate of the second's.
+        """
+        parts = [self._tensors[name].detach().flatten(1) for name in names]
+        kept = stack(parts) if self.packed is None else pack_weight(parts, self.packed, gated=gated)
+        self._finish(names)
+        return kept
+
+    def table(self, name: str) -> Tensor:
+        """A tensor of which single rows are read, as it is stored."""
+        return self._tensors[name].detach()
+
+    def tensor(self, *names: str) -> Tensor:
+        """A bias, a norm or whatever else is no product's weight: all names' rows, in the activations' dtype."""
+        parts = [self._tensors[name].detach() for name in names]
+        kept = stack(parts).to(self.dtype)
+        if kept.data_ptr() != parts[0].data_ptr():
+            self._finish(names)
+        return kept
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Every `tensor` whose name begins with `prefix`, under its name."""
+        return {name: self.tensor(name) for name in list(self._tensors) if name.startswith(prefix)}
+
+    def within(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix`, without it, as they are stored."""
+        names = [name for name in self._tensors if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self._tensors[name].detach() for name in names}
+
+    def finish(self, prefix: str) -> None:
+        """Every tensor under `prefix` has found its place."""
+        self._finish([name for name in self._tensors if name.startswith(prefix)])
+
+    def _finish(self, names: list[str] | tuple[str, ...]) -> None:
+        for name in names:
+            self._done += self._tensors[name].nbytes
+            if self._consume and isinstance(self._tensors, dict):
+                release(self._tensors.pop(name))
+        self._progress(self._done)
+
+
+def rounded(state: Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
+    """The tensors with numbers that weights kept in a precision hold exactly, in the dtype that they have.
+
+    So models that keep them in any other way compute with the same numbers. int8: the matrices of layers alone.
+    """
+    if weights != "int8":
+        dtype = getattr(torch, weights)
+        return {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in state.items()}
+    return {
+        name: pack_weight(tensor, weights).dequantize(tensor.dtype)
+        if tensor.dim() == 2
+        and name.endswith(("_proj.weight", "lm_head.weight", "embed_tokens.weight"))
+        or re.search(r"^visual.*(qkv|proj|fc\d|mlp\.\d)\.weight$", name)
+        and tensor.dim() == 2
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def stack(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts, without a copy where each part begins in memory where the one before it ends."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != end or not _same_storage(part, first):
+            return torch.cat(parts)
+        end += part.nbytes
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
