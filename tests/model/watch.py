@@ -45,6 +45,8 @@ class CacheTraffic(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name == "append_visual_kv_":
             self.appended.append(len(args[5]))
+        elif name == "cached_attention":
+            self.read.append(len(args[1]))
         elif name == "scaled_dot_product_attention":
             # The composed form of attention would repeat the keys of every group of heads: a copy of the cache.
             options = {"dropout_p": 0.0, "is_causal": False, "enable_gqa": False} | kwargs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import pickle
 import struct
 import weakref
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,17 +82,24 @@ class Stored:
             file.seek(self.offset)
             for begin in range(0, self.count, step):
                 chunk = buffer[: min(step, self.count - begin)]
-                wanted = memoryview(_bytes(chunk))
-                if file.readinto(wanted) != len(wanted):
-                    raise ValueError(f"{self.file} ended while it was read: do not change files that are being loaded")
+                self._fill(chunk, file)
                 yield chunk
 
     def read_into(self, out: Tensor) -> None:
         """Fill the contiguous `out`, of this shape and any floating dtype."""
         flat, begin = out.view(-1), 0
+        if out.dtype == self.dtype and self.held is None:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                return self._fill(flat, file)
         for chunk in self.chunks():
             flat[begin : begin + len(chunk)] = chunk
             begin += len(chunk)
+
+    def _fill(self, flat: Tensor, file: BinaryIO) -> None:
+        wanted = memoryview(_bytes(flat))
+        if len(wanted) and file.readinto(wanted) != len(wanted):
+            raise ValueError(f"{self.file} ended while it was read: do not change files that are being loaded")
 
 
 class Maps:
@@ -125,6 +133,8 @@ class Maps:
     def _mapped(self, path: Path) -> Tensor:
         if path not in self._files:
             with path.open("rb") as file:
+                if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
+                    return torch.empty(0, dtype=torch.uint8, device="cpu")
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             memory = self._files[path] = torch.frombuffer(pages, dtype=torch.uint8)
             _PAGES[memory.data_ptr()] = pages

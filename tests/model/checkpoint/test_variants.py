@@ -149,7 +149,7 @@ def kilobytes(name):
 
 checkpoint = Checkpoint.open(sys.argv[1])
 before = kilobytes("VmRSS")
-model = Model.from_state(checkpoint.config, checkpoint.load())
+model = Model.from_state(checkpoint.config, checkpoint.load(), consume=True)
 weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 weights -= checkpoint.tensors["lm_head.weight"].nbytes if checkpoint.config.tie_word_embeddings else 0
 print(json.dumps({"peak": (kilobytes("VmHWM") - before) * 1024, "weights": weights}))
@@ -157,7 +157,7 @@ print(json.dumps({"peak": (kilobytes("VmHWM") - before) * 1024, "weights": weigh
 
 
 def test_peak_memory_while_loading(tmp_path: Path) -> None:
-    """Files are read in pieces, and fusing copies nothing: the weights are in memory once."""
+    """Files are mapped or read in pieces, and what is packed is let go: the weights are in memory once."""
     config = replace(
         tiny_config(),
         hidden_size=1024,
