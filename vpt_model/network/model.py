@@ -43,7 +43,7 @@ class Model:
         weights: str | None = "auto",
         *,
         consume: bool = False,
-        progress: Progress = lambda done: None,
+        progress: Progress | None = None,
     ) -> Model:
         """Build from a state dict with the checkpoint's names, all tensors of one floating dtype on one device.
 
@@ -51,13 +51,13 @@ class Model:
         default, "auto", is the stored one. On a CPU they are packed and the arithmetic is float32. Elsewhere, and with
         None, the arithmetic is in the stored precision and weights that need no fusing are shared with `state`.
         consume: take the tensors out of `state`, a dict, one after the other, so that no weight is in memory twice;
-        else it is not modified. progress: is told how many bytes have found their place.
+        else it is not modified, and both are in memory. progress: is told how many bytes have found their place.
 
         Raises ValueError listing every missing, unexpected or misshapen tensor, for an unknown precision, and for
         another than the stored one where it cannot be had.
         """
         check_state(config, state)
-        kept = State(state, weights, consume, progress)
+        kept = State(state, weights, consume, progress or (lambda done: None))
         language, vision = LanguageModel(config, kept), VisionTower(config, kept)
         projector = encoder = None
         if config.kind is not None:
