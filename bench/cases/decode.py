@@ -124,7 +124,7 @@ DECODED = Alternative(
 )
 FLOOR = Alternative(
     "floor: the weights read once",
-    "every weight that a token needs, by the loop that measures the bandwidth; on a GPU by sum()",
+    "every weight a token needs: by the loop that measures bandwidth; of tensors, as on a GPU, by sum()",
     lambda problem: problem.read,
 )
 DECODED_WITH_OUR_LINEAR = Alternative(
