@@ -292,7 +292,7 @@ def test_commands_hand_the_device_on(photo: Path, monkeypatch: pytest.MonkeyPatc
     """Every weight goes where --device says, before a model is made of it."""
     places: list[torch.device] = []
 
-    def refuse(config: object, state: dict[str, torch.Tensor]) -> None:
+    def refuse(config: object, state: dict[str, torch.Tensor], *rest: object, **options: object) -> None:
         places.extend({tensor.device for tensor in state.values()})
         raise ValueError("far enough")
 
