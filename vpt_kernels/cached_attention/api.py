@@ -14,7 +14,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def cached_attention(
     q: Tensor, keys: Tensor, values: Tensor, *, causal: bool = True, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of new tokens over what is cached, each key read once for all query heads that share it.
+    """Return softmax attention of new tokens over what is cached, each key read once for all query heads that share it.
 
     Scores, exponentials and sums are float32 whatever is cached; the result is rounded once.
 

@@ -87,7 +87,7 @@ def load_model(
 def _build(
     config: ModelConfig, state: dict[str, torch.Tensor], device: torch.device, weights: str, quiet: bool
 ) -> Model:
-    """The model of a state dict that nobody else has."""
+    """Return the model of a state dict that nobody else has."""
     state = moved(state, device)
     total = sum(tensor.nbytes for tensor in state.values())
     with byte_progress("building", quiet) as advance:

@@ -190,7 +190,7 @@ def random_state(
 
 
 def _pieces(flat: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Parts of a flat tensor of which each draws what it would within the whole.
+    """Return parts of a flat tensor of which each draws what it would within the whole.
 
     normal_ fills 16 numbers at a time, and fewer than those in another way: no part is shorter than `_DRAWN`.
     """
@@ -299,9 +299,8 @@ class Checkpoint:
     def load(self, dtype: torch.dtype | None = None, progress: Progress = lambda done, total: None) -> dict[str, Any]:
         """Return the state dict, in the stored dtype unless `dtype` is given.
 
-        Takes no more memory than the weights: tensors in their stored dtype are the files' own pages (`Maps`); the
-        others, and what the language model fuses and the file keeps apart, are read in pieces to where they stay. What
-        is fused is adjacent.
+        Takes no more memory than the weights: tensors in their stored dtype are the files' own pages (`Maps`), the
+        others, and what is fused and the file keeps apart, are read to where they stay. What is fused is adjacent.
         """
         require_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype or None")
         if dtype is not None and not dtype.is_floating_point:

@@ -112,8 +112,8 @@ class Maps:
         self._files: dict[Path, Tensor] = {}
 
     def tensor(self, parts: Sequence[Stored]) -> Tensor | None:
-        """One tensor of all parts, which follow each other along the first dimension, or None where none can be mapped:
-        they do not lie one behind the other in one file, on their dtype's alignment.
+        """Return one tensor of all parts, one behind the other along the first dimension, or None where it cannot be
+        mapped: they do not lie one behind the other in one file, on their dtype's alignment.
 
         Raises ValueError if the file has become shorter than it was.
         """

@@ -231,7 +231,7 @@ def attend_parts(q: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _reads_each_key_once(q: Tensor, keys: Tensor) -> bool:
-    """Return whether `cached_attention` takes a conversation's new tokens: few on a CPU, or over a cache of another dtype."""
+    """Return whether `cached_attention` takes new tokens: few on a CPU, or over a cache of another dtype."""
     return q.device.type == "cpu" and (keys.dtype != q.dtype or len(q) <= FEW)
 
 

@@ -21,7 +21,7 @@ Progress = Callable[[int], None]
 
 
 def packed_precision(weights: str | None, stored: torch.dtype, device: torch.device) -> str | None:
-    """The precision in which products' weights are packed, or None where, as for None, they stay what they are.
+    """Return the precision in which products' weights are packed, or None where, as for None, they stay what they are.
 
     Packed weights are a CPU's: there activations are float32, whatever is stored. Triton's interpreter stands for a
     GPU, and without the C++ kernels packed weights would be unpacked in every call: `auto` packs in neither.
@@ -81,7 +81,7 @@ class State:
         self._consume, self._progress, self._done = consume, progress, 0
 
     def weight(self, *names: str, gated: bool = False) -> Weight:
-        """The weight of one product: the rows of all names, one below the other; dimensions behind the first are one.
+        """Return the weight of one product: the rows of all names; dimensions behind the first are one.
 
         gated: the first name's product is the gate of the second's.
         """
@@ -91,11 +91,11 @@ class State:
         return kept
 
     def table(self, name: str) -> Tensor:
-        """A tensor of which single rows are read, as it is stored."""
+        """Return a tensor of which single rows are read, as it is stored."""
         return self._tensors[name].detach()
 
     def tensor(self, *names: str) -> Tensor:
-        """A bias, a norm or whatever else is no product's weight: all names' rows, in the activations' dtype."""
+        """Return a bias, a norm or whatever else is no product's weight: all names' rows, in the activations' dtype."""
         parts = [self._tensors[name].detach() for name in names]
         kept = stack(parts).to(self.dtype)
         if kept.data_ptr() != parts[0].data_ptr():
@@ -103,16 +103,16 @@ class State:
         return kept
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Every `tensor` whose name begins with `prefix`, under its name."""
+        """Return every `tensor` whose name begins with `prefix`, under its name."""
         return {name: self.tensor(name) for name in list(self._tensors) if name.startswith(prefix)}
 
     def within(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`, without it, as they are stored."""
+        """Return the tensors whose names begin with `prefix`, without it, as they are stored."""
         names = [name for name in self._tensors if name.startswith(prefix)]
         return {name.removeprefix(prefix): self._tensors[name].detach() for name in names}
 
     def finish(self, prefix: str) -> None:
-        """Every tensor under `prefix` has found its place."""
+        """Count every tensor under `prefix` as placed."""
         self._finish([name for name in self._tensors if name.startswith(prefix)])
 
     def _finish(self, names: list[str] | tuple[str, ...]) -> None:
@@ -124,7 +124,7 @@ class State:
 
 
 def rounded(state: Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
-    """The tensors with numbers that weights kept in a precision hold exactly, in the dtype that they have.
+    """Return the tensors with numbers that weights kept in a precision hold exactly, in the dtype that they have.
 
     So models that keep them in any other way compute with the same numbers. int8: the matrices of layers alone.
     """
@@ -143,7 +143,7 @@ def rounded(state: Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
 
 
 def stack(parts: list[Tensor]) -> Tensor:
-    """The rows of all parts, without a copy where each part begins in memory where the one before it ends."""
+    """Return the rows of all parts, without a copy where each part begins in memory where the one before it ends."""
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         if not part.is_contiguous() or part.data_ptr() != end or not _same_storage(part, first):
