@@ -108,10 +108,10 @@ def _pixels(image: Tensor | np.ndarray, max_pixels: int | None) -> Tensor:
         # torch cannot express a read-only array or one with negative strides.
         usable = image.flags.writeable and all(stride >= 0 for stride in image.strides)
         image = torch.from_numpy(image if usable else image.copy())
-    if image.dtype != torch.uint8 or image.layout != torch.strided:
+    if image.dtype != torch.uint8 or image.layout != torch.strided or image.is_nested:
         raise TypeError(
-            f"the image tensor is {image.dtype}, {image.layout}; it must be uint8 with values 0..255 and strided: "
-            "convert it first"
+            f"the image tensor is {image.dtype}, {image.layout}; it must be uint8 with values 0..255 and strided, "
+            "not nested: convert it first"
         )
     if image.dim() != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(
@@ -155,6 +155,8 @@ def _cause(error: Exception) -> str:
 
 
 def _check_size(name: str, width: int, height: int, max_pixels: int | None) -> None:
+    if not width * height:
+        raise ValueError(f"{name} has {width}x{height} pixels: it is empty, and there is nothing to see; leave it out")
     if max_pixels is not None and width * height > max_pixels:
         raise ValueError(
             f"{name} has {width}x{height} = {width * height} pixels, the limit is {max_pixels}: downscale it first; "

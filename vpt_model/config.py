@@ -149,7 +149,7 @@ class ModelConfig:
             require_type(name, getattr(self, name), kind, f"a {kind.__name__}")
         require_type("mrope_section", self.mrope_section, (tuple, list), "three integers")
         if [type(part) for part in self.mrope_section] != [int] * 3:
-            raise TypeError(f"mrope_section is {shown(self.mrope_section)}; it must be three integers")
+            raise TypeError(f"mrope_section is {self.mrope_section!r:.80}; it must be three integers")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
@@ -273,11 +273,13 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
     lists = (rope.get("mrope_section", (16, 24, 24)), content.get("vision_encoder_ls") or ())
     if not all(isinstance(given, (list, tuple, str)) for given in lists):
         raise ValueError(f"config.json has mrope_section and vision_encoder_ls {lists}; they must be lists")
+    tied = content.get("tie_word_embeddings") or False
+    require_type("config.json's tie_word_embeddings", tied, bool, "true or false")
     # Published vision sections name only what differs from Qwen2-VL's defaults, and the channels by an older name.
     vision = {"in_channels": vision.get("in_chans", 3)} | vision | {"hidden_size": content["hidden_size"]}
     return ModelConfig(
         **_checked(ModelConfig, {name: content[name] for name in (*_SIZES, *_CONSTANTS)}),
-        tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+        tie_word_embeddings=tied,
         mrope_section=tuple(lists[0]),
         **_checked(ModelConfig, {name: content[name] for name in ("image_resolution",) if name in content}),
         kind=None if model_type == PLAIN_MODEL_TYPE else _kind(content, names),

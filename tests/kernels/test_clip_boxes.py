@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -85,6 +86,9 @@ def test_whatever_comes_in_can_be_planned(boxes, scale):
         ([(0, 0, 1, 1)], {}, ValueError, ["4 numbers", "left, top, right, bottom"]),
         ([(0, "1", 0, 1, 1)], {}, TypeError, ["'1'", "integers or floats"]),
         ([(0, None, 0, 1, 1)], {}, TypeError, ["box 0", "five numbers"]),
+        ([{0, 1, 2, 3, 4}], {}, TypeError, ["box 0 is a set", "no order"]),
+        ([dict.fromkeys(range(5))], {}, TypeError, ["box 0 is a dict", "no order"]),
+        ([(0, 0, 0, 1e300, 1)], {"scale": 1e-300}, ValueError, ["box 0", "scale 1e-300", "not finite"]),
         ((0, 0, 0, 1, 1), {}, TypeError, ["box 0 is 0", "five numbers"]),
         (None, {}, TypeError, ["boxes is None"]),
         ([(0, 0, 0, 1, 1)], {"scale": 0}, ValueError, ["scale is 0", "positive"]),
@@ -98,6 +102,14 @@ def test_bad_boxes(boxes, options, error, named):
         clip_boxes(boxes, SIZES, **options)
     for text in named:
         assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "scale", [np.int64(1000), np.float32(1000), Fraction(1000), (np.uint16(1000), 1000.0)], ids=repr
+)
+def test_a_scale_of_any_real_type(scale):
+    boxes = [(0, 100, 200, 512.5, 900)]
+    assert clip_boxes(boxes, SIZES, scale=scale) == clip_boxes(boxes, SIZES, scale=1000)
 
 
 def test_images_without_a_pixel():

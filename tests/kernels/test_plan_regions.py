@@ -129,6 +129,9 @@ def test_boxes_of_any_integer_type():
     for boxes in (np.array([numbers]), torch.tensor([numbers]), torch.tensor([numbers]).float()):
         assert torch.equal(plan_regions([(60, 80)], boxes, policy).table, want.table)
     assert want.sizes == ((60, 80),)
+    for box in (set(numbers), frozenset(numbers), dict.fromkeys(numbers)):
+        with pytest.raises(TypeError, match="box 0 is a .*no order"):
+            plan_regions([(60, 80)], [box], policy)
     with pytest.raises(AttributeError):
         want.rows = 3
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 from vpt_kernels.checks import shown
-from vpt_kernels.roi_patch_embed.geometry import MAX_SIZE, image_sizes, listed_boxes
+from vpt_kernels.roi_patch_embed.geometry import MAX_SIZE, UNORDERED, image_sizes, listed_boxes
 
 FORM = "(image, left, top, right, bottom)"
 
@@ -70,6 +71,8 @@ def clip_boxes(
         if scales is not None:
             horizontal = [value * width / scales[0] for value in horizontal]
             vertical = [value * height / scales[1] for value in vertical]
+            if not all(map(math.isfinite, (*horizontal, *vertical))):
+                raise ValueError(f"box {number} is {tuple(box)}; at scale {scale} it is not finite")
         (left, right), (top, bottom) = (
             _interval(horizontal, width, changes),
             _interval(vertical, height, changes),
@@ -104,7 +107,7 @@ def _scales(scale: Any) -> tuple[float, float] | None:
     if scale is None:
         return None
     pair = scale if isinstance(scale, (tuple, list)) else (scale, scale)
-    numbers = [value for value in pair if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    numbers = [float(value) for value in pair if isinstance(value, Real) and not isinstance(value, bool)]
     if len(numbers) != 2 or len(pair) != 2:
         raise TypeError(f"scale is {scale!r:.80}; it must be a number, (width, height), or None for pixels")
     if not all(0 < value < math.inf for value in numbers):
@@ -113,6 +116,8 @@ def _scales(scale: Any) -> tuple[float, float] | None:
 
 
 def _numbers(number: int, box: Any) -> list[float]:
+    if isinstance(box, UNORDERED):
+        raise TypeError(f"box {number} is {shown(box)}, whose numbers have no order; give {FORM}")
     try:
         values = [None if isinstance(value, (str, bytes)) else float(value) for value in box]
     except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -367,8 +367,14 @@ def listed_boxes(boxes: Any) -> Sequence[Any]:
     return boxes
 
 
+UNORDERED = (set, frozenset, dict)
+"""What holds five numbers without saying which is which."""
+
+
 def _numbers(number: int, box: Any) -> tuple[int, ...]:
     """Return the five integers of a box. Whole floats, as models print them and arrays hold them, are integers too."""
+    if isinstance(box, UNORDERED):
+        raise TypeError(f"box {number} is {shown(box)}, whose numbers have no order; give a list of five numbers")
     try:
         numbers = len(box)
     except TypeError:

@@ -289,7 +289,7 @@ class Checkpoint:
             _split_fused(config, tensors)
             head = _tie(tensors, notices) if config.tie_word_embeddings else "untied"
             check_state(config, tensors)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{folder}: {error}") from None
         ignored = sorted(name for name in fields if name.startswith("para_mask_") and fields[name])
         if ignored:

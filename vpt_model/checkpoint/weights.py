@@ -163,15 +163,16 @@ def release(tensor: Tensor) -> None:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Return every tensor of the `*.safetensors` of a folder or, where it has none, of its `pytorch_model*.bin`.
 
-    An index, where there is one, names the files. Raises ValueError naming the file for anything that is missing,
+    An index, where there is one, names the files; beside a whole file of the name without numbers it counts for
+    nothing, as in transformers. Raises ValueError naming the file for anything that is missing,
     corrupt, compressed, outside the folder, or more than named tensors.
     """
-    for pattern, index_name in (
-        ("*.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
-    ):
-        index = folder / index_name
-        files = _indexed_files(index) if index.exists() else sorted(folder.glob(pattern))
+    for whole, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
+        index = folder / f"{whole}.index.json"
+        if index.exists() and not (folder / whole).exists():
+            files = _indexed_files(index)
+        else:
+            files = [folder / whole] if index.exists() else sorted(folder.glob(pattern))
         if files:
             break
     else:
@@ -197,6 +198,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!a:.200} cannot be read ({error}): give a checkpoint folder") from None
     if type(content) is not dict:
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object: download it again")
     return content

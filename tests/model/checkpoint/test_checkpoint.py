@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -216,6 +218,41 @@ def test_tensor_in_two_files(tmp_path):
     save_file({"model.norm.weight": torch.ones(128)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="repeats tensors of another file \\(model.norm.weight\\)"):
         load_checkpoint(tmp_path)
+
+
+def test_a_whole_file_goes_before_an_index(tmp_path):
+    """As transformers reads a folder into which both were written."""
+    state = tiny_state()
+    write(tmp_path, state)
+    shard = "model-00001-of-00001.safetensors"
+    save_file({name: tensor + 1 for name, tensor in tiny_state().items()}, tmp_path / shard)
+    index = {"weight_map": dict.fromkeys(state, shard)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert equal(load_checkpoint(tmp_path)[1], state)
+    (tmp_path / "model.safetensors").unlink()
+    assert equal(load_checkpoint(tmp_path)[1], {name: tensor + 1 for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
+        ({"tie_word_embeddings": math.nan}, "tie_word_embeddings is nan"),
+        ({"rope_scaling": {"mrope_section": [4, 12]}}, r"mrope_section is \(4, 12\); it must be three integers"),
+        ({"rope_scaling": {"mrope_section": "4612"}}, "mrope_section is .'4', '6', '1', '2'.; it must be three"),
+    ],
+)
+def test_a_field_of_a_wrong_kind_is_named_with_its_folder(tmp_path, changed, message):
+    write(tmp_path, tiny_state(), fields() | changed)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: .*{message}"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_path_that_cannot_be_opened(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    for folder in (tmp_path, "a\0b"):
+        with pytest.raises(ValueError, match=r"config.json' cannot be read .*: give a checkpoint folder"):
+            load_checkpoint(folder)
 
 
 def test_empty_folder(tmp_path):
