@@ -28,7 +28,13 @@ def test_example(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_examples_exist() -> None:
-    assert len(EXAMPLES) >= 4
+    """They call every operator that has a kernel on each device, `patch` and the engine."""
+    shown = ("roi_patch_embed", "control_cross_attention", "append_visual_kv_", "patch", "engine.stream")
+    assert not [name for name in shown if f"{name}(" not in "".join(EXAMPLES)]
+
+
+def test_it_is_one_screen_and_a_half() -> None:
+    assert len(TEXT.splitlines()) <= 120
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?://)([^)#]+)\)", TEXT))

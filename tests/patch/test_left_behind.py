@@ -148,7 +148,7 @@ def test_outputs_are_plain_tensors(kind) -> None:
 
 def test_angles_that_the_model_gives_away_are_its_own() -> None:
     """A hook on the rotary embedding sees a plain pair of tensors; nothing of it outlives the call."""
-    from vpt_kernels.patch import rotary
+    from vpt_kernels.patch import angles
 
     model, seen = foreign.qwen("qwen2_vl"), []
     model.model.language_model.rotary_emb.register_forward_hook(lambda _, __, out: seen.append(out))
@@ -156,8 +156,8 @@ def test_angles_that_the_model_gives_away_are_its_own() -> None:
         model(**foreign.prompt(model, foreign.ONE).inputs, past_key_values=DynamicCache())
     (pair,) = seen
     assert type(pair) is tuple and [type(t) for t in pair] == [Tensor, Tensor] and not any(map(vars, pair))
-    assert len(rotary._angles) == 1
+    assert len(angles._angles) == 1
     seen.clear()
     del pair
     gc.collect()
-    assert not rotary._angles
+    assert not angles._angles

@@ -19,7 +19,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from tests.helpers import assert_same_bits
 from tests.patch import foreign
 from vpt_kernels import patch
-from vpt_kernels.patch.rotary import _Names, changed_copy
+from vpt_kernels.patch.functions import _Names, changed_copy
 
 BOUND = 1e-4
 each_qwen = pytest.mark.parametrize("kind", foreign.QWEN)

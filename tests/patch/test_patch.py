@@ -54,7 +54,7 @@ def test_qwen_says_the_same(models, kind, cache, rows) -> None:
 @each_qwen
 def test_a_wrong_kernel_is_noticed(models, kind, monkeypatch) -> None:
     """The bound is tight enough: positions off by one in the kernel's table move the logits beyond it."""
-    from vpt_kernels.patch.rotary import Angles
+    from vpt_kernels.patch.angles import Angles
 
     model = models[kind]
     given = foreign.prompt(model, foreign.ONE)
@@ -73,7 +73,8 @@ def test_a_wrong_kernel_is_noticed(models, kind, monkeypatch) -> None:
 @pytest.mark.parametrize("layout", ("a view of the projection", "heads first"))
 def test_queries_of_any_layout(layout: str) -> None:
     """What the attention holds as q is rotated in place, wherever it lies."""
-    from vpt_kernels.patch.rotary import Angles, AppendingCache, HeldQuery, hold
+    from vpt_kernels.patch.angles import Angles
+    from vpt_kernels.patch.rotary import AppendingCache, HeldQuery, hold
 
     q, k, v = (normal(2, 3, heads, 16, key=("layout", heads)) for heads in (4, 2, 2))
     angles = normal(2, 3, 8, key="angles").repeat(1, 1, 2)

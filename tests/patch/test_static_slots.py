@@ -13,9 +13,9 @@ from transformers import StaticCache
 from tests.helpers import assert_same_bits, normal
 from tests.patch import foreign
 from vpt_kernels import caches
-from vpt_kernels.patch import rotary
+from vpt_kernels.patch import angles as shared
+from vpt_kernels.patch.angles import Angles
 from vpt_kernels.patch.api import patch
-from vpt_kernels.patch.rotary import Angles
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def computed(monkeypatch) -> list[torch.Size]:
         return layer.cumulative_length
 
     monkeypatch.setattr(caches, "_check_capacity", unread)
-    for module in (caches, rotary):
+    for module in (caches, shared):
         monkeypatch.setattr(module, "page_slots", counted)
     return found
 

@@ -14,18 +14,18 @@ of the function that looks its names up where the original does, but for the one
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from vpt_kernels.caches import LAYERS, append_rows_, page_slots
+from vpt_kernels.caches import LAYERS, append_rows_
 from vpt_kernels.guard import OwnForward, why_watched
 from vpt_kernels.patch import legacy
+from vpt_kernels.patch.angles import Angles, angles_of
+from vpt_kernels.patch.functions import changed_copy, innermost
 from vpt_kernels.patch.rules import Forward, Rule, Serve, lacks, record
 from vpt_kernels.patch.supported import ATTENTIONS, LEGACY_ATTENTIONS
 
@@ -34,78 +34,6 @@ ROTATIONS = ("apply_rotary_pos_emb", *legacy.ROTATIONS)
 CACHES = ("cache", "past_key_values", *legacy.CACHES)
 """Names of the argument that holds the cache, the newest first."""
 LIBRARY = "transformers.cache_utils"
-
-
-class Angles:
-    """What the layers of one forward call of the model derive from its cos and sin, computed once."""
-
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        half = cos.shape[-1] // 2
-        self.stamp = _stamp(cos, sin)
-        self._places = cos.shape[:-1]
-        self._table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
-        self._slots: dict[tuple[Any, ...], Tensor] = {}
-        self._ahead: dict[int, tuple[Any, ...]] = {}
-        self._rows: dict[tuple[int, int], Tensor] = {}
-
-    def slots(self, behind: Sequence[Any], batch: int, start: int | Tensor, *place: Any) -> Tensor:
-        """`page_slots` for one layer of a cache and, at the same time, for those behind it.
-
-        A length on the host is the same in every layer. Lengths on a device may differ, and to ask would be to wait:
-        the first layer computes the slots of all, and each takes its own once, if its length is what it was.
-        """
-        key = (batch, start, *place)
-        if not isinstance(start, Tensor):
-            if key not in self._slots:
-                self._slots[key] = page_slots(*key)
-            return self._slots[key]
-        count, page, device = place
-        length, *facts, slots = self._ahead.pop(id(start), (None, None))
-        if length is start and facts == [_stamp(start), batch, *place]:
-            return slots
-        alike = [start, *(layer.cumulative_length for layer in behind if _static(layer, page, device))]
-        rows = page_slots(batch, torch.stack(alike)[:, None], *place)
-        # Aligned as a tensor of its own, for which kernels are compiled.
-        rows = nn.functional.pad(rows, (0, -rows.shape[1] % 2))[:, : batch * count]
-        self._ahead = {id(own): (own, _stamp(own), batch, *place, row) for own, row in zip(alike, rows)}
-        return self._ahead.pop(id(start))[-1]
-
-    def of(self, batch: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return the kernel's table, one row per angle, and the positions [3, batch · count] that read it.
-
-        A batch or a number of tokens of one is that of every row or token, as where the model multiplies.
-        """
-        shape, places = (batch, count), self._places
-        if shape not in self._rows:
-            row = torch.arange(self._table.shape[0], device=self._table.device)
-            if places[-2:] != shape:
-                row = row.view(places).expand(*places[:-2], *shape)
-            # One row of angles for all three axes, or one for each.
-            self._rows[shape] = row.reshape(3 if len(places) == 3 else 1, -1).expand(3, -1)
-        return self._table, self._rows[shape]
-
-
-def _static(layer: Any, page: int, device: torch.device) -> bool:
-    """Return whether a layer of a cache counts its tokens on this device and has pages of this size."""
-    ready = type(layer).__name__ == "StaticLayer" and layer.is_initialized
-    return ready and layer.max_cache_len == page and layer.cumulative_length.device == device
-
-
-_angles: dict[int, tuple[ref[Tensor], ref[Tensor], Angles]] = {}
-
-
-def _stamp(*tensors: Tensor) -> tuple[int, ...]:
-    """Return what tells that none was changed in place; inference tensors cannot say it."""
-    return tuple(0 if t.is_inference() else t._version for t in tensors)
-
-
-def angles_of(cos: Tensor, sin: Tensor) -> Angles:
-    """Return the angles of this very pair of tensors, remembered as long as cos lives."""
-    key = id(cos)
-    known = _angles.get(key)
-    if known is None or known[0]() is not cos or known[1]() is not sin or known[2].stamp != _stamp(cos, sin):
-        known = _angles[key] = (ref(cos, lambda _: _angles.pop(key, None)), ref(sin), Angles(cos, sin))
-    return known[2]
 
 
 class HeldQuery:
@@ -128,7 +56,7 @@ class HeldQuery:
 def hold(
     q: Tensor, k: Tensor, held: HeldQuery, _: Any, sections: Any = None, *__: Any, **___: Any
 ) -> tuple[Tensor, Tensor]:
-    """Takes the place of the function that rotates: q and k as they are, until the cache is updated."""
+    """Return q and k as they are, in the place of the function that rotates; the held q is rotated with the cache."""
     held.query = q
     held.sections = (q.shape[-1] // 2, 0, 0) if sections is None else tuple(sections)
     return q, k
@@ -154,48 +82,6 @@ class AppendingCache:
         if q.data_ptr() != query.data_ptr():
             query.copy_(q.transpose(1, 2))
         return kv
-
-
-class _Names(dict[str, Any]):
-    """The globals of a changed copy: what was exchanged, and for all else what the original would find now."""
-
-    def __init__(self, originals: dict[str, Any], exchanged: dict[str, Any]) -> None:
-        # The interpreter reads a module's own names, for imports and warnings, past `__missing__`.
-        super().__init__({name: value for name, value in originals.items() if name.startswith("__")} | exchanged)
-        self._originals = originals
-
-    def __missing__(self, name: str) -> Any:
-        return self._originals[name]
-
-
-def changed_copy(function: Any, exchanged: dict[str, Any]) -> FunctionType:
-    """Return the function with some of its global names exchanged, inside the decorators that it has."""
-    inner, cells, names = getattr(function, "__wrapped__", None), function.__closure__, function.__globals__
-    if inner is None:
-        names = _Names(names, exchanged)
-    else:
-        copy = changed_copy(inner, exchanged)
-        cells = tuple(CellType(copy) if cell.cell_contents is inner else cell for cell in cells or ())
-    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
-
-
-def innermost(function: Any) -> FunctionType:
-    """Return the function inside decorators of transformers' own, which pass the call on.
-
-    Raises:
-        OwnForward: it is no plain function, or somebody else's decorator is around it.
-    """
-    while hasattr(function, "__wrapped__"):
-        where = getattr(function, "__globals__", {}).get("__name__", type(function).__name__)
-        cells = getattr(function, "__closure__", None) or ()
-        if not where.startswith("transformers.") or not any(c.cell_contents is function.__wrapped__ for c in cells):
-            raise OwnForward(f"its forward is wrapped by a decorator of {where}")
-        function = function.__wrapped__
-    if not isinstance(function, FunctionType):
-        raise OwnForward(f"its forward is a {type(function).__name__}")
-    return function
 
 
 def _why_rotated_elsewhere(function: FunctionType) -> str | None:
