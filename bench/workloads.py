@@ -25,8 +25,16 @@ class Lm:
 LMS = {"2b": Lm(1536, 12, 2, 128), "7b": Lm(3584, 28, 4, 128)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """quick: whether `make bench` measures it, too. sweep: the field along which its cost is drawn, if any."""
+
+    quick: bool = True
+    sweep: str = ""
+
+
 @dataclass(frozen=True)
-class Roi:
+class Roi(Workload):
     """`regions` boxes of one image; each result has at most `longest_edge` pixels a side, or `max_pixels` in all.
 
     new_geometry: every call crops boxes never seen before, which is what a second look does.
@@ -39,8 +47,6 @@ class Roi:
     longest_edge: int | None = None
     max_pixels: int | None = None
     new_geometry: bool = True
-    quick: bool = True
-    sweep: str = ""
 
     @property
     def pixels(self) -> int:
@@ -54,7 +60,7 @@ class Roi:
 
 
 @dataclass(frozen=True)
-class Control:
+class Control(Workload):
     """`images` of `tokens` features each under one control row each; form as in `fold_projector`."""
 
     form: str
@@ -62,8 +68,6 @@ class Control:
     tokens: int
     lm: str
     dtype: str
-    quick: bool = True
-    sweep: str = ""
 
     @property
     def shape(self) -> str:
@@ -71,7 +75,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Append:
+class Append(Workload):
     """`tokens` appended to a cache of `capacity` rows, page_size 0: contiguous."""
 
     tokens: int
@@ -80,8 +84,6 @@ class Append:
     capacity: int = 8192
     page_size: int = 0
     in_place: bool = False
-    quick: bool = True
-    sweep: str = ""
 
     @property
     def op(self) -> str:
@@ -94,7 +96,7 @@ class Append:
 
 
 @dataclass(frozen=True)
-class SecondLook:
+class SecondLook(Workload):
     """A forced look of `preset` (random weights), measured from the trigger token to the first answer token.
 
     history: tokens of conversation before the question, which the cache holds.
@@ -103,8 +105,6 @@ class SecondLook:
     preset: str
     look: str
     history: int = 0
-    quick: bool = True
-    sweep: str = ""
     op: ClassVar[str] = "second look"
     weights: str = "float32"
 
@@ -130,13 +130,12 @@ class HostCall:
 
 
 @dataclass(frozen=True)
-class DropInImage:
+class DropInImage(Workload):
     """One image to the patch embeddings of Qwen2-VL's tower, a new crop each call, at most `max_pixels` resized."""
 
     width: int
     height: int
     max_pixels: int
-    quick: bool = True
     dtype: ClassVar[str] = "float32"
 
     @property
@@ -145,14 +144,13 @@ class DropInImage:
 
 
 @dataclass(frozen=True)
-class DropInDecode:
+class DropInDecode(Workload):
     """`tokens` decoded by transformers' model of `preset` behind `context` ones in a "dynamic" or "static" cache."""
 
     preset: str
     cache: str
     context: int
     tokens: int = 4
-    quick: bool = True
     dtype: ClassVar[str] = "float32"
 
     @property
@@ -162,8 +160,8 @@ class DropInDecode:
 
 
 @dataclass(frozen=True)
-class LiveTurn:
-    """A further turn with transformers' model of `preset`: "question", "image" (a photo and a question) or "zoom".
+class Turn(Workload):
+    """A further turn with a model of `preset`: "question", "image" (a new photo and a question) or "zoom" (a region).
 
     behind: tokens of text that the conversation holds beside its first photo. The time up to the first answer token.
     """
@@ -171,38 +169,27 @@ class LiveTurn:
     preset: str
     turn: str
     behind: int
-    quick: bool = True
-    sweep: str = ""
+    dtype: ClassVar[str] = "float32"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.turn}, behind {self.behind} tokens, {self.preset}"
+
+
+class LiveTurn(Turn):
+    """A turn with transformers' model."""
+
     op: ClassVar[str] = "live turn"
-    dtype: ClassVar[str] = "float32"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.turn}, behind {self.behind} tokens, {self.preset}"
 
 
-@dataclass(frozen=True)
-class ChatTurn:
-    """A further turn of a chat with the engine (`preset`, clip): "question", "image" (a new one) or "zoom" (a region).
+class ChatTurn(Turn):
+    """A turn of a chat with the engine, whose re-encoder is clip."""
 
-    behind: tokens of text that the chat holds beside its first photo. The time up to the first answer token.
-    """
-
-    preset: str
-    turn: str
-    behind: int
-    quick: bool = True
-    sweep: str = ""
     op: ClassVar[str] = "chat turn"
-    dtype: ClassVar[str] = "float32"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.turn}, behind {self.behind} tokens, {self.preset}"
 
 
 @dataclass(frozen=True)
-class Decode:
+class Decode(Workload):
     """`tokens` of an answer about a photo, one by one, of `preset` (random weights), in each of `batch` rows.
 
     The time of one token of every row.
@@ -211,8 +198,6 @@ class Decode:
     preset: str
     batch: int = 1
     tokens: int = 8
-    quick: bool = True
-    sweep: str = ""
     op: ClassVar[str] = "decode"
     weights: str = "float32"
 

@@ -153,6 +153,17 @@ def test_the_ground_floor_holds_config_and_aliases_only(path):
         assert not reaches(path, "vpt_model") and not reaches(path, "vpt_kernels")
 
 
+def test_config_repeats_its_checks_word_for_word():
+    """It imports neither package, and may not drift apart from the one that has them all."""
+    ours, theirs = (
+        {node.name: ast.unparse(node) for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+        for path in (MODEL / "config.py", KERNELS / "checks.py")
+    )
+    shared = {"require_integer", "require_type", "shown"}
+    assert ours.keys() & theirs.keys() == shared
+    assert [name for name in shared if ours[name] != theirs[name]] == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=module)
 def test_the_bench_imports_the_packages_only(path):
     assert stated(ROOT / "bench") == {"vpt_kernels", "vpt_model"}
@@ -171,14 +182,8 @@ def test_no_test_module_is_imported(path):
 
 def test_every_helper_is_in_the_index():
     index = (ROOT / "tests" / "README.md").read_text()
-    helpers = [path for path in TESTS if not path.stem.startswith(("test_", "__", "conftest"))]
-    folders = ("aot", "cuda", "faults", "kernels", "model", "patch", "triton")
-    missing = [
-        path.name
-        for path in helpers
-        if path.parent.name in folders and f"`{path.name}`" not in index and f"/{path.name}`" not in index
-    ]
-    assert not missing
+    helpers = [path.name for path in TESTS if not path.stem.startswith(("test_", "__", "conftest"))]
+    assert [name for name in helpers if f"`{name}`" not in index and f"/{name}`" not in index] == []
 
 
 def test_the_published_procedure_stands_apart():

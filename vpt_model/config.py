@@ -36,7 +36,8 @@ def require_kind(kind: Any) -> None:
         raise ValueError(f"kind is {kind!r}; it must be one of {KINDS} or None")
 
 
-def require_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+# Three of `vpt_kernels.checks`, word for word: that file is not public, and this one imports neither package.
+def require_integer(name: str, value: Any, low: float, high: int | None = None) -> int:
     """Return the integer; raise TypeError for another type (floats and bools too), ValueError outside [low, high]."""
     try:
         if isinstance(value, bool):
