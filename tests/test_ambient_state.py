@@ -131,9 +131,23 @@ def test_a_state_changes_nothing_of_the_reference(name: str, state: str) -> None
 
 
 FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
-    "randn", "randperm", "scalar_tensor", "tensor", "zeros",
-)  # fmt: skip
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+)
 INTEGERS = ("arange", "randint", "randperm", "full", "tensor", "as_tensor")
 """Factories whose dtype follows from their arguments; of the others it is the process's default."""
 

@@ -173,7 +173,7 @@ class Graphs:
 
 
 def warmed(model: Model, capacity: int, policy: RegionPolicy) -> tuple[Model, Graphs, dict[str, float]]:
-    """The model with its towers captured, the language model's captured steps, and the seconds of each capture.
+    """Return the model with its towers captured, the language model's captured steps, and the seconds of each capture.
 
     What is in no graph is run once. Raises ValueError as `Graphs.capture` does.
     """
