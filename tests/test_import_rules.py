@@ -226,5 +226,15 @@ PUBLIC = [path for folder in (KERNELS, MODEL, ROOT / "tests", ROOT / "bench") fo
 
 
 @pytest.mark.parametrize("path", PUBLIC, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 450
+def test_files_and_classes_stay_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450
+    classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    assert [node.name for node in classes if node.end_lineno - node.lineno >= 250] == []
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*/reference.py")), ids=module)
+def test_an_operator_says_where_its_code_is(path):
+    """Its README names every Python file of it."""
+    where = (path.parent / "README.md").read_text().partition("## Where the code is")[2].partition("\n## ")[0]
+    assert [file.name for file in path.parent.glob("[a-z]*.py") if f"`{file.name}`" not in where] == []

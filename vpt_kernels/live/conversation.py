@@ -297,14 +297,22 @@ class LiveConversation:
             raise ValueError("there is nothing to answer: add() or append() something first")
         if self._pictures and len(self.ids) - 1 in self._pictures[-1].span:
             raise ValueError("the conversation ends inside an image: append a text first")
-        if given := sorted(set(_OURS) & set(arguments)):
-            raise ValueError(f"{', '.join(given)} follow from the conversation: leave them out")
-        config = arguments.get("generation_config") or self.model.generation_config
-        for name in ("num_beams", "num_return_sequences"):
-            if (value := arguments.get(name, getattr(config, name, None)) or 1) != 1:
-                raise ValueError(f"{name} is {value}, and a live cache holds one sequence: ask once per answer")
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if arguments.get(name) is not None:
-                raise ValueError(f"{name} cuts tokens off the cache that the conversation counts: leave it out")
-        new = arguments.get("max_new_tokens", getattr(config, "max_new_tokens", None)) or 1
+        new = _most_new_tokens(arguments, self.model.generation_config)
         self._open.check_capacity(len(self.ids) + new - 1)
+
+
+def _most_new_tokens(arguments: Mapping[str, Any], usual: Any) -> int:
+    """Return how many tokens `generate` may add; raise ValueError for arguments that a live cache excludes.
+
+    usual: the model's own generation_config.
+    """
+    if given := sorted(set(_OURS) & set(arguments)):
+        raise ValueError(f"{', '.join(given)} follow from the conversation: leave them out")
+    config = arguments.get("generation_config") or usual
+    for name in ("num_beams", "num_return_sequences"):
+        if (value := arguments.get(name, getattr(config, name, None)) or 1) != 1:
+            raise ValueError(f"{name} is {value}, and a live cache holds one sequence: ask once per answer")
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} cuts tokens off the cache that the conversation counts: leave it out")
+    return int(arguments.get("max_new_tokens", getattr(config, "max_new_tokens", None)) or 1)
