@@ -105,8 +105,9 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor keys, Tensor values
   job.value_token = values.stride(0), job.value_head = values.stride(1);
   if (job.rows == 0 || dim == 0) return {out, log_sum};
   job.row_blocks = (job.rows + kQueryRows - 1) / kQueryRows;
+  const int64_t even = (job.stored + kSplits * kKeys - 1) / (kSplits * kKeys) * kKeys;
   // Many rows are pieces of work by themselves.
-  job.split = job.row_blocks > 1 ? std::max<int64_t>(1, job.stored) : kSplit;
+  job.split = job.row_blocks > 1 ? std::max<int64_t>(1, job.stored) : std::max(kSplit, even);
   job.splits = std::max<int64_t>(1, (job.stored + job.split - 1) / job.split);
 
   static thread_local Workspace space;
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor keys, Tensor values
   dispatch(q.scalar_type(), "cached_attention", [&](auto t) { arrange<decltype(t)>(c, job, memory); });
   const AttentionKernels& kernels = *chosen();
   const int64_t operations =
-      std::max<int64_t>(1, 4 * std::min(job.stored, job.split) * job.padded * std::min(job.rows, kQueryRows));
+      std::max<int64_t>(1, 4 * std::min(job.stored, job.split) * job.padded * std::min(rows, kQueryRows));
   torch::stable::parallel_for(0, job.items(), 1 + kGrain / operations, [&](int64_t begin, int64_t end) {
     static thread_local Workspace scratch;
     const ScalarType type = keys.scalar_type();

@@ -8,12 +8,13 @@
 
 namespace vpt {
 
-// Keys whose scores are in the first-level cache together, with the keys in float32.
-constexpr int64_t kKeys = 32;
+// Keys whose scores are in the first-level cache together; in float32 they are where the second begins.
+constexpr int64_t kKeys = 64;
 // Rows of queries that take their turn at the same keys.
 constexpr int64_t kQueryRows = 96;
-// Keys that one piece of work runs over where there are few rows: enough pieces for many threads, whoever they are.
-constexpr int64_t kSplit = 1024;
+// Few rows meet the keys in pieces of at least so many, and in so many pieces at most: work for many threads, whoever
+// they are.
+constexpr int64_t kSplit = 128, kSplits = 32;
 
 // [tokens][heads][dim], the last dimension contiguous; strides in elements.
 template <typename T>
@@ -33,7 +34,7 @@ struct AttentionJob {
   int64_t kv_heads, splits, row_blocks, split;
   float *mixed, *top, *sum;  // of every split: [splits][KV heads][rows][padded], and without `padded`
 
-  [[gnu::always_inline]] int64_t items() const { return splits * kv_heads * row_blocks; }
+  [[gnu::always_inline]] int64_t items() const { return row_blocks == 1 ? splits : kv_heads * row_blocks; }
   [[gnu::always_inline]] int64_t visible(int64_t row) const { return causal ? past + row / group + 1 : stored; }
 };
 

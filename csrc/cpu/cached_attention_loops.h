@@ -25,9 +25,9 @@ void widen_tokens(const T* from, int64_t stride, int64_t count, int64_t dim, int
   for (int64_t i = count * padded; i < kKeys * padded; ++i) to[i] = 0.f;
 }
 
-// scores [R][kKeys] of four keys at the place to which `scores` points.
-template <typename V, int R>
-void score(const float* q, const float* keys, int64_t padded, float* scores) {
+// scores [R][kKeys] of four keys, `stride` apart, at the place to which `scores` points.
+template <typename V, int R, typename S>
+void score(const float* q, const S* keys, int64_t stride, int64_t padded, float* scores) {
   using F = typename V::Float;
   F sums[R][4];
 #pragma GCC unroll 8
@@ -40,7 +40,7 @@ void score(const float* q, const float* keys, int64_t padded, float* scores) {
     for (int r = 0; r < R; ++r) x[r] = V::load(q + r * padded + d);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const F key = V::load(keys + k * padded + d);
+      const F key = V::load(keys + k * stride + d);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r][k] = V::multiply_add(x[r], key, sums[r][k]);
     }
@@ -50,9 +50,10 @@ void score(const float* q, const float* keys, int64_t padded, float* scores) {
 }
 
 // mixed [R][padded] = factor·mixed + weights [R][kKeys]·values, of W vectors from `mixed` on.
-template <typename V, int R, int W>
+template <typename V, int R, int W, typename S>
 void mix(
-    const float* weights, const float* values, int64_t count, int64_t padded, const float* factors, float* mixed) {
+    const float* weights, const S* values, int64_t stride, int64_t count, int64_t padded, const float* factors,
+    float* mixed) {
   using F = typename V::Float;
   F sums[R][W];
 #pragma GCC unroll 8
@@ -63,7 +64,7 @@ void mix(
   for (int64_t k = 0; k < count; ++k) {
     F value[W];
 #pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) value[w] = V::load(values + k * padded + w * V::kLanes);
+    for (int w = 0; w < W; ++w) value[w] = V::load(values + k * stride + w * V::kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F weight = V::broadcast(weights[r * kKeys + k]);
@@ -100,49 +101,91 @@ inline float weigh(float* scores, int64_t visible, float* top, float* sum) {
   return factor;
 }
 
-template <typename V, int R = V::kRows>
-void score_rows(int64_t rows, const float* q, const float* keys, int64_t padded, float* scores) {
-  if constexpr (R > 1)
-    if (rows < R) return score_rows<V, R - 1>(rows, q, keys, padded, scores);
-  for (int64_t k = 0; k < kKeys; k += 4) score<V, R>(q, keys + k * padded, padded, scores + k);
+// Asks for a token's numbers before it is their turn. Where the keys end it asks for others, which harms nobody.
+template <typename S>
+[[gnu::always_inline]] inline void ahead(const S* token, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(token + i);
 }
 
-template <typename V, int R = V::kRows>
-void mix_rows(
-    int64_t rows, const float* weights, const float* values, int64_t count, int64_t padded, const float* factors,
-    float* mixed) {
+template <typename V, typename S, int R = V::kRows>
+void score_rows(int64_t rows, const float* q, const S* keys, int64_t stride, int64_t padded, bool next, float* scores) {
   if constexpr (R > 1)
-    if (rows < R) return mix_rows<V, R - 1>(rows, weights, values, count, padded, factors, mixed);
+    if (rows < R) return score_rows<V, S, R - 1>(rows, q, keys, stride, padded, next, scores);
+  for (int64_t k = 0; k < kKeys; k += 4) {
+    for (int64_t i = k; next && i < k + 4; ++i) ahead(keys + (i + kKeys) * stride, padded);
+    score<V, R>(q, keys + k * stride, stride, padded, scores + k);
+  }
+}
+
+template <typename V, typename S, int R = V::kRows>
+void mix_rows(
+    int64_t rows, const float* weights, const S* values, int64_t stride, int64_t count, int64_t padded, bool next,
+    const float* factors, float* mixed) {
+  if constexpr (R > 1)
+    if (rows < R) return mix_rows<V, S, R - 1>(rows, weights, values, stride, count, padded, next, factors, mixed);
+  for (int64_t i = 0; next && i < count; ++i) ahead(values + (i + kKeys) * stride, padded);
   int64_t d = 0;
   for (; d + 4 * V::kLanes <= padded; d += 4 * V::kLanes)
-    mix<V, R, 4>(weights, values + d, count, padded, factors, mixed + d);
-  for (; d < padded; d += V::kLanes) mix<V, R, 1>(weights, values + d, count, padded, factors, mixed + d);
+    mix<V, R, 4>(weights, values + d, stride, count, padded, factors, mixed + d);
+  for (; d < padded; d += V::kLanes) mix<V, R, 1>(weights, values + d, stride, count, padded, factors, mixed + d);
 }
 
+// Rows [first, first + rows) of a KV head meet `count` keys from `k` on; what they have seen before is in the job's
+// `mixed`, `top` and `sum` at `place`.
 template <typename V, typename T>
-void attend_item(const AttentionJob& job, int64_t item, float* scratch) {
-  const int64_t split = item / (job.kv_heads * job.row_blocks), head = item / job.row_blocks % job.kv_heads;
-  const int64_t begin = item % job.row_blocks * kQueryRows, rows = smaller(kQueryRows, job.rows - begin);
-  const int64_t place = (split * job.kv_heads + head) * job.rows + begin;
-  const int64_t padded = job.padded, last = smaller(job.visible(begin + rows - 1), (split + 1) * job.split);
-  const float* q = job.q + (head * job.rows + begin) * padded;
-  const T* keys = static_cast<const T*>(job.keys) + head * job.key_head;
-  const T* values = static_cast<const T*>(job.values) + head * job.value_head;
+void attend_block(
+    const AttentionJob& job, int64_t head, int64_t first, int64_t rows, int64_t place, int64_t k, int64_t count,
+    float* scratch) {
+  const int64_t padded = job.padded;
+  const float* q = job.q + (head * job.rows + first) * padded;
+  const T* keys = static_cast<const T*>(job.keys) + head * job.key_head + k * job.key_token;
+  const T* values = static_cast<const T*>(job.values) + head * job.value_head + k * job.value_token;
   float *wide = scratch, *scores = wide + kKeys * padded, *factors = scores + kQueryRows * kKeys;
   float *mixed = job.mixed + place * padded, *top = job.top + place, *sum = job.sum + place;
-  for (int64_t r = 0; r < rows; ++r) top[r] = -__builtin_inff(), sum[r] = 0.f;
-  for (int64_t i = 0; i < rows * padded; ++i) mixed[i] = 0.f;
-  for (int64_t k = split * job.split; k < last; k += kKeys) {
-    const int64_t count = smaller(kKeys, last - k);
-    widen_tokens<V>(keys + k * job.key_token, job.key_token, count, job.dim, padded, wide);
-    for (int64_t r = 0; r < rows; r += V::kRows)
-      score_rows<V>(rows - r, q + r * padded, wide, padded, scores + r * kKeys);
-    for (int64_t r = 0; r < rows; ++r)
-      factors[r] = weigh(scores + r * kKeys, smaller(count, job.visible(begin + r) - k), top + r, sum + r);
-    widen_tokens<V>(values + k * job.value_token, job.value_token, count, job.dim, padded, wide);
-    for (int64_t r = 0; r < rows; r += V::kRows)
-      mix_rows<V>(rows - r, scores + r * kKeys, wide, count, padded, factors + r, mixed + r * padded);
+  // Rows are dealt evenly to as few tiles as hold them. One or two tiles take keys to float32 in registers.
+  const int64_t tiles = (rows + V::kRows - 1) / V::kRows, deal = (rows + tiles - 1) / tiles;
+  const bool registers = tiles <= 2 && job.dim == padded && count == kKeys;
+  const auto score_tiles = [&](const auto* from, int64_t stride) {
+    for (int64_t r = 0; r < rows; r += deal)
+      score_rows<V>(
+          smaller(deal, rows - r), q + r * padded, from, stride, padded, registers && r == 0, scores + r * kKeys);
+  };
+  const auto mix_tiles = [&](const auto* from, int64_t stride) {
+    for (int64_t r = 0; r < rows; r += deal)
+      mix_rows<V>(
+          smaller(deal, rows - r), scores + r * kKeys, from, stride, count, padded, registers && r == 0, factors + r,
+          mixed + r * padded);
+  };
+  if (registers) {
+    score_tiles(keys, job.key_token);
+  } else {
+    widen_tokens<V>(keys, job.key_token, count, job.dim, padded, wide);
+    score_tiles(wide, padded);
   }
+  for (int64_t r = 0; r < rows; ++r)
+    factors[r] = weigh(scores + r * kKeys, smaller(count, job.visible(first + r) - k), top + r, sum + r);
+  if (registers) return mix_tiles(values, job.value_token);
+  widen_tokens<V>(values, job.value_token, count, job.dim, padded, wide);
+  mix_tiles(wide, padded);
+}
+
+// Few rows: an item is a piece of the keys, and all heads take turns at it, as their keys lie side by side. Many rows:
+// an item is some of the rows of one head, and all keys.
+template <typename V, typename T>
+void attend_item(const AttentionJob& job, int64_t item, float* scratch) {
+  const bool few = job.row_blocks == 1;
+  const int64_t split = few ? item : 0, head = few ? 0 : item / job.row_blocks, heads = few ? job.kv_heads : 1;
+  const int64_t first = few ? 0 : item % job.row_blocks * kQueryRows, rows = smaller(kQueryRows, job.rows - first);
+  const int64_t last = smaller(job.visible(first + rows - 1), (split + 1) * job.split);
+  const int64_t place = (split * job.kv_heads + head) * job.rows + first;
+  for (int64_t r = place; r < place + (heads - 1) * job.rows + rows; ++r) {
+    job.top[r] = -__builtin_inff(), job.sum[r] = 0.f;
+    for (int64_t d = 0; d < job.padded; ++d) job.mixed[r * job.padded + d] = 0.f;
+  }
+  for (int64_t k = split * job.split; k < last; k += kKeys)
+    for (int64_t h = 0; h < heads; ++h)
+      attend_block<V, T>(job, head + h, first, rows, place + h * job.rows, k, smaller(kKeys, last - k), scratch);
 }
 
 template <typename V, typename T>
