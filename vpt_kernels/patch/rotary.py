@@ -87,18 +87,19 @@ class AppendingCache:
 def _why_rotated_elsewhere(function: FunctionType) -> str | None:
     """Return why the function that the attention calls to rotate is not the one beside it, or None."""
     for name in ROTATIONS:
-        if name in function.__code__.co_names:
-            found: Any = function.__globals__.get(name)
-            beside = _is_own(found, function.__globals__)
-            # The package `kernels` makes a module of it, whose forward it can exchange.
-            plain = isinstance(found, nn.Module) and type(found).__module__.startswith("kernels.")
-            if not beside and not (plain and "forward" not in vars(found) and not found._forward_hooks):
-                return f"another library replaced {name}"
+        names = function.__globals__
+        if name in function.__code__.co_names and not _is_own(names.get(name), names):
+            return f"another library replaced {name}"
     return None
 
 
 def _is_own(found: Any, names: dict[str, Any]) -> bool:
     """Return whether it is a function of the module with these globals, and so is each that it calls there."""
+    if isinstance(found, nn.Module) and type(found).__module__.startswith("kernels."):
+        # The package `kernels` makes a module of a function, whose forward it can exchange.
+        changed = "forward" in vars(found) or found._forward_hooks or found._forward_pre_hooks
+        within = [cell.cell_contents for cell in type(found).forward.__closure__ or ()]
+        return not changed and bool(within) and all(_is_own(function, names) for function in within)
     if not isinstance(found, FunctionType) or found.__globals__ is not names:
         return False
     used = (names[name] for name in found.__code__.co_names if name in names)
