@@ -95,15 +95,18 @@ def _why_rotated_elsewhere(function: FunctionType) -> str | None:
 
 def _is_own(found: Any, names: dict[str, Any]) -> bool:
     """Return whether it is a function of the module with these globals, and so is each that it calls there."""
-    if isinstance(found, nn.Module) and type(found).__module__.startswith("kernels."):
-        # The package `kernels` makes a module of a function, whose forward it can exchange.
-        changed = "forward" in vars(found) or found._forward_hooks or found._forward_pre_hooks
-        within = [cell.cell_contents for cell in type(found).forward.__closure__ or ()]
-        return not changed and bool(within) and all(_is_own(function, names) for function in within)
-    if not isinstance(found, FunctionType) or found.__globals__ is not names:
+    if type(found) is FunctionType and found.__globals__ is names:
+        for name in found.__code__.co_names:
+            other = names.get(name, torch)
+            if other is not torch and not _is_own(other, names):
+                return False
+        return True
+    if not isinstance(found, nn.Module) or not type(found).__module__.startswith("kernels."):
         return False
-    used = (names[name] for name in found.__code__.co_names if name in names)
-    return all(other is torch or _is_own(other, names) for other in used)
+    # The package `kernels` makes a module of a function, whose forward it can exchange.
+    changed = "forward" in vars(found) or found._forward_hooks or found._forward_pre_hooks
+    within = [cell.cell_contents for cell in type(found).forward.__closure__ or ()]
+    return not changed and bool(within) and all(_is_own(function, names) for function in within)
 
 
 def _own_update(holder: Any) -> bool:
