@@ -181,7 +181,8 @@ def require_number(name: str, value: Any, *, positive: bool = False) -> None:
     """Raise TypeError for anything but an int or a float, ValueError for NaN, infinities and, if asked, below zero."""
     if not isinstance(value, (int, float, np.floating, np.integer)) or isinstance(value, bool):
         raise TypeError(f"{name} is {shown(value)}; it must be a number")
-    if not abs(value) <= 1e18 or (positive and value <= 0):
+    size: Any = abs(value)
+    if not size <= 1e18 or (positive and value <= 0):
         raise ValueError(f"{name} is {value}; it must be {'positive and ' * positive}finite, at most 1e18")
 
 

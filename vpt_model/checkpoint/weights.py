@@ -16,8 +16,9 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -96,7 +97,7 @@ class Stored:
             flat[begin : begin + len(chunk)] = chunk
             begin += len(chunk)
 
-    def _fill(self, flat: Tensor, file: BinaryIO) -> None:
+    def _fill(self, flat: Tensor, file: BufferedReader) -> None:
         wanted = memoryview(_bytes(flat))
         if len(wanted) and file.readinto(wanted) != len(wanted):
             raise ValueError(f"{self.file} ended while it was read: do not change files that are being loaded")

@@ -88,9 +88,10 @@ class Ragged:
         if keys.dtype == k.dtype:
             append_visual_kv_(q, k, v, table, s.positions, s.slots, keys, values, sections=sections)
             return
-        rotated, in_turn = k.new_empty((2, *k.shape)), torch.arange(len(k), device=k.device)
-        append_visual_kv_(q, k, v, table, s.positions, in_turn, *rotated, sections=sections)
-        for cached, rows in zip((keys, values), rotated):
+        rotated, stored = k.new_empty(k.shape), v.new_empty(v.shape)
+        in_turn = torch.arange(len(k), device=k.device)
+        append_visual_kv_(q, k, v, table, s.positions, in_turn, rotated, stored, sections=sections)
+        for cached, rows in ((keys, rotated), (values, stored)):
             cached.index_copy_(0, s.slots, rows.to(cached.dtype))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +110,9 @@ class LanguageModel:
             if decode.serves(x):
                 from vpt_model.network.decode import layers
 
-                x = layers.run(self.layers, eps, x, attend, attend.tickets)
+                # On a GPU, where alone this is served, no weight is packed.
+                plain = cast("Sequence[layers.Layer]", self.layers)
+                x = layers.run(plain, eps, x, attend, attend.tickets)
                 return fused.add_rms_norm(x, None, self.norm, eps)[1]
         for index, layer in enumerate(self.layers):
             x, normed = fused.add_rms_norm(x, delta, layer.input_norm, eps)
@@ -127,7 +130,7 @@ class LanguageModel:
         if decode.serves(hidden):
             from vpt_model.network.decode.head import head
 
-            return head(hidden, self.head, tickets)
+            return head(hidden, cast(torch.Tensor, self.head), tickets)
         logits = self.logits(hidden)
         return logits, greedy(logits)
 
