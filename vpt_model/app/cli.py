@@ -234,13 +234,14 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="tokens per round", min=1)] = 256,
     capacity: Annotated[int, typer.Option(help="tokens that the conversation may hold", min=1)] = 8192,
     device: Device = "auto",
+    weights: Weights = "auto",
 ) -> None:
     """Hold a conversation about pictures: further questions, pictures, looks, forks, undo. /help lists the commands."""
     if image is not None:
         decode_image(image)  # before the weights are loaded
     with suppress(ImportError):
         import readline  # noqa: F401  history and editing by the arrow keys
-    loaded, tokenizer, _ = load_model(model, choose_device(device))
+    loaded, tokenizer, _ = load_model(model, choose_device(device), weights=weights)
     engine = Engine(loaded, tokenizer, capacity=min(capacity, loaded.config.max_position_embeddings))
     Session(engine, Console(), None if image is None else str(image), max_new_tokens).run(input)
 

@@ -31,7 +31,7 @@ from vpt_model.mini.story import Chapter, tell
 from vpt_model.network.cache import KVCache
 from vpt_model.network.encoders import ieee_convolutions
 from vpt_model.network.model import Model
-from vpt_model.network.state import rounded
+from vpt_model.network.state import packed_precision, rounded
 from vpt_model.published.procedure import PublishedProcedure
 from vpt_model.text.tokens import RegionSpan, Tokenizer, parse_look, parse_region_ids
 
@@ -219,6 +219,7 @@ def run(
     that this precision holds, and caches stay float32, so that both still have to agree. Raises ValueError or
     TypeError on bad input, before any weight is made.
     """
+    packed_precision(weights, torch.float32, device)
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
     if inject is not None and inject not in FAULTS:

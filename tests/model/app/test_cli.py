@@ -304,6 +304,12 @@ def test_commands_hand_the_device_on(photo: Path, monkeypatch: pytest.MonkeyPatc
     assert places == [torch.device("meta")] * 4
 
 
+def test_an_unknown_precision_is_refused() -> None:
+    for command in (["ask", "--question", "what?"], ["demo"], ["chat"]):
+        result = vpt(*command, "--weights", "int3")
+        assert result.exit_code == 2 and "weights is 'int3'; it must be one of auto, float32" in result.stderr, command
+
+
 def test_moved_weights_share_what_they_shared() -> None:
     whole = torch.arange(12.0).view(4, 3)
     state = {"q": whole[:1], "k": whole[1:], "embedding": torch.ones(2, 3)}
