@@ -26,6 +26,9 @@ _ONE_BLOCK = "one block of 8 warps a multiprocessor instead of two: nothing spil
 _COPIED = "sm_90: the weight's tile lies once more beside the pipeline; two blocks still share a multiprocessor"
 _STRIP = "sm_80: as on the others, the prologue's addresses leave registers, some more of them"
 _SCALARS = "sm_120: ptxas stops at 80 registers, where three blocks share a multiprocessor, and puts six scalars by"
+_WIDE = "fewer blocks a multiprocessor than on 3.6; nothing spills"
+_PUT_BY = "two to five registers are put by at the bound that ptxas chose; 3.6, 3.8 and 3.9 do without"
+_KEYS = "sm_80: a block of float32 keys does not fit beside its scores on 3.8; 16-bit caches do not spill"
 
 BUDGETS: dict[str, dict[str, Budget]] = {
     "3.6": {
@@ -34,8 +37,16 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     "3.7": {
         "append many fp32 paged": Budget(_FLOAT32, registers=100),
         "project many bf16": Budget(f"sm_120: {_ONE_BLOCK}", registers=255),
+        "norm swiglu one bf16": Budget(f"sm_120: {_WIDE}", registers=150),
+        "norm swiglu one fp32": Budget(f"sm_80: {_WIDE}", registers=137),
+        "head one bf16": Budget(f"sm_90: {_PUT_BY}", registers=72, spilled=8),
+        "head one fp32": Budget(f"sm_90, sm_120: {_WIDE}", registers=91),
+        "head rows bf16": Budget(f"sm_90: {_PUT_BY}", spilled=8),
+        "head rows fp16": Budget(f"sm_90: {_PUT_BY}", spilled=8),
+        "decode attention bf16": Budget(f"sm_120: {_PUT_BY}", spilled=18),
     },
     "3.8": {
+        "decode attention fp32": Budget(_KEYS, registers=255, spilled=408),
         "append many fp32 paged": Budget(_FLOAT32, registers=100),
         "project few bf16": Budget(_COPIED, shared=57 << 10),
         "project few fp16 ragged": Budget(_COPIED, shared=57 << 10),

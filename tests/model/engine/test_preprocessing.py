@@ -19,9 +19,9 @@ from vpt_kernels import decode_image, dinov2_policy, plan_regions, qwen2_vl_poli
 from vpt_model.text.tokens import RegionSpan, crop_box
 
 POLICIES = {
-    "image": qwen2_vl_policy(longest_edge=512),
-    "dino": dinov2_policy(longest_edge=512),
-    "sam": sam_policy(longest_edge=1024),
+    "image": qwen2_vl_policy(longest_edge=512, pass_order="installed"),
+    "dino": dinov2_policy(longest_edge=512, pass_order="installed"),
+    "sam": sam_policy(longest_edge=1024, pass_order="installed"),
 }
 LONGEST_EDGES = {"image": 512, "dino": 512, "sam": 1024}
 REGION = RegionSpan(frozenset({2, 5}), frozenset({4}))
@@ -105,6 +105,8 @@ def published_loading(path: Path, kind: str, box: tuple[int, int, int, int] | No
         image = image.resize((image.height * 180, image.height), resample=Image.Resampling.NEAREST)
     if image.height / image.width > 200:
         image = image.resize((image.width, image.width * 180), resample=Image.Resampling.NEAREST)
+    # Processors of transformers ≥ 5.21 put the colour that it names on white; those of the published code did not.
+    image.info.pop("transparency", None)
     return image
 
 
