@@ -306,7 +306,7 @@ class Checkpoint:
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; it must be floating point, or None for the stored one")
         groups, maps = fused_groups(self.config), Maps()
-        state = dict.fromkeys(expected_shapes(self.config), torch.empty(0))
+        state = dict.fromkeys(expected_shapes(self.config), torch.empty(0, dtype=torch.float32, device="cpu"))
         total, done = sum(self.tensors[name].nbytes for names in groups.values() for name in names), 0
         for names in groups.values():
             parts = [self.tensors[name] for name in names]

@@ -48,8 +48,9 @@ def packed_precision(weights: str | None, stored: torch.dtype, device: torch.dev
 
 @cache
 def _packing_pays() -> bool:
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     try:
-        packed_linear(torch.ones(1, 1), pack_weight(torch.ones(1, 1)), backend="cpp")
+        packed_linear(one, pack_weight(one), backend="cpp")
     except BackendUnavailable:
         return False
     return os.environ.get("TRITON_INTERPRET") != "1"
