@@ -27,8 +27,8 @@ _COPIED = "sm_90: the weight's tile lies once more beside the pipeline; two bloc
 _STRIP = "sm_80: as on the others, the prologue's addresses leave registers, some more of them"
 _SCALARS = "sm_120: ptxas stops at 80 registers, where three blocks share a multiprocessor, and puts six scalars by"
 _WIDE = "fewer blocks a multiprocessor than on 3.6; nothing spills"
-_PUT_BY = "two to five registers are put by at the bound that ptxas chose; 3.6, 3.8 and 3.9 do without"
-_KEYS = "sm_80: a block of float32 keys does not fit beside its scores on 3.8; 16-bit caches do not spill"
+_PUT_BY = "two to five registers are put by at the bound that ptxas chose; the other versions do without"
+_KEYS = "sm_80: a block of float32 keys does not fit beside its scores from 3.8 on; 16-bit caches do not spill"
 
 BUDGETS: dict[str, dict[str, Budget]] = {
     "3.6": {
@@ -57,6 +57,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "strip fp32": Budget(_STRIP, spilled=680),
     },
     "3.9": {
+        "decode attention fp32": Budget(_KEYS, registers=255, spilled=448),
         "append many fp32 paged": Budget(_FLOAT32, registers=100),
         "project many bf16": Budget(f"sm_90: {_ONE_BLOCK}", registers=216),
     },
