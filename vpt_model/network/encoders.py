@@ -224,7 +224,8 @@ class _Linear(nn.Linear):
         """Have a place for a weight again, to be loaded."""
         if self.packed is not None:
             self.packed = None
-            self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device="meta"))
+            place = torch.empty(self.out_features, self.in_features, dtype=torch.float32, device="meta")
+            self.weight = nn.Parameter(place)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.packed is None else self.packed
