@@ -21,12 +21,12 @@ import vpt_kernels as kernels
 import vpt_kernels.live as live
 import vpt_model as model
 import vpt_model.engine as engines
-from tests import talks
+from tests import conversation_calls as conversations
+from tests.conversation_calls import engine, image, png, question, tokenizer
 from tests.helpers import CLIP_MEAN, CLIP_STD, normal
 from tests.model.checkpoints import fields, write
 from tests.model.inputs import tiny_config, tiny_model, tiny_state
 from tests.patch import foreign
-from tests.talks import engine, image, png, question, tokenizer
 from vpt_model.checkpoint import load_checkpoint
 
 Made = tuple[Callable[..., Any], dict[str, Any]]
@@ -223,36 +223,39 @@ CALLS: dict[str, Callable[[], Made]] = {
     ),
     "Engine.ask": lambda: (engine().ask, question()),
     "Engine.ask_batch": lambda: (engine().ask_batch, batch()),
-    "Engine.stream": lambda: (talks.streamed, question()),
-    "Engine.chat": lambda: (talks.chatted, {"image": image(), "capacity": 600, "keep_pixels": True}),
-    "Engine.load_chat": lambda: (talks.resumed, {"file": talks.saved_chat()}),
+    "Engine.stream": lambda: (conversations.streamed, question()),
+    "Engine.chat": lambda: (conversations.chatted, {"image": image(), "capacity": 600, "keep_pixels": True}),
+    "Engine.load_chat": lambda: (conversations.resumed, {"file": conversations.saved_chat()}),
     "Engine.ask_chats": lambda: (
         engine().ask_chats,
         {"chats": [engine().chat(image())], "questions": ["what?"], "samplings": [model.Sampling()]},
     ),
     "Chat.ask": lambda: (engine().chat().ask, question()),
-    "Chat.stream": lambda: (talks.streamed_turn, question()),
-    "Chat.fork": lambda: (talks.forked, {"n": 2}),
-    "Chat.rewind": lambda: (talks.rewound, {"turn": -1}),
-    "Chat.save": lambda: (talks.saved, {"file": Path(tempfile.mkdtemp()) / "chat.safetensors"}),
-    "LiveConversation": lambda: (talks.opened, talks.parts() | {"cache": "static", "capacity": 400, "kernels": True}),
-    "LiveConversation.append": lambda: (talks.appended, {"text": "what?", "image": image()}),
+    "Chat.stream": lambda: (conversations.streamed_turn, question()),
+    "Chat.fork": lambda: (conversations.forked, {"n": 2}),
+    "Chat.rewind": lambda: (conversations.rewound, {"turn": -1}),
+    "Chat.save": lambda: (conversations.saved, {"file": Path(tempfile.mkdtemp()) / "chat.safetensors"}),
+    "LiveConversation": lambda: (
+        conversations.opened,
+        conversations.parts() | {"cache": "static", "capacity": 400, "kernels": True},
+    ),
+    "LiveConversation.append": lambda: (conversations.appended, {"text": "what?", "image": image()}),
     "LiveConversation.crop": lambda: (
-        talks.live(png()).crop,
+        conversations.live(png()).crop,
         {"box": (100, 200.5, 600, 800), "image": -1, "coordinates": "thousandths"},
     ),
     "LiveConversation.cut": lambda: (
-        talks.live(png()).cut,
+        conversations.live(png()).cut,
         {"box": (3, 2, 51, 99), "image": 0, "coordinates": "pixels", "clip": True},
     ),
     "LiveConversation.add": lambda: (
-        talks.added,
+        conversations.added,
         {"messages": [{"role": "user", "content": "and now?"}], "resync": True},
     ),
-    "LiveConversation.generate": lambda: (talks.generated, {}),
+    "LiveConversation.generate": lambda: (conversations.generated, {}),
     "zoom": lambda: (
-        talks.zoomed,
-        talks.parts()
+        conversations.zoomed,
+        conversations.parts()
         | {"image": image(), "question": "what?", "coordinates": "pixels", "max_looks": 2, "role": "user"}
         | {"parser": live.parse_zoom_calls, "system": "s", "template": {}, "cache": "static", "capacity": 400},
     ),
