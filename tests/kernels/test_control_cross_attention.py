@@ -33,7 +33,7 @@ each_raggedness = pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED
 @each_raggedness
 @pytest.mark.parametrize("hidden", (1536, 3584))
 def test_identity(backend, dtype, conditioned, lengths, hidden):
-    rounds = 4 if len(lengths) == 1 or sum(lengths) < 9 else 1
+    rounds = 12 if len(lengths) == 1 or sum(lengths) < 9 else 4
     shape = (sum(lengths), hidden)
     check("identity", hidden, shape, lengths, dtype, backend, conditioned=conditioned, rounds=rounds)
 
