@@ -133,8 +133,15 @@ STAGES = {
 
 
 def timeline(result: Result, path: Path) -> bool:
-    """Return a bar a procedure, from the perception token to the first answer token; False if no row has stages."""
-    rows = [row for row in result["rows"] if row.get("timeline") and not row.get("sweep", {}).get("at")]
+    """Return a bar a procedure, from the perception token to the first answer token; False if no look has stages.
+
+    Of a series only the row at its beginning is drawn; turns of conversations, which begin elsewhere, are not.
+    """
+    rows = [
+        row
+        for row in result["rows"]
+        if row["op"] == "second look" and row.get("timeline") and not row.get("sweep", {}).get("at")
+    ]
     if not rows:
         return False
     bars = [

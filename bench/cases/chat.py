@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Alternative, Case, WrongResult, absent, require_close, smooth_pixels
+from bench.cases import Alternative, Case, WrongResult, absent, require_close, smooth_pixels, sweep
 from bench.cases.engine import procedures, transformers_twin
-from bench.cases.live import OPTIONS, conversation, forget
+from bench.cases.live import OPTIONS, attention_apart, conversation, forget
 from bench.workloads import ChatTurn
 from vpt_model.engine import Answer, Chat
 
@@ -131,7 +131,8 @@ def build(workload: ChatTurn, device: str) -> Case:
         for stage in turn.take(turn.chat).timings:
             stages[stage.name] = stages.get(stage.name, 0.0) + stage.milliseconds
         turn.chat.rewind()
-        return {"ours": stages}
+        return {"ours": stages, "ours, attention apart": attention_apart(turn.ours)}
 
-    shown = (workload.shape, workload.dtype, device)
-    return Case("chat turn", *shown, [turn.ours], others, check, None, capture=False, timeline=timeline)
+    shown = (workload.op, workload.shape, workload.dtype, device)
+    series = sweep(workload.op, workload)
+    return Case(*shown, [turn.ours], others, check, None, capture=False, sweep=series, timeline=timeline)

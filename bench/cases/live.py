@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench.cases import Alternative, Case, WrongResult, absent, require_close, smooth_pixels
+from bench.cases import Alternative, Case, WrongResult, absent, require_close, smooth_pixels, sweep
 from bench.transformers_model import transformers_model
 from bench.workloads import LiveTurn
 
@@ -20,6 +21,7 @@ TOLERANCE = 1e-4
 OPTIONS = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 QUESTION, BOX = 12, (120, 80, 392, 304)
 IMAGE, START, END = 151655, 151652, 151653
+ATTENTIONS = ("aten::scaled_dot_product_attention", "vpt_kernels::cached_attention")
 
 
 class _Words:
@@ -150,7 +152,8 @@ def build(workload: LiveTurn, device: str) -> Case:
     """Return a turn of `LiveConversation` up to its first answer token."""
     if missing := absent("transformers"):
         others: dict[str, Any] = {one.name: missing for one in ALTERNATIVES}
-        return Case("live turn", workload.shape, workload.dtype, device, [lambda: None], others, lambda: None, None)
+        shown = (workload.op, workload.shape, workload.dtype, device)
+        return Case(*shown, [lambda: None], others, lambda: None, None)
     turn = Turn(workload, device)
     others = {one.name: one.calls([turn]) for one in ALTERNATIVES}
 
@@ -164,12 +167,18 @@ def build(workload: LiveTurn, device: str) -> Case:
             require_close(name, calls[0](), ours, TOLERANCE)
 
     def timeline() -> dict[str, dict[str, float]]:
-        with torch.profiler.profile() as profile:
-            turn.ours()
-        spent = {event.key: event.cpu_time_total / 1e3 for event in profile.key_averages()}
-        attention = spent.get("aten::scaled_dot_product_attention", 0.0)
-        total = sum(event.self_cpu_time_total for event in profile.key_averages()) / 1e3
-        return {"ours": {"attention": attention, "everything else": total - attention}}
+        return {"ours": attention_apart(turn.ours)}
 
-    shown = (workload.shape, workload.dtype, device)
-    return Case("live turn", *shown, [turn.ours], others, check, None, capture=False, timeline=timeline)
+    shown = (workload.op, workload.shape, workload.dtype, device)
+    series = sweep(workload.op, workload)
+    return Case(*shown, [turn.ours], others, check, None, capture=False, sweep=series, timeline=timeline)
+
+
+def attention_apart(call: Callable[[], object]) -> dict[str, float]:
+    """Return the milliseconds on the CPU that one call spends in attention over the cache, and in everything else."""
+    with torch.profiler.profile() as profile:
+        call()
+    events = profile.key_averages()
+    attention = sum(event.cpu_time_total for event in events if event.key in ATTENTIONS) / 1e3
+    total = sum(event.self_cpu_time_total for event in events) / 1e3
+    return {"attention": attention, "everything else": total - attention}

@@ -28,6 +28,8 @@ def test_a_turn_that_feeds_more_is_no_row():
 def test_rows_are_right_and_complete():
     case = chat.build(ChatTurn("tiny", "zoom", 64), "cpu")
     case.check()
-    assert set(case.timeline()["ours"]) >= {"crop+embed", "ViT", "append"}
+    stages, apart = case.timeline().values()
+    assert set(stages) >= {"crop+embed", "ViT", "append"}
+    assert 0 < apart["attention"] < apart["everything else"]
     asked = {(row.turn, row.behind) for row in CHAT_TURNS}
     assert asked == {(turn, n) for turn in ("question", "image", "zoom") for n in (0, 256, 1024, 4096)}

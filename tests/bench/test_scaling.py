@@ -6,7 +6,7 @@ import pytest
 
 from bench import charts, scaling
 from bench.cases import Sweep, sweep
-from bench.workloads import APPEND, CONTROL, ENGINE, PATCHES, ROI, Append
+from bench.workloads import APPEND, CHAT_TURNS, CONTROL, ENGINE, LIVE_TURNS, PATCHES, ROI, Append
 
 ENVIRONMENT = {"cpu": "a processor", "threads": 2, "torch": "2.13", "date": "2026-01-01"}
 
@@ -58,11 +58,12 @@ def test_every_sweep_has_a_series():
     groups: dict[tuple[str, str], list[int]] = {}
     rows = [("roi", w) for w in (*ROI, *PATCHES)] + [("control", w) for w in CONTROL]
     rows += [("append", w) for w in APPEND] + [("engine", w) for w in ENGINE["cpu"] if hasattr(w, "sweep")]
+    rows += [(w.op, w) for w in (*CHAT_TURNS, *LIVE_TURNS)]
     for op, workload in rows:
         found = sweep(op, workload)
         if found:
             groups.setdefault((found.series, found.axis), []).append(found.at)
-    assert {axis for _, axis in groups} == {"regions", "pixels", "images", "tokens", "history", "batch"}
+    assert {axis for _, axis in groups} == {"regions", "pixels", "images", "tokens", "history", "batch", "behind"}
     for key, sizes in groups.items():
         assert len(sizes) >= 3 and len(set(sizes)) == len(sizes), key
     one = sweep("append", Append(54, "2b", "float32", sweep="tokens"))
@@ -90,9 +91,11 @@ def test_pictures(tmp_path):
             timeline=timeline,
             sweep={"axis": "history", "at": size, "series": "op"},
             alternatives=published,
+            op="second look",
         )
         for size in (0, 4, 16)
     ]
+    rows.append(_row(0, 1, 2, op="live turn", timeline={"ours": {"attention": 1.0}}))  # not from a perception token on
     assert charts.timeline(_result(*rows), tmp_path / "t.svg") and charts.scaling(_result(*rows), tmp_path / "s.svg")
     assert (tmp_path / "t.svg").read_text().count("34 ms") == 1  # once: the row without history
     assert not charts.timeline(_result(), tmp_path / "n.svg") and not charts.scaling(_result(), tmp_path / "n.svg")
