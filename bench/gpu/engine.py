@@ -38,6 +38,7 @@ LOOKS = {
     "sam": {"sam": "sam"},
 }
 TOKENS, TIMES = (4, 1) if REHEARSAL else (64, 7)
+GATED = 4
 PHOTO = (96, 128, 3) if REHEARSAL else (872, 1000, 3)
 QUESTION = "What is in the picture?"
 
@@ -100,13 +101,37 @@ def without_stops(engine: Engine) -> Iterator[None]:
         yield
 
 
+def answered(engine: Engine, looks: list[str] | None = None) -> list[Tensor]:
+    """Return the logits behind each of the first tokens of an answer, that of the last look where there are looks."""
+    with without_stops(engine):
+        return engine.ask(photo(), QUESTION, looks=looks, max_new_tokens=GATED, keep_logits=True).logits
+
+
+def gate_replay(preset: str, replay: str, replayed: list[Tensor], eager: list[Tensor]) -> None:
+    """Logits of replayed graphs against those of the same engine before it had any, as far as both choose alike.
+
+    Raises WrongResult; nothing is timed then.
+    """
+    error, same = 0.0, 0
+    for ours, theirs in zip(replayed, eager, strict=True):
+        error = max(error, ((ours - theirs).norm() / theirs.norm()).item())
+        if int(ours.argmax()) != int(theirs.argmax()):
+            break
+        same += 1
+    record("gate", preset=preset, replay=replay, error=error, same=f"{same} of {len(eager)}")
+    if not error <= 0.05:
+        raise WrongResult(f"{replay}: replayed logits differ by {error:.2e} from those without graphs; not timed")
+
+
 def decode(preset: str) -> None:
     engine = engine_of(preset, "clip")
     gate(engine, preset)
+    eager = answered(engine)
     begin = time.perf_counter()
     engine.warm_up()
     synchronize()
     record("warm-up", preset=preset, seconds=time.perf_counter() - begin)
+    gate_replay(preset, "decode", answered(engine), eager)
     wall, events = _token_seconds(engine)
     replay = _replay_seconds(engine, Bucket(1, 1, True))
     layers = [tensor for layer in engine.model.language.layers for tensor in vars(layer).values()]
@@ -162,8 +187,10 @@ def _replay_seconds(engine: Engine, bucket: Bucket) -> float:
 def looks(preset: str) -> None:
     for encoder, answers in LOOKS.items():
         engine = engine_of(preset, encoder)
+        eager = {name: answered(engine, [answer]) for name, answer in answers.items()}
         engine.warm_up()
         for name, answer in answers.items():
+            gate_replay(preset, name, answered(engine, [answer]), eager[name])
             seconds = [_look_seconds(engine, answer) for _ in range(TIMES + 1)][1:]
             milliseconds = sorted(1e3 * one for one in seconds)
             median = statistics.median(milliseconds)

@@ -159,6 +159,15 @@ LINES = [
         "us": {"ours": 5.0, "eager": 40.0, "copy": 4.0},
         "of_copy": 0.8,
     },
+    {
+        "part": "operators",
+        "name": "operator",
+        "call": "append, 4096 tokens",
+        "backend": "cuda",
+        "us": {"ours": 30.0, "eager": 90.0, "copy": 10.0},
+        "of_copy": 1 / 3,
+    },
+    {"part": "looks 2b", "name": "gate", "preset": "2b", "replay": "clip", "error": 0.0, "same": "4 of 4"},
     {"part": "operators", "name": "operator", "call": "roi", "backend": "triton", "wrong": "WrongResult"},
     {"part": "profile 2b", "name": "profile", "preset": "2b", "of": "decode", "table": "kernel 1 us"},
     {"part": "tune", "name": "tuned", "kernel": "k", "size": "all", "chosen": None, "of": 3, "answers": {"1": 1}},
@@ -175,7 +184,9 @@ def test_the_page_and_the_picture(tmp_path):
     assert reached["decode 2b ≥ 60%"] == pytest.approx(1.1)
     assert reached["decode 2b, not slower than transformers compiled"] == pytest.approx(1.5)
     assert reached["look, clip ≤ 3.5 ms"] == 0.5 and reached["append, 54 tokens, cuda ≤ 10 µs"] == 2.0
+    assert reached["append, 4096 tokens, cuda ≤ 1.5× its bytes"] == 0.5
     page = report.page(lines)
+    assert "| 2b clip | 0.0e+00 | 4 of 4 |" in page
     assert "a / b" in page and "| roi | triton | WrongResult |" in page and "kernel 1 us" in page
     charts.targets(report.targets(lines), report.where(lines), tmp_path / "targets.svg")
     assert "Reached of each target" in (tmp_path / "targets.svg").read_text()
