@@ -2,7 +2,7 @@
 
 One photo and a text go through the tower and the language model of `2b-slice`, once with float32 weights and caches and
 once in each precision: the table has the error of all logits (relative to their standard deviation), how often the
-likeliest token is the same, how long its weights and cache are, and the milliseconds of each stage.
+argmax token is the same, how long its weights and cache are, and the milliseconds of each stage.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def _nbytes(model: Model) -> int:
 def main() -> None:
     exact = run(None)
     spread = exact.logits.std()
-    print(
-        f"| weights of {PRESET} | logits' error, rms / largest | same likeliest token | GB | tower | prefill | token |"
-    )
+    print(f"| weights of {PRESET} | logits' error, rms / largest | same argmax token | GB | tower | prefill | token |")
     print("|---|---|---|---|---|---|---|")
     for weights in PRECISIONS[1:]:
         found = run(weights)

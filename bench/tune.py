@@ -134,35 +134,99 @@ QUESTIONS = (
             ("images", 16, tuple((i, n, 256, 4) for i, n in product((2, 4, 8), (2, 4, 8)))),
         )
     ),
-    Question("identity_kernel", "narrow", "bfloat16", _control("identity", 16, 252, "bfloat16"),
-             tuple(product((1, 2, 4), (2, 4, 8)))),
-    Question("identity_kernel", "wide", "bfloat16", _control("identity", 16, 252, "bfloat16", "7b"),
-             tuple(product((1, 2), (4, 8, 16)))),
+    Question(
+        "identity_kernel",
+        "narrow",
+        "bfloat16",
+        _control("identity", 16, 252, "bfloat16"),
+        tuple(product((1, 2, 4), (2, 4, 8))),
+    ),
+    Question(
+        "identity_kernel",
+        "wide",
+        "bfloat16",
+        _control("identity", 16, 252, "bfloat16", "7b"),
+        tuple(product((1, 2), (4, 8, 16))),
+    ),
     *(
         Question("project_kernel", size, dtype, _control("linear", images, 256, dtype), candidates)
         for size, images, dtype, candidates in (
-            ("few tokens", 1, "bfloat16", tuple((m, n, k, 4, s) for m, n, k, s in
-                                                product((32, 64), (32, 64), (64, 128), (2, 3, 4)))),
-            ("many tokens", 16, "bfloat16", ((64, 128, 64, 4, 3), (64, 128, 64, 8, 4), (128, 64, 64, 4, 3),
-                                             (128, 128, 32, 8, 4), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3))),
+            (
+                "few tokens",
+                1,
+                "bfloat16",
+                tuple((m, n, k, 4, s) for m, n, k, s in product((32, 64), (32, 64), (64, 128), (2, 3, 4))),
+            ),
+            (
+                "many tokens",
+                16,
+                "bfloat16",
+                (
+                    (64, 128, 64, 4, 3),
+                    (64, 128, 64, 8, 4),
+                    (128, 64, 64, 4, 3),
+                    (128, 128, 32, 8, 4),
+                    (128, 128, 64, 8, 4),
+                    (128, 256, 64, 8, 3),
+                ),
+            ),
             ("short steps", 1, "float32", ((32, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 16, 4, 3))),
         )
     ),
-    Question("resample_kernel", "all", "bfloat16", _roi(DOCUMENT, 4, "bfloat16"),
-             ((16, 32, 4), (32, 32, 4), (32, 16, 8), (32, 64, 8), (64, 32, 8))),
-    Question("embed_kernel", "few rows", "bfloat16", _roi(PHOTO, 1, "bfloat16"),
-             tuple((m, n, 64, 4, s) for m, n, s in product((32, 64), (64, 128), (3, 4, 5)))),
-    Question("embed_kernel", "many rows", "bfloat16", _roi(DOCUMENT, 16, "bfloat16"),
-             ((64, 128, 64, 4, 3), (128, 64, 64, 4, 4), (128, 128, 32, 8, 4), (128, 128, 64, 8, 4),
-              (128, 256, 64, 8, 3))),
-    Question("embed_kernel", "float32", "float32", _roi(PHOTO, 1, "float32"),
-             ((32, 64, 32, 4, 3), (64, 64, 32, 8, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3))),
-    Question("split_kernel", "DECODE", "bfloat16", _attention(1),
-             tuple((16, keys, split, warps, 2) for keys, split, warps in
-                   ((64, 128, 4), (64, 256, 4), (32, 64, 4), (32, 32, 4), (64, 64, 2), (128, 128, 4), (128, 256, 8)))),
-    Question("split_kernel", "APPEND", "bfloat16", _attention(320),
-             tuple((64, 64, split, 8, stages) for split, stages in ((256, 2), (1024, 2), (4096, 2), (512, 3)))),
-)  # fmt: skip
+    Question(
+        "resample_kernel",
+        "all",
+        "bfloat16",
+        _roi(DOCUMENT, 4, "bfloat16"),
+        ((16, 32, 4), (32, 32, 4), (32, 16, 8), (32, 64, 8), (64, 32, 8)),
+    ),
+    Question(
+        "embed_kernel",
+        "few rows",
+        "bfloat16",
+        _roi(PHOTO, 1, "bfloat16"),
+        tuple((m, n, 64, 4, s) for m, n, s in product((32, 64), (64, 128), (3, 4, 5))),
+    ),
+    Question(
+        "embed_kernel",
+        "many rows",
+        "bfloat16",
+        _roi(DOCUMENT, 16, "bfloat16"),
+        ((64, 128, 64, 4, 3), (128, 64, 64, 4, 4), (128, 128, 32, 8, 4), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3)),
+    ),
+    Question(
+        "embed_kernel",
+        "float32",
+        "float32",
+        _roi(PHOTO, 1, "float32"),
+        ((32, 64, 32, 4, 3), (64, 64, 32, 8, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3)),
+    ),
+    Question(
+        "split_kernel",
+        "DECODE",
+        "bfloat16",
+        _attention(1),
+        tuple(
+            (16, keys, split, warps, 2)
+            for keys, split, warps in (
+                (64, 128, 4),
+                (64, 256, 4),
+                (32, 64, 4),
+                (32, 32, 4),
+                (64, 64, 2),
+                (128, 128, 4),
+                (128, 256, 8),
+            )
+        ),
+    ),
+    Question(
+        "split_kernel",
+        "APPEND",
+        "bfloat16",
+        _attention(320),
+        tuple((64, 64, split, 8, stages) for split, stages in ((256, 2), (1024, 2), (4096, 2), (512, 3))),
+    ),
+)
 BESIDE = ("split_kernel",)
 """Kernels of the model, which reads no `tuned.json`: a faster launch goes into the table beside the kernel."""
 

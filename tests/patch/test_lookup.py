@@ -263,14 +263,27 @@ def test_strict_names_what_stays() -> None:
         assert not report.stays and len(report.replaced) == 1
 
 
-@pytest.mark.parametrize("name", ("Qwen2VLTextAttention", "Qwen2VLPatchEmbedding"))
-def test_a_renamed_class_of_a_supported_family_stays(name) -> None:
-    """What a newer transformers may do: nothing is passed over in silence."""
+@pytest.mark.parametrize(
+    "name, op, other",
+    (
+        ("Qwen2VLTextAttention", "append_visual_kv", "roi_patch_embed"),
+        ("Qwen2VLPatchEmbedding", "roi_patch_embed", "append_visual_kv"),
+    ),
+)
+def test_a_renamed_class_of_a_supported_family_stays(name, op, other) -> None:
+    """What a newer transformers may do: nothing is passed over in silence, and what nobody asked for stays allowed."""
     model = foreign.qwen("qwen2_vl")
     part = model.model.language_model.layers[0].self_attn
     part.__class__ = type(name, (type(part),), {"__module__": type(part).__module__})
-    with pytest.raises(ValueError, match=f"skipped: {name}: a class of a supported family that this version does not"):
-        patch(model)
+    if op == "roi_patch_embed":
+        part.__class__ = type(part).__mro__[1]
+        part = model.model.visual.patch_embed
+        part.__class__ = type(name, (type(part),), {"__module__": type(part).__module__})
+    for ops in (None, [op]):
+        with pytest.raises(ValueError, match=f"skipped: {name}: a class of a supported family that this version does"):
+            patch(model, ops)
+    with patch(model, [other]) as report:
+        assert not report.stays and f"{name}: {op} was not asked for" in report.skipped.values()
 
 
 @pytest.mark.parametrize("reason", ("ops", "hooks before", "strict"))

@@ -180,12 +180,25 @@ def test_every_number_of_the_table_is_checked():
     plan = plan_regions([(60, 80)], [(0, 1, 2, 79, 58)], qwen2_vl_policy())
     refused = torch.ops.vpt_kernels.roi_patches.triton
     damage = {
-        Column.IMAGE: (-1, 1), Column.LEFT: (-1, 3), Column.TOP: (-1, 5), Column.WIDTH: (0, 81), Column.HEIGHT: (0, 61),
-        Column.NEAREST_WIDTH_1: (0, 1 << 21), Column.NEAREST_HEIGHT_3: (0, 1 << 21), Column.RESIZED_WIDTH: (0, 1 << 21),
-        Column.RESIZED_HEIGHT: (-7,), Column.FILTER: (-1, 2), Column.VERTICAL_FIRST: (-1, 2),
-        Column.WINDOW_LEFT: (-1, 500), Column.WINDOW_TOP: (-1, 500), Column.GRID_WIDTH: (0, 5, 1 << 20),
-        Column.GRID_HEIGHT: (0, 3), Column.PATCH_SIZE: (13, 16), Column.MERGE_SIZE: (0, 5), Column.FIRST_ROW: (-1, 1),
-    }  # fmt: skip
+        Column.IMAGE: (-1, 1),
+        Column.LEFT: (-1, 3),
+        Column.TOP: (-1, 5),
+        Column.WIDTH: (0, 81),
+        Column.HEIGHT: (0, 61),
+        Column.NEAREST_WIDTH_1: (0, 1 << 21),
+        Column.NEAREST_HEIGHT_3: (0, 1 << 21),
+        Column.RESIZED_WIDTH: (0, 1 << 21),
+        Column.RESIZED_HEIGHT: (-7,),
+        Column.FILTER: (-1, 2),
+        Column.VERTICAL_FIRST: (-1, 2),
+        Column.WINDOW_LEFT: (-1, 500),
+        Column.WINDOW_TOP: (-1, 500),
+        Column.GRID_WIDTH: (0, 5, 1 << 20),
+        Column.GRID_HEIGHT: (0, 3),
+        Column.PATCH_SIZE: (13, 16),
+        Column.MERGE_SIZE: (0, 5),
+        Column.FIRST_ROW: (-1, 1),
+    }
     for column, values in damage.items():
         for value in values:
             table = plan.table.clone()

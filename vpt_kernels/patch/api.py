@@ -65,10 +65,12 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
         kind = type(module).__name__
         rule = RULES.get(kind)
         if rule is None:
-            reason = NOT_REPLACED.get(kind) or _unknown(module)
-            if reason is not None:
-                skipped[name] = f"{kind}: {reason}"
-                stays += [] if kind in NOT_REPLACED else [name]
+            if kind in NOT_REPLACED:
+                skipped[name] = f"{kind}: {NOT_REPLACED[kind]}"
+            elif op := _meant(module):
+                new = "a class of a supported family that this version does not know; report it"
+                skipped[name] = f"{kind}: {new if op in wanted else f'{op} was not asked for'}"
+                stays += [name] if op in wanted else []
             continue
         reason = f"{rule.op} was not asked for" if rule.op not in wanted else _refused(rule, module)
         if reason is None:
@@ -89,11 +91,11 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
     return PatchReport([replacement for _, replacement in found], skipped, tuple(stays), watching)
 
 
-def _unknown(module: nn.Module) -> str | None:
-    """Return why a class that should be in the tables is in none, or None: a newer transformers may have renamed it."""
+def _meant(module: nn.Module) -> str | None:
+    """Return the operator of a class that should be in the tables and is in none, as a newer transformers may do it."""
     for family, words in FAMILIES.items():
-        if type(module).__module__.startswith(family) and any(word in type(module).__name__ for word in words):
-            return "a class of a supported family that this version does not know; report it"
+        if type(module).__module__.startswith(family):
+            return next((op for word, op in words.items() if word in type(module).__name__), None)
     return None
 
 

@@ -43,11 +43,12 @@ NOT_REPLACED = {
 }
 """Classes that look like a case for an operator and are none."""
 
+_LANGUAGE, _PATCHES = {"Attention": "append_visual_kv"}, {"PatchEmbed": "roi_patch_embed"}
 FAMILIES = {
-    "transformers.models.qwen2_vl.": ("Attention", "PatchEmbed"),
-    "transformers.models.qwen2_5_vl.": ("Attention", "PatchEmbed"),
-    "transformers.models.qwen3_vl.": ("Attention", "PatchEmbed"),
-    "transformers.models.dinov2.": ("PatchEmbed",),
-    "transformers.models.sam.": ("PatchEmbed",),
+    "transformers.models.qwen2_vl.": _LANGUAGE | _PATCHES,
+    "transformers.models.qwen2_5_vl.": _LANGUAGE | _PATCHES,
+    "transformers.models.qwen3_vl.": _LANGUAGE | _PATCHES,
+    "transformers.models.dinov2.": _PATCHES,
+    "transformers.models.sam.": _PATCHES,
 }
-"""Where supported models come from → what in a class's name says that it should be in a table above."""
+"""Where supported models come from → what in a class's name says that it should be in a table above → the operator."""
