@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
+import subprocess
+import sys
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +42,16 @@ from vpt_kernels import patch
 from vpt_kernels.live import LiveConversation
 from vpt_kernels.patch.swap import is_swapped
 
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_EXTENSION = """
+from tests.live.test_live import GREEDY, converse, opened, replaced
+from vpt_kernels.backends import EXTENSION_PROBLEM
+print(EXTENSION_PROBLEM is None)
+with opened() as chat:
+    assert replaced(chat.model)
+    converse(chat, GREEDY, turns=2)
+print("equal")
+"""
 each_family = pytest.mark.parametrize("kind", FAMILIES)
 each_qwen = pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 each_cache = pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -79,7 +94,7 @@ def test_long_turns_equal_generating_anew(kind, cache):
         converse(chat, GREEDY | {"max_new_tokens": 64, "min_new_tokens": 64})
 
 
-@each_qwen
+@each_family
 @each_cache
 def test_sampled_turns_equal_generating_anew(kind, cache):
     with opened(kind, cache=cache, capacity=600) as chat:
@@ -92,11 +107,31 @@ def test_without_the_kernels_the_models_own_code_runs():
         converse(chat, GREEDY, turns=2)
 
 
-@each_qwen
+@pytest.mark.slow
+@each_family
+@each_cache
+def test_long_sampled_turns_equal_generating_anew(kind, cache):
+    long = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": True, "temperature": 1.5, "top_k": 20}
+    with opened(kind, cache=cache, capacity=1200) as chat:
+        converse(chat, GREEDY | long, seed=5)
+
+
+def test_without_the_extension_every_turn_equals_generating_anew(tmp_path):
+    """A copy of the package without its libraries, as it is installed where there is no compiler."""
+    shutil.copytree(ROOT / "vpt_kernels", tmp_path / "vpt_kernels", ignore=shutil.ignore_patterns("*.so"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTENSION], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.split() == ["False", "equal"], done.stdout + done.stderr
+
+
+@each_family
 def test_half_precision_stays_within_twice_the_error_of_generating_anew(kind):
     """Logits of one sequence of ids, fed in turns and at once in bfloat16, against float64 at once."""
     chat = LiveConversation(model(kind).bfloat16(), processor(FAMILIES[kind]))
     exact = deepcopy(chat.model).double()
+    exact.set_experts_implementation("eager")  # grouped products have no float64
     own, shown, turns = [], [], []
     for turn, image in enumerate(pictures()):
         chat.add(user(f"question {turn}?", image))
