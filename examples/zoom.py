@@ -57,13 +57,13 @@ def numbers(text: str) -> list[Zoom]:
 
 
 def random_run() -> ZoomAnswer:
-    """The loop on the tiny model of examples/continue_cache.py, whose words are numbers; 99 ends an answer."""
-    example = runpy.run_path(str(Path(__file__).with_name("continue_cache.py")))
-    model, words = example["tiny_model"](), example["tiny_processor"]()
+    """The loop on a tiny model whose words are numbers; 99 ends an answer."""
+    tiny = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))
+    model, words = tiny["model"](), tiny["processor"]()
     words.tokenizer.add_special_tokens({"eos_token": "99"})
     words.apply_chat_template = template
     forced = {"logits_processor": LogitsProcessorList([Asking()]), "eos_token_id": 99}
-    return zoom(model, words, example["PHOTO"], "10 11", parser=numbers, max_new_tokens=8, do_sample=False, **forced)
+    return zoom(model, words, tiny["PHOTO"], "10 11", parser=numbers, max_new_tokens=8, do_sample=False, **forced)
 
 
 def template(messages: list[dict[str, Any]], **_: Any) -> str:

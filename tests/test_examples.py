@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 @pytest.fixture(scope="module")
 def continued() -> dict[str, float | str]:
     example = runpy.run_path(str(EXAMPLES / "continue_cache.py"))
-    return example["outcomes"](example["tiny_model"](), example["tiny_processor"]())
+    return example["outcomes"](example["TINY"]["model"](), example["TINY"]["processor"]())
 
 
 @pytest.mark.parametrize(
