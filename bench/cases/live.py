@@ -80,6 +80,11 @@ class Turn:
         forget(self.chat, self.before)
         return out.logits[0][0]
 
+    def new(self) -> tuple[int, int]:
+        """Return how many tokens and how many patches of pictures the turn adds; the last token was not fed yet."""
+        grid = self._pixels().get("image_grid_thw")
+        return len(self.ids) - self.before + 1, 0 if grid is None else int(grid.prod())
+
     def anew(self) -> Tensor:
         """`generate` from the whole conversation; only a new picture is preprocessed, all of them pass the tower."""
         new, ids = self._pixels(), torch.tensor([self.ids], device=self.device)
@@ -160,9 +165,10 @@ def build(workload: LiveTurn, device: str) -> Case:
     def check() -> None:
         fed = dict(turn.chat.fed)
         ours = turn.ours()
-        tokens = turn.chat.fed["tokens"] - fed["tokens"]
-        if tokens != len(turn.ids) - turn.before + 1:
-            raise WrongResult(f"the turn fed {tokens} tokens, not the {len(turn.ids) - turn.before + 1} new ones")
+        found = tuple(turn.chat.fed[name] - fed[name] for name in ("tokens", "patches"))
+        new = turn.new()
+        if found != new:
+            raise WrongResult(f"the turn fed {found} tokens and patches, not the {new} new ones")
         for name, calls in others.items():
             require_close(name, calls[0](), ours, TOLERANCE)
 

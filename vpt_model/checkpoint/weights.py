@@ -6,6 +6,7 @@ read, so a broken or hostile file is refused before memory is spent on it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -159,6 +160,13 @@ def release(tensor: Tensor) -> None:
     first, last = -(-begin // mmap.PAGESIZE), (begin + tensor.nbytes) // mmap.PAGESIZE
     if last > first:
         pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed, but that the allocator keeps between what is in use, back to the system (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from vpt_kernels import BackendUnavailable, PackedWeight, pack_weight, packed_linear
-from vpt_model.checkpoint.weights import release
+from vpt_model.checkpoint.weights import release, return_free_memory
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 """In which a model's weights may be kept; auto: as they are stored."""
+_TRIMMED_EVERY = 32 << 20
+"""Bytes after which what packing has freed goes back to the system: up to a sixth lies in gaps otherwise."""
 Weight = Tensor | PackedWeight
 Progress = Callable[[int], None]
 """Is told how many bytes of a state dict have found their place."""
@@ -79,7 +81,7 @@ class State:
         cached = {"float32": torch.float32, "float16": torch.float16}
         self.cache_dtype = cached.get(self.packed, torch.bfloat16) if self.packed else self.dtype
         self._tensors = tensors
-        self._consume, self._progress, self._done = consume, progress, 0
+        self._consume, self._progress, self._done, self._trimmed = consume, progress, 0, 0
 
     def weight(self, *names: str, gated: bool = False) -> Weight:
         """Return the weight of one product: the rows of all names; dimensions behind the first are one.
@@ -121,6 +123,9 @@ class State:
             self._done += self._tensors[name].nbytes
             if self._consume and isinstance(self._tensors, dict):
                 release(self._tensors.pop(name))
+        if self._done - self._trimmed > _TRIMMED_EVERY:
+            self._trimmed = self._done
+            return_free_memory()
         self._progress(self._done)
 
 
