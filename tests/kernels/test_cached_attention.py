@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import normal
+from tests.helpers import assert_twice_as_good, normal
 from vpt_kernels import cached_attention
 from vpt_kernels import library as vpt_library
 from vpt_kernels.backends import EXTENSION_PROBLEM
@@ -29,11 +29,13 @@ SHAPES = (
 )
 
 
-def inputs(shape: tuple[int, ...], cached: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    shape: tuple[int, ...], cached: torch.dtype, draw: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, heads, kv_heads, dim, stored = shape
     # Peaked enough that single keys count.
-    q = normal(tokens, heads, dim, key="q", scale=2.0)
-    keys, values = (normal(stored, kv_heads, dim, key=key).to(cached) for key in "kv")
+    q = normal(tokens, heads, dim, key=f"q{draw}", scale=2.0)
+    keys, values = (normal(stored, kv_heads, dim, key=f"{key}{draw}").to(cached) for key in "kv")
     return q, keys, values
 
 
@@ -58,18 +60,21 @@ def instructions(request):
 
 
 def check(shape: tuple[int, ...], cached: torch.dtype, causal: bool, backend: str) -> None:
-    q, keys, values = inputs(shape, cached)
-    out, log_sum = cached_attention(q, keys, values, causal=causal, backend=backend)
-    wide = [t.double() for t in (q, keys, values)]
-    exact, exact_log = cached_attention(*wide, causal=causal, backend="reference")
-    rows = [t.transpose(0, 1)[None] for t in (q, keys.float(), values.float())]
-    stored, tokens = len(keys), len(q)
+    """Errors of several draws of a small shape are judged together: a few numbers are luck."""
+    tokens, heads, _, dim, stored = shape
     mask = torch.ones(tokens, stored, dtype=torch.bool).tril_(stored - tokens) if causal else None
-    plain = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-    error, allowed = (out - exact).abs(), (plain - exact).abs()
-    assert error.max() <= 2 * allowed.max() + 1e-7 and error.square().mean() <= 4 * allowed.square().mean() + 1e-15
-    assert (log_sum - exact_log).abs().max() <= 1e-5
-    assert out.shape == q.shape and out.is_contiguous() and log_sum.dtype == torch.float32
+    found = []
+    for draw in range(1 + 4096 // (tokens * heads * dim)):
+        q, keys, values = inputs(shape, cached, draw)
+        out, log_sum = cached_attention(q, keys, values, causal=causal, backend=backend)
+        wide = [t.double() for t in (q, keys, values)]
+        exact, exact_log = cached_attention(*wide, causal=causal, backend="reference")
+        rows = [t.transpose(0, 1)[None] for t in (q, keys.float(), values.float())]
+        plain = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        assert (log_sum - exact_log).abs().max() <= 1e-5
+        assert out.shape == q.shape and out.is_contiguous() and log_sum.dtype == torch.float32
+        found.append((out, plain, exact))
+    assert_twice_as_good(*map(torch.stack, zip(*found, strict=True)))
 
 
 @pytest.mark.parametrize("causal", (True, False))
