@@ -122,7 +122,8 @@ def cases(name: str) -> Iterator[tuple[str, str, Any]]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_no_argument_ends_inside(name: str) -> None:
+def test_no_argument_ends_inside(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a string is a legal name of a file
     inside = []
     for parameter, kind, wrong in cases(name):
         function, given = made(name)
