@@ -1,4 +1,6 @@
-"""What a user would try first for a fast token, over the same weights: `python -m bench.gpu.rivals PRESET`.
+"""What a user would try first for a fast token, over the same weights.
+
+    python -m bench.gpu.rivals transformers|ours PRESET
 
 transformers' decoder over a StaticCache, and our own `LanguageModel.run` in PyTorch's operations, each under
 `torch.compile(mode="reduce-overhead")`, which fuses what it can and puts the step into a CUDA graph.
@@ -68,10 +70,12 @@ def ours_compiled(preset: str, language: LanguageModel) -> None:
 
 
 @torch.inference_mode()
-def main(preset: str) -> None:
+def main(rival: str, preset: str) -> None:
     engine = engine_of(preset, "clip")
-    transformers_compiled(preset, engine)
-    ours_compiled(preset, engine.model.language)
+    if rival == "transformers":
+        transformers_compiled(preset, engine)
+    else:
+        ours_compiled(preset, engine.model.language)
 
 
 def transformers_compiled(preset: str, engine: Engine) -> None:
@@ -121,4 +125,4 @@ def transformers_compiled(preset: str, engine: Engine) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:3])
