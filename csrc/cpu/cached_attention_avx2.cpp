@@ -6,28 +6,21 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include <immintrin.h>
-
 #include "cached_attention_loops.h"
+#include "lanes_avx2.h"
 
 namespace vpt {
 namespace {
 
-struct Vector {
-  using Float = __m256;
-  static constexpr int kLanes = 8, kRows = 3;
+struct Vector : Lanes {
+  static constexpr int kRows = 3;
 
-  static Float zero() { return _mm256_setzero_ps(); }
-  static Float broadcast(float x) { return _mm256_set1_ps(x); }
-  static Float load(const float* x) { return _mm256_loadu_ps(x); }
+  using Lanes::load;
   static Float load(const BFloat16* x) {
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
   }
   static Float load(const Float16* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
-  static void store(float* x, Float v) { _mm256_storeu_ps(x, v); }
-  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
-  static Float multiply_add(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   // Four vectors → the sums of each.
   static void sums(const Float* v, float* to) {
     const Float four = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));

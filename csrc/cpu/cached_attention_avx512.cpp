@@ -7,20 +7,16 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
-#include <immintrin.h>
-
 #include "cached_attention_loops.h"
+#include "lanes_avx512.h"
 
 namespace vpt {
 namespace {
 
-struct Vector {
-  using Float = __m512;
-  static constexpr int kLanes = 16, kRows = 6;
+struct Vector : Lanes {
+  static constexpr int kRows = 6;
 
-  static Float zero() { return _mm512_setzero_ps(); }
-  static Float broadcast(float x) { return _mm512_set1_ps(x); }
-  static Float load(const float* x) { return _mm512_loadu_ps(x); }
+  using Lanes::load;
   static Float load(const BFloat16* x) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
@@ -28,9 +24,6 @@ struct Vector {
   static Float load(const Float16* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
-  static void store(float* x, Float v) { _mm512_storeu_ps(x, v); }
-  static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
-  static Float multiply_add(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   // Four vectors → the sums of each.
   static void sums(const Float* v, float* to) {
     const Float low = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));

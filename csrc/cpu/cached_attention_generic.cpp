@@ -1,38 +1,16 @@
 // Plain C++ over 16 numbers: NEON through the compiler, and the fallback on x86-64 without AVX2.
 #include "cached_attention_loops.h"
+#include "lanes_generic.h"
 
 namespace vpt {
 namespace {
 
-struct Vector {
-  struct Float {
-    float lane[16];
-  };
-  static constexpr int kLanes = 16, kRows = 2;
+struct Vector : Lanes {
+  static constexpr int kRows = 2;
 
-  template <typename F>
-  static Float each(F&& value) {
-    Float v;
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = value(i);
-    return v;
-  }
-  static Float zero() { return broadcast(0.f); }
-  static Float broadcast(float x) {
-    return each([=](int) { return x; });
-  }
   template <typename T>
   static Float load(const T* x) {
     return each([=](int i) { return to_float(x[i]); });
-  }
-  static void store(float* x, const Float& v) {
-    for (int i = 0; i < kLanes; ++i) x[i] = v.lane[i];
-  }
-  static Float multiply(const Float& a, const Float& b) {
-    return each([&](int i) { return a.lane[i] * b.lane[i]; });
-  }
-  static Float multiply_add(const Float& a, const Float& b, const Float& c) {
-    return each([&](int i) { return VPT_FMA(a.lane[i], b.lane[i], c.lane[i]); });
   }
   // Four vectors → the sums of each.
   static void sums(const Float* v, float* to) {

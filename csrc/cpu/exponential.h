@@ -2,13 +2,7 @@
 #pragma once
 
 #include "../math/rounding.h"
-
-// Contraction is off for the whole library: ask for it where it pays.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define VPT_FMA(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define VPT_FMA(a, b, c) ((a) * (b) + (c))
-#endif
+#include "fma.h"
 
 namespace vpt {
 namespace {

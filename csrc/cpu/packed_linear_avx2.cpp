@@ -6,25 +6,15 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include <immintrin.h>
-
 #include "packed_linear_loops.h"
+#include "lanes_avx2.h"
 
 namespace vpt {
 namespace {
 
-struct Vector {
-  using Float = __m256;
-  static constexpr int kLanes = 8, kTileRows = 6, kTilePanels = 1, kFewRows = 18;
+struct Vector : Lanes {
+  static constexpr int kTileRows = 6, kTilePanels = 1, kFewRows = 18;
   static constexpr int64_t kInt8Rows = kFewRows;
-
-  static Float zero() { return _mm256_setzero_ps(); }
-  static Float broadcast(float x) { return _mm256_set1_ps(x); }
-  static Float load(const float* x) { return _mm256_loadu_ps(x); }
-  static void store(float* x, Float v) { _mm256_storeu_ps(x, v); }
-  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
-  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
-  static Float multiply_add(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 
   static __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }

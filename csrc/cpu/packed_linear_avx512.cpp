@@ -7,26 +7,16 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
-#include <immintrin.h>
-
 #include "packed_linear_loops.h"
+#include "lanes_avx512.h"
 
 namespace vpt {
 namespace {
 
-struct Vector {
-  using Float = __m512;
-  static constexpr int kLanes = 16, kTileRows = 14, kTilePanels = 2, kFewRows = 28;
+struct Vector : Lanes {
+  static constexpr int kTileRows = 14, kTilePanels = 2, kFewRows = 28;
   // VNNI multiplies pairs of 16-bit integers at twice the rate of floats: int8 weights take that for any number of rows.
   static constexpr int64_t kInt8Rows = INT64_MAX;
-
-  static Float zero() { return _mm512_setzero_ps(); }
-  static Float broadcast(float x) { return _mm512_set1_ps(x); }
-  static Float load(const float* x) { return _mm512_loadu_ps(x); }
-  static void store(float* x, Float v) { _mm512_storeu_ps(x, v); }
-  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
-  static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
-  static Float multiply_add(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 
   template <int odd>
   static void load_column(const float* pair, Float* column) {

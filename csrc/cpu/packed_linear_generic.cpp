@@ -1,42 +1,13 @@
 // Plain C++ over 16 columns: NEON through the compiler, and the fallback on x86-64 without AVX2.
 #include "packed_linear_loops.h"
+#include "lanes_generic.h"
 
 namespace vpt {
 namespace {
 
-struct Vector {
-  struct Float {
-    float lane[kPanel];
-  };
-  static constexpr int kLanes = kPanel, kTileRows = 4, kTilePanels = 1, kFewRows = 16;
+struct Vector : Lanes {
+  static constexpr int kTileRows = 4, kTilePanels = 1, kFewRows = 16;
   static constexpr int64_t kInt8Rows = kFewRows;
-
-  template <typename F>
-  static Float each(F&& value) {
-    Float v;
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = value(i);
-    return v;
-  }
-  static Float zero() { return broadcast(0.f); }
-  static Float broadcast(float x) {
-    return each([=](int) { return x; });
-  }
-  static Float load(const float* x) {
-    return each([=](int i) { return x[i]; });
-  }
-  static void store(float* x, const Float& v) {
-    for (int i = 0; i < kLanes; ++i) x[i] = v.lane[i];
-  }
-  static Float add(const Float& a, const Float& b) {
-    return each([&](int i) { return a.lane[i] + b.lane[i]; });
-  }
-  static Float multiply(const Float& a, const Float& b) {
-    return each([&](int i) { return a.lane[i] * b.lane[i]; });
-  }
-  static Float multiply_add(const Float& a, const Float& b, const Float& c) {
-    return each([&](int i) { return VPT_FMA(a.lane[i], b.lane[i], c.lane[i]); });
-  }
 
   template <int odd, typename S>
   static void load_column(const S* pair, Float* column) {

@@ -1,14 +1,8 @@
 // Loops that the compiler vectorises; included once by each simd_*.cpp inside its instruction-set region.
 #pragma once
 
+#include "fma.h"
 #include "simd.h"
-
-// Contraction is off for the whole library (the resampling coefficients need it off): ask for it where it pays.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define VPT_FMA(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define VPT_FMA(a, b, c) ((a) * (b) + (c))
-#endif
 
 namespace vpt {
 namespace {
