@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vpt_kernels
 from tests.helpers import INTERPRETED, assert_twice_as_good
+from tests.kernels.instruction_sets import Kernels
 from vpt_kernels import PackedWeight, packed_linear
 
 ACTIVATIONS = {
@@ -24,26 +19,9 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-_EXTENSION = Path(vpt_kernels.__file__).with_name("_C.so")
-_KERNELS = ctypes.CDLL(str(_EXTENSION)).vpt_packed_linear_kernels
-_KERNELS.argtypes, _KERNELS.restype = [ctypes.c_char_p], ctypes.c_char_p
-WIDEST = _KERNELS(None).decode()
-INSTRUCTION_SETS = tuple(name for name in ("avx512", "avx2", "generic") if _KERNELS(name.encode()))
-"""Those that this processor has; `test_every_instruction_set_is_tested` says what it must have."""
-_KERNELS(None)
-
-each_set = pytest.mark.parametrize("name", INSTRUCTION_SETS)
+kernels = Kernels("vpt_packed_linear_kernels")
+each_set = pytest.mark.parametrize("name", kernels.names)
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the operator has no Triton implementation")
-
-
-@contextmanager
-def kernels(name: str) -> Iterator[None]:
-    """The C++ backend computes with the kernels of this instruction set."""
-    assert _KERNELS(name.encode()).decode() == name
-    try:
-        yield
-    finally:
-        assert _KERNELS(None).decode() == WIDEST
 
 
 def composition(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.helpers import assert_twice_as_good, normal
+from tests.kernels.instruction_sets import Kernels, expected
 from vpt_kernels import cached_attention
-from vpt_kernels import library as vpt_library
-from vpt_kernels.backends import EXTENSION_PROBLEM
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", *(("cpp",) if EXTENSION_PROBLEM is None else ()))
+BACKENDS = ("reference", "cpp")
+KERNELS = Kernels("vpt_cached_attention_kernels")
 SHAPES = (
     # tokens, query heads, KV heads, width, cached tokens
     (1, 12, 2, 128, 1),
@@ -39,26 +37,6 @@ def inputs(
     return q, keys, values
 
 
-def library() -> ctypes.CDLL:
-    from pathlib import Path
-
-    found = ctypes.CDLL(str(Path(vpt_library.__file__).with_name("_C.so")))
-    found.vpt_cached_attention_kernels.restype = ctypes.c_char_p
-    found.vpt_cached_attention_kernels.argtypes = [ctypes.c_char_p]
-    return found
-
-
-@pytest.fixture(params=("generic", "avx2", "avx512"))
-def instructions(request):
-    if EXTENSION_PROBLEM is not None:
-        pytest.skip(EXTENSION_PROBLEM)
-    choose = library().vpt_cached_attention_kernels
-    if choose(request.param.encode()) is None:
-        pytest.skip(f"this processor has no {request.param}")
-    yield
-    choose(None)
-
-
 def check(shape: tuple[int, ...], cached: torch.dtype, causal: bool, backend: str) -> None:
     """Errors of several draws of a small shape are judged together: a few numbers are luck."""
     tokens, heads, _, dim, stored = shape
@@ -77,11 +55,17 @@ def check(shape: tuple[int, ...], cached: torch.dtype, causal: bool, backend: st
     assert_twice_as_good(*map(torch.stack, zip(*found, strict=True)))
 
 
+def test_every_instruction_set_is_tested() -> None:
+    assert KERNELS.names == expected() and KERNELS.widest == expected()[0]
+
+
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("cached", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(instructions, shape, cached, causal) -> None:
-    check(shape, cached, causal, "cpp")
+@pytest.mark.parametrize("name", KERNELS.names)
+def test_against_float64(name, shape, cached, causal) -> None:
+    with KERNELS(name):
+        check(shape, cached, causal, "cpp")
 
 
 @pytest.mark.parametrize("cached", DTYPES, ids=str)

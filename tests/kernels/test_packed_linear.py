@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import platform
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.helpers import assert_same_bits, each_backend, each_dtype, normal, numbers
+from tests.kernels.instruction_sets import expected
 from tests.kernels.packed_checks import (
     ACTIVATIONS,
-    INSTRUCTION_SETS,
-    WIDEST,
     check,
     each_set,
     kernels,
@@ -33,16 +30,7 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 16, 17, 19, 28, 29, 128, 257)
 
 def test_every_instruction_set_is_tested():
     """What the kernel names in /proc/cpuinfo is used, and the widest by default."""
-    flags = set()
-    if platform.machine() == "x86_64" and os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            flags = set(next(line for line in file if line.startswith("flags")).split())
-    expected = ["generic"]
-    if {"avx2", "fma", "f16c"} <= flags:
-        expected.insert(0, "avx2")
-        if {"avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= flags:
-            expected.insert(0, "avx512")
-    assert list(INSTRUCTION_SETS) == expected and WIDEST == expected[0]
+    assert kernels.names == expected() and kernels.widest == expected()[0]
 
 
 @each_set
