@@ -143,8 +143,8 @@ VERIFIED = (
         "CUDA library",
         "torch 2.11 …",
         "",
-        "linked against a stand-in for libtorch_cuda; what it asks for is in the CUDA build of torch 2.13; **never "
-        "loaded by one**",
+        "linked against the CUDA build of torch 2.15 (13.2) and loaded by it without a GPU; elsewhere linked against a "
+        "stand-in for libtorch_cuda; **never called on a GPU**",
     ),
 )
 """What has been verified of each part, and how. It is written by hand: whoever verifies more says so here."""
