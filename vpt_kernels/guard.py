@@ -39,7 +39,7 @@ def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str 
 
     Args:
         part: the module whose call would be bypassed.
-        kind: the plain layer that it must be: torch's Conv2d, Conv3d, Linear or LayerNorm.
+        kind: the plain layer that it must be: torch's Conv2d, Conv3d, Linear or LayerNorm, or a norm of transformers.
         name: what the reason calls it.
         x: its input, whose device the weights must share; None where that is checked elsewhere.
     """
@@ -58,9 +58,9 @@ def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str 
         return f"its {name} was compiled by itself"
     if "_is_replica" in own:
         return f"its {name} is a replica's"
-    if "weight" in own or "bias" in own or "weight" not in held or "bias" not in held:
-        return f"its {name}'s weight and bias are no parameters of it"
-    weight, bias = held["weight"], held["bias"]
+    if "weight" in own or "bias" in own or "weight" not in held or ("bias" not in held and kind in _RUNS):
+        return f"its {name}'s weights are no parameters of it"
+    weight, bias = held["weight"], held.get("bias")
     if type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
         return f"its {name} has a {type(weight).__name__} as weight and a {type(bias).__name__} as bias"
     if weight.layout is not torch.strided:
@@ -72,18 +72,35 @@ def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str 
     if torch.compiler.is_compiling():
         # By torch's own rule a compiled graph is made for the classes and hooks for all that there were.
         return None
-    forward, convolve, function, runs = _FORWARDS[kind]
-    if kind.forward is not forward or getattr(F, function) is not runs:
-        return f"the forward of every {kind.__name__} was replaced"
-    if convolve is not None and kind._conv_forward is not convolve:
+    if kind in _FORWARDS:
+        forward, convolve, function, runs = _FORWARDS[kind]
+        replaced = kind.forward is not forward or getattr(F, function) is not runs
+        replaced |= convolve is not None and kind._conv_forward is not convolve
+    else:
+        replaced = not (_is_defined_by(kind, "forward") and _is_defined_by(kind, "_norm"))
+    if replaced:
         return f"the forward of every {kind.__name__} was replaced"
     return why_every_module_is_called()
+
+
+def _is_defined_by(kind: Any, name: str) -> bool:
+    """Return whether the class has no such method, or the one that stands in it where it is defined."""
+    method = kind.__dict__.get(name)
+    if method is None:
+        return not hasattr(kind, name)
+    names = getattr(method, "__globals__", {})
+    return names.get("__name__") == kind.__module__ and method.__qualname__ == f"{kind.__qualname__}.{name}"
 
 
 def is_own_forward(module: nn.Module) -> bool:
     """Return whether the `forward` among the module's attributes is its class's, as removed hooks leave it behind."""
     forward = module.__dict__["forward"]
     return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+
+
+def keeps_outputs(part: Any) -> bool:
+    """Return whether a hook of the module, or one for all, may keep what its call returns."""
+    return bool(part._forward_hooks or _every._global_forward_hooks)
 
 
 def why_every_module_is_called() -> str | None:

@@ -114,7 +114,7 @@ def compile_itself(parent: nn.Module, name: str) -> None:
 
 def frozen_as_buffers(parent: nn.Module, name: str) -> None:
     part = getattr(parent, name)
-    for key in ("weight", "bias"):
+    for key in tuple(part._parameters):
         value = part._parameters.pop(key)
         part.register_buffer(key, None if value is None else 1.5 * value)
 

@@ -18,6 +18,8 @@ class Angles:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         half = cos.shape[-1] // 2
         self.stamp = _stamp(cos, sin)
+        self.sections = (half, 0, 0)
+        """One position row: where the model mixes those of three axes, it has done so."""
         self._places = cos.shape[:-1]
         self._table = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, -2).float()
         self._slots: dict[tuple[Any, ...], Tensor] = {}

@@ -21,16 +21,17 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
     """Make a model of another library use the kernels; only this instance is changed, and `unpatch()` undoes it.
 
     Replaces the `forward` of modules that it knows by class name and whose attributes and shapes fit:
-    patch embeddings and attentions (rotary embedding + KV-cache update) of transformers' Qwen2-VL, Qwen2.5-VL and
-    Qwen3-VL, patch embeddings of its DINOv2 and SAM vision encoder, and in the published
-    `VPT_Qwen2VLForConditionalGeneration` also the projectors. Weights, state dict, hooks of the replaced modules and
-    class definitions stay as they are: a replaced module becomes an instance of a subclass with the same name. Copies
-    and pickles of a patched model are not patched, and can be.
+    patch embeddings and attentions (rotary embedding + KV-cache update, and the norms of heads before it) of
+    transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL, attentions of its Qwen3-VL-MoE and Qwen3.5, patch embeddings of its
+    DINOv2 and SAM vision encoder, and in the published `VPT_Qwen2VLForConditionalGeneration` also the projectors.
+    Weights, state dict, hooks of the replaced modules and class definitions stay as they are: a replaced module becomes
+    an instance of a subclass with the same name. Copies and pickles of a patched model are not patched, and can be.
 
     Weights are read instead of calling the layer that holds them only where that does exactly what the call would do.
     A call that the kernels cannot serve (gradients, autocast, a sliding or quantised cache, tracing, a part that has
     hooks, is offloaded, adapted or parametrised, a cache or a rotation that another library changed) takes the module's
-    own forward; the report counts it with the reason. uint8 patches, which only the kernels take, raise ValueError
+    own forward; the report counts it with the reason. Where only the norms of heads do more, they are called and the
+    rest is one kernel, counted with the reason. uint8 patches, which only the kernels take, raise ValueError
     there. Under torch.compile patch embeddings and projectors use the kernels, attentions their own forward, and
     nothing is counted.
 

@@ -20,15 +20,20 @@ class _Names(dict[str, Any]):
         return self._originals[name]
 
 
-def changed_copy(function: Any, exchanged: dict[str, Any]) -> FunctionType:
-    """Return the function with some of its global names exchanged, inside the decorators that it has."""
+def changed_copy(function: Any, exchanged: dict[str, Any], renamed: dict[str, str] | None = None) -> FunctionType:
+    """Return the function with some of its global names exchanged, inside the decorators that it has.
+
+    renamed: attributes, of whatever object, that it looks up under another name.
+    """
     inner, cells, names = getattr(function, "__wrapped__", None), function.__closure__, function.__globals__
+    code = function.__code__
     if inner is None:
         names = _Names(names, exchanged)
+        code = code.replace(co_names=tuple((renamed or {}).get(name, name) for name in code.co_names))
     else:
-        copy = changed_copy(inner, exchanged)
+        copy = changed_copy(inner, exchanged, renamed)
         cells = tuple(CellType(copy) if cell.cell_contents is inner else cell for cell in cells or ())
-    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    made = FunctionType(code, names, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 

@@ -20,7 +20,8 @@ class Replacement:
     Attributes:
         name: the module's name in the model. kind: its class. op: the name in `ops` that it was replaced for.
         calls: how often each way was taken: an operator's name ("linear": one GEMM of PyTorch), or "original: reason"
-            where a call went to the module's own forward. What a compiled or traced program runs is not counted.
+            where a call went to the module's own forward; "append_visual_kv_ behind its own norms: reason" where the
+            module's norms of heads were called first. What a compiled or traced program runs is not counted.
         waits: why the module's own forward would run now, or None: what the module's parts were when it was patched.
     """
 

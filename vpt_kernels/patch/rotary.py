@@ -1,14 +1,16 @@
 """Rotary embedding and cache update of a foreign attention through `append_visual_kv_`.
 
-    # transformers' Qwen2VLAttention.forward, as it is     | … and what the two marked lines do when it is patched
+    # transformers' Qwen3VLTextAttention.forward, as it is | … and what its lines do when it is patched
+    q = self.q_norm(q); k = self.k_norm(k)                 | return q and k as they are
     cos, sin = position_embeddings                         | one HeldQuery takes the places of cos and of sin
     q, k = apply_rotary_pos_emb(q, k, cos, sin)            | returns q and k as they are; the HeldQuery keeps q
-    k, v = past_key_values.update(k, v, self.layer_idx)    | an AppendingCache: one kernel rotates q in place and
-                                                           | writes rotated k and v into the cache
+    k, v = past_key_values.update(k, v, self.layer_idx)    | an AppendingCache: one kernel normalises and rotates q
+                                                           | in place and writes k, as rotated, and v into the cache
     out = attention(q, k, v, mask)                         | sees the rotated q and all keys and values, as before
 
-The attention's own code runs, whatever its version: projections, norms, masks and the attention itself. It is a copy
-of the function that looks its names up where the original does, but for the one that rotates.
+The attention's own code runs, whatever its version: projections, masks and the attention itself. It is a copy of the
+function that looks its names up where the original does, but for the one that rotates, and for norms of heads whose
+weights say all that their calls would do. Other norms are called.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from vpt_kernels.caches import LAYERS, append_rows_
-from vpt_kernels.guard import OwnForward, why_watched
+from vpt_kernels.guard import OwnForward, keeps_outputs, why_watched
 from vpt_kernels.patch import legacy
 from vpt_kernels.patch.angles import Angles, angles_of
 from vpt_kernels.patch.functions import changed_copy, innermost
+from vpt_kernels.patch.norms import NORMS, STAND_IN, as_it_is, head_norms, normalises
 from vpt_kernels.patch.rules import Forward, Rule, Serve, lacks, record
 from vpt_kernels.patch.supported import ATTENTIONS, LEGACY_ATTENTIONS
 
@@ -39,9 +42,11 @@ LIBRARY = "transformers.cache_utils"
 class HeldQuery:
     """Stands for cos and for sin in one call of an attention's forward, and keeps the q that they should rotate."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: bool = False) -> None:
         self.query: Tensor | None = None
-        self.sections: tuple[int, ...] = ()
+        self.sections: tuple[int, ...] | None = None
+        self.kept = kept
+        """Somebody may keep what they see of the projection of q: it is not rotated in place."""
 
     def take(self) -> Tensor:
         """Return the query, which is held for one update of the cache."""
@@ -57,28 +62,33 @@ def hold(
     q: Tensor, k: Tensor, held: HeldQuery, _: Any, sections: Any = None, *__: Any, **___: Any
 ) -> tuple[Tensor, Tensor]:
     """Return q and k as they are, in the place of the function that rotates; the held q is rotated with the cache."""
-    held.query = q
-    held.sections = (q.shape[-1] // 2, 0, 0) if sections is None else tuple(sections)
+    held.query = q = q.clone() if held.kept else q
+    held.sections = None if sections is None else tuple(sections)
     return q, k
 
 
 class AppendingCache:
     """Stands for the cache in one call of an attention's forward: the caller's, but for `update`."""
 
-    def __init__(self, cache: Any, layer: Any, angles: Angles, held: HeldQuery) -> None:
-        self._cache, self._layer, self._angles, self._held = cache, layer, angles, held
+    def __init__(
+        self, cache: Any, layer: Any, angles: Angles, held: HeldQuery, norms: dict[str, Any] | None = None
+    ) -> None:
+        self._cache, self._layer, self._angles, self._held, self._norms = cache, layer, angles, held, norms or {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Return all keys and values of the layer, [B, heads, length, D]; rotates the held q in place."""
+        """Return all keys and values of the layer, [B, heads, length, D]; the held q is rotated in place."""
         held = self._held
         query = held.take()
-        q = query.transpose(1, 2).contiguous()
+        q = query.transpose(1, 2)
+        if q.stride(-1) != 1 or (q.shape[0] > 1 and q.stride(0) != q.shape[1] * q.stride(1)):
+            q = q.contiguous()
         behind = getattr(self._cache, "layers", [])[layer_idx + 1 :]
         qkv, rotation = (q, key.transpose(1, 2), value.transpose(1, 2)), self._angles.of(*q.shape[:2])
-        kv = append_rows_(self._layer, qkv, rotation, held.sections, {}, partial(self._angles.slots, behind))
+        sections = held.sections or self._angles.sections
+        kv = append_rows_(self._layer, qkv, rotation, sections, self._norms, partial(self._angles.slots, behind))
         if q.data_ptr() != query.data_ptr():
             query.copy_(q.transpose(1, 2))
         return kv
@@ -162,7 +172,9 @@ def _served(function: FunctionType, hidden: Tensor | None, given: dict[str, Any]
 
 
 def _make(original: Forward) -> Serve:
-    function, exchanged = innermost(original), changed_copy(original, dict.fromkeys(ROTATIONS, hold))
+    function, exchange = innermost(original), dict.fromkeys(ROTATIONS, hold)
+    with_norms, without = (changed_copy(original, exchange, dict.fromkeys(names, STAND_IN)) for names in ((), NORMS))
+    fuses = normalises(function)
 
     def serve(module: Any, calls: Counter[str] | None, *inputs: Any, **given: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -170,15 +182,17 @@ def _make(original: Forward) -> Serve:
         hidden = inputs[0] if inputs else given.get("hidden_states")
         name = next((name for name in CACHES if name in given), "")
         layer = _served(function, hidden, given, name, module.layer_idx)
-        held, cache = HeldQuery(), given[name]
-        append = AppendingCache(cache, layer, angles_of(*given["position_embeddings"]), held)
+        norms, own = head_norms(module, hidden) if fuses else ({}, None)
+        held, cache = HeldQuery(keeps_outputs(module.q_proj)), given[name]
+        append = AppendingCache(cache, layer, angles_of(*given["position_embeddings"]), held, norms)
+        exchanged = without if norms else with_norms
         output = exchanged(module, *inputs, **given | {name: append, "position_embeddings": (held, held)})
         if held.query is not None:
             raise RuntimeError(
                 f"{type(module).__name__}.forward rotated q and did not update the cache: layer {module.layer_idx} got "
                 "nothing; report this version of transformers, and unpatch"
             )
-        record(calls, "append_visual_kv_")
+        record(calls, "append_visual_kv_" if own is None else f"append_visual_kv_ behind its own norms: {own}")
         return legacy.handed_on(output, append, cache)
 
     return serve
@@ -209,4 +223,13 @@ def _declines(module: nn.Module) -> str | None:
     return _why_rotated_elsewhere(innermost(type(module).forward))
 
 
-RULES = (Rule("append_visual_kv", (*ATTENTIONS, *LEGACY_ATTENTIONS), _refuse, _declines, _make),)
+RULES = (
+    Rule(
+        "append_visual_kv",
+        (*ATTENTIONS, *LEGACY_ATTENTIONS),
+        _refuse,
+        _declines,
+        _make,
+        methods={STAND_IN: staticmethod(as_it_is)},
+    ),
+)

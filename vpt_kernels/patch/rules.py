@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -30,6 +30,7 @@ class Rule:
             that forward would and counts the way it took, or raises OwnForward.
         reject: raises ValueError where the module's own forward, taken for the given reason, would misread its inputs;
             called as `reject(module, reason, *inputs, **named)`. None: it takes them all.
+        methods: what a replaced module's class has beside its forward, for copies of that forward to find.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Rule:
     declines: Callable[[nn.Module], str | None]
     make: Callable[[Forward], Serve]
     reject: Callable[..., None] | None = None
+    methods: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def record(calls: Counter[str] | None, way: str) -> None:

@@ -16,11 +16,23 @@ DINOV2, SAM = "Dinov2PatchEmbeddings", "SamPatchEmbeddings"
 FORMS = {"MinimalProjector": "linear", "MinimalSamProjector": "conv", "MinimalCLIPProjector": "identity"}
 """Projectors of the published re-encoder → form of `control_cross_attention`."""
 
-ATTENTIONS = ("Qwen2VLAttention", "Qwen2_5_VLAttention", "Qwen3VLTextAttention")
+ATTENTIONS = (
+    "Qwen2VLAttention",
+    "Qwen2_5_VLAttention",
+    "Qwen3VLTextAttention",
+    "Qwen3VLMoeTextAttention",
+    "Qwen3_5Attention",
+    "Qwen3_5MoeAttention",
+)
 LEGACY_ATTENTIONS = tuple(
     f"{family}{kind}" for family in ("Qwen2VL", "Qwen2_5_VL") for kind in ("SdpaAttention", "FlashAttention2")
 )
 """Attentions that rotate and fill a cache; those of transformers before 4.48 had a class for each implementation."""
+
+HEAD_NORMS = dict.fromkeys(("Qwen3VLTextRMSNorm", "Qwen3VLMoeTextRMSNorm"), "variance_epsilon")
+"""RMSNorms of heads that multiply what they have rounded by their weight → the attribute that holds their eps."""
+CENTRED_NORMS = dict.fromkeys(("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm"), "eps")
+"""The same, of those that multiply by 1 + weight and round once."""
 
 NOT_REPLACED = {
     **dict.fromkeys(
@@ -32,6 +44,9 @@ NOT_REPLACED = {
             "Qwen2_5_VLVisionSdpaAttention",
             "Qwen2_5_VLVisionFlashAttention2",
             "Qwen3VLVisionAttention",
+            "Qwen3VLMoeVisionAttention",
+            "Qwen3_5VisionAttention",
+            "Qwen3_5MoeVisionAttention",
         ),
         "it rotates without a cache: there is nothing to append",
     ),
@@ -48,6 +63,7 @@ FAMILIES = {
     "transformers.models.qwen2_vl.": _LANGUAGE | _PATCHES,
     "transformers.models.qwen2_5_vl.": _LANGUAGE | _PATCHES,
     "transformers.models.qwen3_vl.": _LANGUAGE | _PATCHES,
+    **{f"transformers.models.{family}.": _LANGUAGE for family in ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")},
     "transformers.models.dinov2.": _PATCHES,
     "transformers.models.sam.": _PATCHES,
 }

@@ -68,7 +68,7 @@ def _subclass(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
         # pickle lets `copyreg.__newobj__`, which stands there, make an object of the very class only.
         return (object.__new__, (cls,), *made[2:]) if ours else made
 
-    names = {"forward": forward, "__reduce_ex__": reduce, "_stands_for": cls}
+    names = {**rule.methods, "forward": forward, "__reduce_ex__": reduce, "_stands_for": cls}
     names |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
     metaclass: Any = type(cls)
     made: type[nn.Module] = metaclass(cls.__name__, (cls,), names)
