@@ -131,6 +131,14 @@ class Conversation:
         self.cache.advance(len(tokens), next_position)
         self.tokens += tokens
 
+    def restore(self, tokens: Sequence[int], keys: Tensor, values: Tensor, mark: Mark) -> None:
+        """Hold what another conversation of the same model held at `mark`, before anything is fed; its pictures aside.
+
+        keys, values: of `KVCache.gather`. Raises ValueError if they do not fit.
+        """
+        self.cache.restore(keys, values, mark.next_position)
+        self.tokens, self.unfed = list(tokens), mark.unfed
+
     def mark(self) -> Mark:
         """Return where the conversation is now."""
         return Mark(self.length, self.next_position, len(self.pictures), self.unfed)

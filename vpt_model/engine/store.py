@@ -92,12 +92,7 @@ def load(engine: Engine, file: Path) -> Chat:
     chat = engine.chat(keep_pixels=about["keep_pixels"])
     try:
         conversation = chat.conversation
-        cache = conversation.cache
-        cache.reserve(mark.length)
-        cache.keys[:, : mark.length].copy_(tensors["keys"])
-        cache.values[:, : mark.length].copy_(tensors["values"])
-        conversation.advance(tensors["tokens"].tolist(), mark.next_position)
-        conversation.unfed = mark.unfed
+        conversation.restore(tensors["tokens"].tolist(), tensors["keys"], tensors["values"], mark)
         device = engine.model.device
         for number, picture in enumerate(about["pictures"]):
             pixels, features = tensors.get(f"pixels.{number}"), tensors[f"features.{number}"].to(device)

@@ -185,6 +185,16 @@ class KVCache:
             return self.keys[:, :0].clone(), self.values[:, :0].clone()
         return torch.cat([part.keys for part in parts], 1), torch.cat([part.values for part in parts], 1)
 
+    def restore(self, keys: torch.Tensor, values: torch.Tensor, next_position: int) -> None:
+        """Store what `gather` returned, in an empty cache; ValueError if this one is not, or if there is no room."""
+        if self.length:
+            raise ValueError(f"the cache holds {self.length} tokens: clear it first")
+        count = keys.shape[1]
+        self.reserve(count)
+        self.keys[:, :count].copy_(keys)
+        self.values[:, :count].copy_(values)
+        self.length, self.next_position = count, next_position
+
     def _stored(self, made: int, hold: object) -> tuple[Rows, ...]:
         used = self.length - self.floor
         return (Rows(self.keys[:, :used], self.values[:, :used], made, hold),) if used else ()

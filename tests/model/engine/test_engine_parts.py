@@ -97,6 +97,18 @@ def test_executors_alone_advance_caches(monkeypatch, graphs):
     assert callers == {"vpt_model.engine.executor", "vpt_model.engine.conversation"}
 
 
+def test_a_restored_conversation_is_not_advanced(monkeypatch, tmp_path):
+    """What lies in its cache was not fed."""
+    engine, advanced = engine_of(), []
+    with engine.chat(IMAGE) as chat:
+        chat.ask(QUESTION, max_new_tokens=2)
+        chat.save(tmp_path / "chat")
+    for owner in (KVCache, Conversation):
+        monkeypatch.setattr(owner, "advance", lambda *arguments: advanced.append(arguments))
+    with engine.load_chat(tmp_path / "chat") as restored:
+        assert advanced == [] and restored.length > 40
+
+
 def test_positions_are_computed_once_and_used_as_they_are(monkeypatch):
     """One computation for every chunk that is no single decoded token; what it says comes next is what comes next."""
     engine, computed, seen, compute = engine_of(), [], [], loop_module.mrope_positions
