@@ -31,7 +31,7 @@ from vpt_model.checkpoint import random_state
 from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.engine import Engine
 from vpt_model.engine.events import Clock, Look, Stage, Token
-from vpt_model.engine.executor import Eager, Fed
+from vpt_model.engine.executor import Captured, Eager, Fed
 from vpt_model.engine.requests import Append
 from vpt_model.network.linear import linear
 from vpt_model.network.model import Model
@@ -70,17 +70,18 @@ def our_linear() -> Iterator[None]:
         yield
 
 
-class Recorder(Eager):
-    """Remembers what it feeds to the language model."""
+class Recorder:
+    """An executor that remembers what another one feeds to the language model."""
 
-    def __init__(self, executor: Eager) -> None:
-        vars(self).update(vars(executor))
+    def __init__(self, executor: Eager | Captured) -> None:
         self.fed: list[Append] = []
-        self._feed = executor.feed
+        self.run, feed = executor.run, executor.feed
 
-    def feed(self, appends: Sequence[Append]) -> list[Fed]:
-        self.fed += appends
-        return self._feed(appends)
+        def recorded(appends: Sequence[Append]) -> list[Fed]:
+            self.fed += appends
+            return feed(appends)
+
+        executor.feed = recorded  # type: ignore[method-assign]
 
 
 @dataclass

@@ -99,7 +99,7 @@ class Engine(ChatMixin):
 
     def use(self, model: Model, graphs: Graphs) -> None:
         """Run questions that are asked from now on by these towers and graphs, in the graphs' caches."""
-        self.model, self.executor = model, Captured(model, graphs, self._speculate)
+        self.model, self.executor = model, Captured(Eager(model, self._speculate), graphs)
         self.pool.keep_only(graphs.caches)
 
     def ask(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -40,6 +40,10 @@ class Fed:
     argmax_token: Tensor | None = None
 
 
+Feed = Callable[[Sequence[Append]], list[Fed]]
+"""Runs the language model over the tokens of different conversations, which it writes to their caches."""
+
+
 class Eager:
     """Runs requests one operation at a time; images one by one, all tokens in one ragged call of the language model.
 
@@ -50,8 +54,10 @@ class Eager:
         self.model = model
         self.speculate = speculate and model.encoder is not None and model.device.type == "cuda"
 
-    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
-        with ExitStack() as timers:
+    def run(self, requests: Sequence[Request], feed: Feed | None = None) -> list[Output | Request]:
+        """Do what `Executor.run` says. feed: runs the language model, where `Eager.feed` is not what shall do it."""
+        # Whoever calls under autocast has its own model in mind.
+        with ExitStack() as timers, torch.autocast(self.model.device.type, enabled=False):
             appends, features = [], []
             for request in requests:
                 append, seen = self._prepare(request)
@@ -59,29 +65,29 @@ class Eager:
                 timers.enter_context(clock(append.stage, tokens=count, lm_calls=1))
                 appends.append(append)
                 features.append(seen)
-            fed = self.feed(appends)
+            for append in appends:
+                append.conversation.cache.check(len(append.tokens))
+            fed = (feed or self.feed)(appends)
+            for append in appends:
+                append.conversation.advance(append.tokens, append.next_position)
             return [self._finish(*each) for each in zip(requests, appends, features, fed, strict=True)]
 
     def feed(self, appends: Sequence[Append]) -> list[Fed]:
-        """Feed the tokens of all conversations; what follows each one's last."""
+        """Write the tokens of all conversations behind what their caches hold; what follows each one's last."""
         last = [states[-1:] for states in self.states(appends)]
         sampled = [state for append, state in zip(appends, last, strict=True) if append.logits]
         logits = iter(self.model.language.logits(torch.cat(sampled)) if sampled else ())
         return [Fed(state, next(logits) if a.logits else None) for a, state in zip(appends, last, strict=True)]
 
     def states(self, appends: Sequence[Append]) -> list[Tensor]:
-        """Run every token through the language model, once, and advance the caches; return hidden states [T_i, H]."""
+        """Run every token through the language model, once; return hidden states [T_i, H]."""
         lengths = [len(append.tokens) for append in appends]
         caches = [append.conversation.cache for append in appends]
         embeds = torch.cat([self._embed(a.tokens) if a.embeds is None else a.embeds for a in appends])
         positions = torch.cat([append.positions for append in appends], dim=1)
         for cache, count in zip(caches, lengths, strict=True):
-            cache.check(count)
-        for cache, count in zip(caches, lengths, strict=True):
             cache.reserve(count)
         hidden = self.model.language.forward(embeds, positions, caches, lengths)
-        for append in appends:
-            append.conversation.advance(append.tokens, append.next_position)
         return list(hidden.split(lengths))
 
     def _prepare(self, request: Request) -> tuple[Append, tuple[Tensor, ...]]:
@@ -152,32 +158,31 @@ def _append(request: Request, tokens: Sequence[int], positions: Tensor, embeds: 
     return Append(tokens=tokens, positions=positions, embeds=embeds, **(same | other))
 
 
-class Captured(Eager):
-    """Replays graphs for what fits their buckets; the rest runs eagerly.
+class Captured:
+    """An executor around an eager one: it replays graphs for the tokens that fit their buckets.
 
-    Conversations that decode share a bucket, each that appends has one of its own. A conversation whose cache lies
-    outside the graphs' buffers, or in several parts because it is a fork or has grown, is never replayed, which is
-    logged once.
+    The other tokens, and everything that is no token, are left to the eager one. Conversations that decode share a
+    bucket, each that appends has one of its own. A conversation whose cache lies outside the graphs' buffers, or in
+    several parts because it is a fork or has grown, is never replayed, which is logged once.
     """
 
-    def __init__(self, model: Model, graphs: Graphs, speculate: bool = False) -> None:
-        super().__init__(model, speculate)
-        self.graphs = graphs
+    def __init__(self, eager: Eager, graphs: Graphs) -> None:
+        self.eager, self.graphs = eager, graphs
         self._told = False
 
+    def run(self, requests: Sequence[Request]) -> list[Output | Request]:
+        return self.eager.run(requests, self.feed)
+
     def feed(self, appends: Sequence[Append]) -> list[Fed]:
-        for append in appends:
-            append.conversation.cache.check(len(append.tokens))
+        """Write tokens as `Eager.feed` does."""
         fed: dict[int, Fed] = {}
         for bucket, rows in self._buckets(appends):
             hidden, *sampled = self.graphs.steps[bucket]([appends[row] for row in rows])
             for place, row in enumerate(rows):
-                append = appends[row]
-                append.conversation.advance(append.tokens, append.next_position)
                 fed[row] = Fed(hidden[place : place + 1], *(out[place] for out in sampled))
         left = [row for row in range(len(appends)) if row not in fed]
         if left:
-            fed |= zip(left, super().feed([appends[row] for row in left]), strict=True)
+            fed |= zip(left, self.eager.feed([appends[row] for row in left]), strict=True)
         return [fed[row] for row in range(len(appends))]
 
     def _buckets(self, appends: Sequence[Append]) -> Iterator[tuple[Bucket, list[int]]]:

@@ -41,10 +41,7 @@ class Scheduler:
                 yield from self._advance(number, row)
         if self.requests:
             requests, self.requests = list(self.requests.items()), {}
-            device = requests[0][1].conversation.cache.keys.device
-            # Whoever calls under autocast has its own model in mind.
-            with torch.autocast(device.type, enabled=False):
-                results = self.executor.run([request for _, request in requests])
+            results = self.executor.run([request for _, request in requests])
             for (number, _), result in zip(requests, results, strict=True):
                 if isinstance(result, Output):
                     self.outputs[number] = result
