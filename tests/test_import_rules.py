@@ -120,6 +120,21 @@ def test_a_wing_imports_what_it_says(wing, path):
         assert target in stated(wing) | {wing.name}, f"{module(path)} imports {name}"
 
 
+ENGINE = {
+    "loop": {"executor", "graphs", "scheduler", "engine", "chat", "store"},
+    "conversation": {"perception", "requests", "loop", "executor", "graphs", "scheduler", "engine", "chat", "store"},
+    "executor": {"loop", "scheduler", "engine", "chat", "store"},
+    "scheduler": {"conversation", "perception", "loop", "graphs", "engine", "chat", "store"},
+}
+"""What each part of the engine knows nothing of; docs/architecture.md says it in words."""
+
+
+@pytest.mark.parametrize("part", ENGINE)
+def test_a_part_of_the_engine_imports_nothing_it_does_not_know(part):
+    path = MODEL / "engine" / f"{part}.py"
+    assert [other for other in ENGINE[part] if reaches(path, f"vpt_model.engine.{other}")] == []
+
+
 KERNEL_WINGS = sorted(path.parent for path in KERNELS.glob("*/__init__.py"))
 KERNEL_WING_FILES = [(wing, path) for wing in KERNEL_WINGS for path in sorted(wing.rglob("*.py"))]
 OPERATOR = {"backends", "checks", "launch", "library"}

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vpt_model.engine.events import Answer, Clock, Look, Stage
-from vpt_model.engine.perception import Ahead
 from vpt_model.engine.sampling import Sampler
 from vpt_model.network.cache import KVCache
 from vpt_model.text.prompt import ANSWER_PREFIX
@@ -36,15 +35,16 @@ class Picture:
     """An image that a conversation is shown.
 
     pixels: uint8 [height, width, 3] on the model's device; None once they are dropped. size: its height and width.
-    features: [N, H] of its first look, once it is taken, and its grids in patches. ahead: the re-encoder's work, where
-    it was begun before it was asked for. notices: what its owner should know, told in the answer of its first question.
+    features: [N, H] of its first look, once it is taken, and its grids in patches. ahead: returns what the re-encoder
+    makes of it, where that was begun unasked. notices: what its owner should know, told in the answer of its first
+    question.
     """
 
     pixels: Tensor | None
     size: tuple[int, int]
     features: Tensor | None = None
     grids: tuple[tuple[int, int], ...] = ()
-    ahead: Ahead | None = None
+    ahead: Callable[[], Tensor] | None = None
     notices: tuple[str, ...] = ()
 
     @property

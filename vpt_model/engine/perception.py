@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ class Ahead:
         # Freed on another stream, the image's memory could be given out again while it is still read here.
         image.record_stream(self.stream)
 
-    def take(self) -> Tensor:
+    def __call__(self) -> Tensor:
         """Return the features, for work on the current stream, which waits for them."""
         current = torch.cuda.current_stream(self.features.device)
         current.wait_stream(self.stream)
@@ -78,18 +78,20 @@ class Ahead:
         return self.features
 
 
-def reencode(model: Model, image: Tensor | None, features: Tensor, clock: Clock, ahead: Ahead | None = None) -> Tensor:
+def reencode(
+    model: Model, image: Tensor | None, features: Tensor, clock: Clock, ahead: Callable[[], Tensor] | None = None
+) -> Tensor:
     """Return the image as the projector reads it: [N, H] ("clip"), [1, N, D] (DINOv2) or [1, C, h, w] (SAM).
 
     image: uint8 [height, width, 3] on the model's device. features: [N, H], its first look; the "clip" re-encoder is
-    the vision tower itself on the same image, so what it would compute is already there. ahead: where the work was
-    begun before. Stages of the others: "crop+embed", "ViT"; what was begun before is only waited for, in "ViT".
+    the vision tower itself on the same image, so what it would compute is already there. ahead: an `Ahead`, where one
+    was begun. Stages of the others: "crop+embed", "ViT"; what was begun before is only waited for, in "ViT".
     """
     if model.encoder is None:
         return features
     if ahead is not None:
         with clock("ViT", images=1, vit_calls=1):
-            return ahead.take()
+            return ahead()
     assert image is not None, "a look at pixels that were dropped is refused before"
     with clock("crop+embed", images=1):
         patches = _whole(model, image)
