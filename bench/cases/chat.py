@@ -43,21 +43,25 @@ class Turn:
         """Return the turn."""
         image = self.other if self.workload.turn == "image" else None
         looks = [ZOOM] if self.workload.turn == "zoom" else None
-        return chat.ask(QUESTION, image, looks=looks, max_new_tokens=1, keep_logits=True)
+        return chat.ask(QUESTION, image, looks=looks, max_new_tokens=1)
 
     def ours(self) -> Tensor:
         """Return the logits of the first answer token."""
-        logits = self.take(self.chat).logits[0]
+        self.take(self.chat)
         self.chat.rewind()
-        self.engine.executor.fed.clear()
-        return logits
+        return self._said()
 
     def anew(self) -> Tensor:
         """Return the same, from an empty cache."""
         with self._first() as chat:
-            logits = self.take(chat).logits[0]
+            self.take(chat)
+        return self._said()
+
+    def _said(self) -> Tensor:
+        """Return what was said last; kept by the engine, the logits would cost a call for each forced token."""
+        (said,) = self.engine.executor.said
         self.engine.executor.fed.clear()
-        return logits
+        return said.logits
 
     def check_tokens(self) -> None:
         """Raise WrongResult unless the turn feeds what is new, and no picture that was seen passes the tower again."""

@@ -71,15 +71,17 @@ def our_linear() -> Iterator[None]:
 
 
 class Recorder:
-    """An executor that remembers what another one feeds to the language model."""
+    """An executor that remembers what another one feeds to the language model, and what that said last."""
 
     def __init__(self, executor: Eager | Captured) -> None:
         self.fed: list[Append] = []
+        self.said: list[Fed] = []
         self.run, feed = executor.run, executor.feed
 
         def recorded(appends: Sequence[Append]) -> list[Fed]:
             self.fed += appends
-            return feed(appends)
+            self.said = feed(appends)
+            return self.said
 
         executor.feed = recorded  # type: ignore[method-assign]
 

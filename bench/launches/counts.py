@@ -95,4 +95,5 @@ def _marks(engine: Engine, gpu: Pretended, answer: str) -> list[Tally]:
 
 def _ask(engine: Engine, answer: str) -> Iterator[object]:
     photo = torch.zeros(PHOTO, dtype=torch.uint8)
-    return engine.stream(photo, "What is in the picture?", looks=[answer], max_new_tokens=5)
+    # With logits kept, forced tokens are fed one by one, as those that a model chooses are.
+    return engine.stream(photo, "What is in the picture?", looks=[answer], max_new_tokens=5, keep_logits=True)

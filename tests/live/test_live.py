@@ -38,6 +38,7 @@ from tests.live.chats import (
     unwritable,
     user,
 )
+from tests.model.watch import LiveMemory
 from vpt_kernels import patch
 from vpt_kernels.live import LiveConversation
 from vpt_kernels.patch.swap import is_swapped
@@ -388,6 +389,37 @@ def test_two_hundred_turns_keep_the_work_of_one():
                 theirs = anew(plain, chat.processor, ids, [picture(60, 60)], **short)
                 assert torch.equal(out.sequences, theirs.sequences)
         assert len(counts) == 1
+
+
+@each_cache
+def test_a_turn_of_text_is_one_pass_of_the_model(cache):
+    """And one with a picture is two: up to the picture's end, and the text behind it."""
+    one = SAY | {"do_sample": False, "max_new_tokens": 1}
+    with opened(cache=cache, capacity=1200) as chat:
+        passes: list[object] = []
+        chat.model.lm_head.register_forward_pre_hook(lambda head, states: passes.append(states))
+        for message, count in ((user("see", picture(60, 60)), 2), (user("more"), 1), (user("and", picture(90, 60)), 2)):
+            passes.clear()
+            chat.add(message)
+            chat.generate(**one)
+            assert len(passes) == count
+
+
+@each_cache
+def test_two_hundred_turns_leave_nothing_beside_the_cache(cache):
+    short = SAY | {"do_sample": False, "max_new_tokens": 2, "min_new_tokens": 2}
+    with opened(cache=cache, capacity=8192) as chat, LiveMemory() as memory:
+        chat.add(user("see", picture(60, 60)))
+        chat.generate(**short)
+        beside = []
+        for turn in range(200):
+            chat.append("<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n")
+            chat.generate(**short)
+            if turn % 20 == 19:
+                gc.collect()
+                kept = [rows for layer in chat._fed._cache.layers for rows in (layer.keys, layer.values)]
+                beside.append(memory.now - sum(rows.untyped_storage().nbytes() for rows in kept))
+    assert set(beside) == {beside[0]}
 
 
 def test_a_cache_of_the_users_own_is_taken_if_it_is_empty():

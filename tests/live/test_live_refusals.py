@@ -37,6 +37,7 @@ BAD_CALLS = {
     "beams": (lambda c: c.generate(num_beams=3), "one sequence"),
     "several sequences": (lambda c: c.generate(num_return_sequences=2, do_sample=True), "one sequence"),
     "a draft model": (lambda c: c.generate(assistant_model=c.model), "leave it out"),
+    "prefilling in chunks": (lambda c: c.generate(prefill_chunk_size=8), "feeds a conversation from its beginning"),
     "too many tokens": (lambda c: c.generate(max_new_tokens=999), "static cache holds 300"),
 }
 

@@ -215,8 +215,9 @@ class LiveConversation:
             with self._shared.lock, self._open.undone_on_error(), torch.no_grad():
                 inputs = [picture.inputs or self._look.inputs(picture.pixels) for picture in pending]
                 pixels = {name: torch.cat([given[name] for given in inputs]) for name in names}
-                # The last token is left to `generate`, which samples behind it.
-                self._open.feed(self.ids[self.length : -1], [picture.grid for picture in pending], pixels)
+                # Text behind the last picture is left to `generate`: one pass feeds it and samples behind it.
+                end = pending[-1].span.stop if pending else self.length
+                self._open.feed(self.ids[self.length : end], [picture.grid for picture in pending], pixels)
                 out = self._open.generate(self.ids, arguments)
             self.ids += getattr(out, "sequences", out)[0, len(self.ids) :].tolist()
             for picture in pending:
@@ -315,4 +316,7 @@ def _most_new_tokens(arguments: Mapping[str, Any], usual: Any) -> int:
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
         if arguments.get(name) is not None:
             raise ValueError(f"{name} cuts tokens off the cache that the conversation counts: leave it out")
+    name = "prefill_chunk_size"
+    if arguments.get(name, getattr(config, name, None)) is not None:
+        raise ValueError(f"{name} feeds a conversation from its beginning, over what its cache holds: leave it out")
     return int(arguments.get("max_new_tokens", getattr(config, "max_new_tokens", None)) or 1)

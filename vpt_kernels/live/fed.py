@@ -44,7 +44,7 @@ class Fed:
         self._advance(behind, sum(frames * rows * columns for frames, rows, columns in grids))
 
     def generate(self, ids: Sequence[int], arguments: Mapping[str, Any]) -> Any:
-        """Run the model's `generate` behind all of `ids`, of which the last one has not been fed."""
+        """Run the model's `generate` behind all of `ids`; the last one or more, which are text, have not been fed."""
         tokens = torch.tensor([list(ids)], device=self._family.core.device)
         given = {"attention_mask": torch.ones_like(tokens), self._argument: self._cache, **arguments}
         with self._family.deltas(self.next_position - self.length):

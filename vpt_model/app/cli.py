@@ -251,6 +251,7 @@ def chat(
 def page(
     folder: Annotated[str, typer.Argument(help=f"{MODEL}; by default vpt-mini, which knows its own task only")] = MINI,
     device: Device = "auto",
+    weights: Weights = "auto",
     port: Annotated[int, typer.Option(help="0 takes a free one", min=0, max=65535)] = 8765,
     host: Annotated[
         str, typer.Option(help="an address of this machine; other than by default, everybody who reaches it may ask")
@@ -265,7 +266,7 @@ def page(
         from vpt_model.app.page import command
     except ImportError as error:
         raise ValueError("the page needs Starlette and uvicorn: pip install 'vpt-kernels[app]'") from error
-    command.run(folder, choose_device(device), host, port, browser)
+    command.run(folder, choose_device(device), weights, host, port, browser)
 
 
 @app.command()

@@ -179,9 +179,10 @@ def _forget(cache: KVCache) -> None:
 class Turn:
     """What the model generated in one round. `end`: a finish reason of `Answer`, or "action" (a look follows).
 
-    forced: tokens that come first, whatever the model would choose.
+    begin: how many tokens had been fed before. forced: tokens that come first, whatever the model would choose.
     """
 
+    begin: int
     forced: deque[int] = field(default_factory=deque)
     ids: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
@@ -197,6 +198,10 @@ class Turn:
             return ""
         self.unprinted.clear()
         return text
+
+    def unfed(self, conversation: Conversation) -> list[int]:
+        """Return what was generated and not fed yet."""
+        return self.ids[conversation.length - self.begin :]
 
 
 @dataclass
@@ -229,9 +234,9 @@ class Question:
         """What chooses the first token of the next round; None if it is forced."""
         return None if self.forced and self.forced[0] else self.sampler
 
-    def begin_turn(self) -> Turn:
+    def begin_turn(self, conversation: Conversation) -> Turn:
         """Return the next round, with what is forced on it."""
-        turn = Turn(deque(self.forced.popleft() if self.forced else ()))
+        turn = Turn(conversation.length, deque(self.forced.popleft() if self.forced else ()))
         self.turns.append(turn)
         return turn
 
@@ -262,14 +267,13 @@ class Question:
             )
         return needed <= conversation.capacity
 
-    def unfed(self, conversation: Conversation, ids: TokenIds) -> tuple[int, ...]:
+    def left_over(self, conversation: Conversation, ids: TokenIds) -> tuple[int, ...]:
         """Return what the last round said and the conversation was not fed: what stands before the next question.
 
         The token that ended the answer goes, and so does the beginning of a look that was not taken.
         """
-        last = self.turns[-1]
-        left = last.ids[conversation.length - self.round_start.length :]
-        return tuple(token for token in left if token not in (*ids.stop, ids.action_start, ids.action))
+        endings = (*ids.stop, ids.action_start, ids.action)
+        return tuple(token for token in self.turns[-1].unfed(conversation) if token not in endings)
 
     def summary(self, decode: Callable[[list[int]], str], timings: list[Stage], keep_prefix: bool) -> Answer:
         """Return what has come of the question."""

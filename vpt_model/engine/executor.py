@@ -145,10 +145,11 @@ class Eager:
 
 
 def decoded(request: Decode) -> Append:
-    """Return a generated token as one that is appended."""
+    """Return generated tokens as such that are appended."""
     begin = request.conversation.next_position
-    positions = torch.full((3, 1), begin, device="cpu")
-    return _append(request, [request.token], positions, request.embeds, next_position=begin + 1, stage="decode")
+    end = begin + len(request.tokens)
+    positions = torch.arange(begin, end, device="cpu").expand(3, -1)
+    return _append(request, request.tokens, positions, request.embeds, next_position=end, stage="decode")
 
 
 def _append(request: Request, tokens: Sequence[int], positions: Tensor, embeds: Tensor | None, **other: Any) -> Append:

@@ -48,7 +48,7 @@ class Loop:
         while output is not None:
             turn = yield from self.decode(conversation, question, output)
             output = yield from self.look_again(conversation, question, turn)
-        conversation.unfed, timings = question.unfed(conversation, self.ids), conversation.clock.stages
+        conversation.unfed, timings = question.left_over(conversation, self.ids), conversation.clock.stages
         return question.summary(self.tokenizer.decode, timings, self.keep_prefix)
 
     def prefill(self, conversation: Conversation, question: Question) -> Generator[Request, Output, Output]:
@@ -79,8 +79,11 @@ class Loop:
     def decode(
         self, conversation: Conversation, question: Question, output: Output
     ) -> Generator[Token | Request, Output, Turn]:
-        """Generate until the turn ends; the token that ends it is not fed. output: of what was fed before."""
-        turn = question.begin_turn()
+        """Generate until the turn ends; the token that ends it is not fed, nor are forced ones just before it.
+
+        output: of what was fed before.
+        """
+        turn = question.begin_turn(conversation)
         while not turn.end:
             token = turn.forced.popleft() if turn.forced else output.token
             if token is None:
@@ -93,22 +96,33 @@ class Loop:
                 turn.end = "action"
             elif len(turn.ids) + 1 >= question.max_new_tokens and not turn.forced:
                 turn.end = "length"
-            elif conversation.length == conversation.capacity:
+            elif conversation.length + len(turn.unfed(conversation)) == conversation.capacity:
                 turn.end = "capacity"
             elif self.ids.action is not None and output.fed == self.ids.action_start:
                 token = self.ids.action  # the models never learned to predict it
             if question.keep_logits and output.logits is not None:
                 turn.logits.append(output.logits)
             yield Token(token, turn.add(token, self.tokenizer.decode))
-            if not turn.end:
+            if not turn.end and self._is_asked(question, turn):
                 # The action token's own embedding is never used: its input is the state of the token before it.
                 embeds = output.hidden if token == self.ids.action else None
                 sampler = None if turn.forced else question.sampler
                 ahead = 0 if turn.forced else question.max_new_tokens - len(turn.ids) - 1
+                tokens = turn.unfed(conversation)
                 output = yield Decode(
-                    conversation=conversation, token=token, embeds=embeds, sampler=sampler, ahead=ahead
+                    conversation=conversation, tokens=tokens, embeds=embeds, sampler=sampler, ahead=ahead
                 )
         return turn
+
+    def _is_asked(self, question: Question, turn: Turn) -> bool:
+        """Return whether somebody needs what follows the turn's last token, or its state.
+
+        Nobody does between forced tokens, which are fed together with what comes behind them.
+        """
+        action, last = self.ids.action, turn.ids[-1]
+        if not turn.forced or question.keep_logits:
+            return True
+        return last == self.ids.action_start or action is not None and action in (last, turn.forced[0])
 
     def look_again(
         self, conversation: Conversation, question: Question, turn: Turn
@@ -154,7 +168,7 @@ class Loop:
         plan = perception.plan(self.vision, picture.kept, boxes, self.policy, conversation.clock)
         answer = turn.ids[:-1] if turn.end == "stop" else turn.ids
         again = self.tokenizer.encode(self.tokenizer.decode(answer))
-        unfed = answer[len(turn.ids) - 1 :]
+        unfed = answer[len(turn.ids) - len(turn.unfed(conversation)) :]
         if again != answer:
             # The second round reads the answer's text, and that text has other ids than were generated.
             conversation.truncate(question.round_start)

@@ -33,15 +33,15 @@ class Append:
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    """Feed one generated token at the next position and choose the one that follows it.
+    """Feed a generated token, behind the forced ones before it, at the next positions; choose the one that follows.
 
-    A round asks for its tokens one by one. `ahead` more may follow this one: whoever runs the request may feed the
-    token that it chooses before it is asked to, and forgets it where another request comes instead.
-    embeds: [1, H], or None for the token's own embedding.
+    `ahead` more may follow: whoever runs the request may feed the token that it chooses before it is asked to, and
+    forgets it where another request comes instead. embeds: [1, H] of a token that comes alone, or None for the tokens'
+    own embeddings.
     """
 
     conversation: Conversation
-    token: int
+    tokens: Sequence[int]
     embeds: Tensor | None = None
     sampler: Sampler | None = None
     ahead: int = 0

@@ -298,14 +298,15 @@ def test_commands_hand_the_device_on(photo: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(cli, "choose_device", lambda name: torch.device("meta"))
     monkeypatch.setattr(Model, "from_state", refuse)
-    for command in (["ask", "--question", "what?"], ["demo"], ["eval-mini", "--count", 1], ["chat"]):
+    asks = ["ask", "--question", "what?"], ["demo"], ["eval-mini", "--count", 1], ["chat"], ["app", "--port", 0]
+    for command in asks:
         result = vpt(*command, *(["--out", photo.with_name("demo.png")] if command == ["demo"] else []))
         assert "far enough" in result.stderr, command
-    assert places == [torch.device("meta")] * 4
+    assert places == [torch.device("meta")] * 5
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    for command in (["ask", "--question", "what?"], ["demo"], ["chat"]):
+    for command in (["ask", "--question", "what?"], ["demo"], ["chat"], ["app", "--port", 0]):
         result = vpt(*command, "--weights", "int3")
         assert result.exit_code == 2 and "weights is 'int3'; it must be one of auto, float32" in result.stderr, command
 

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from tests.model.app.page_server import COUNT, SEED, TAG, Visitor, answerer, events, paced, served, until
+from vpt_model.app.page.command import make_answerer
 from vpt_model.app.page.sessions import Limits
 from vpt_model.app.seen import fed
+from vpt_model.app.terminal import MINI
 from vpt_model.mini.scenes import KINDS, make_question, make_scene
 
 
@@ -327,3 +329,21 @@ def test_what_the_page_is_told_about_itself(visitor: Visitor) -> None:
     about = visitor.client.get("/api/about").json()
     assert about["name"] == "vpt-mini" and about["reencoder"] == "clip" and about["mini"] and about["grid"] == 8
     assert set(about["stages"]) >= {"prefill", "append"}
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_the_precision_of_the_weights_is_the_callers(weights: str) -> None:
+    """And the published procedure computes with the same numbers."""
+    ours, stored = make_answerer(MINI, torch.device("cpu"), weights), answerer()
+    assert ours.engine.model.language.layers[0].qkv_weight.dtype == getattr(torch, weights)
+    _, state = ours._state()
+    _, before = stored._state()
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    changed = {name for name, tensor in state.items() if not torch.equal(tensor, before[name])}
+    assert "lm_head.weight" in changed and all(
+        torch.allclose(state[name], before[name], atol=0.02 * float(before[name].abs().max())) for name in changed
+    )
+    scene = make_scene(SEED, "test")
+    image = Image.fromarray(scene.pixels)
+    theirs = ours.published.ask(image, TAG, max_new_tokens=64)
+    assert list(ours.engine.ask(image, TAG, max_new_tokens=64).ids) == list(theirs.ids)

@@ -12,7 +12,7 @@ from vpt_model.engine import Engine
 from vpt_model.engine.conversation import Question
 from vpt_model.engine.events import Answer, Done, Event
 from vpt_model.engine.executor import Executor
-from vpt_model.engine.requests import Decode, Output, Request
+from vpt_model.engine.requests import Output, Request
 
 
 class Wrapped:
@@ -34,9 +34,7 @@ class Fed(Wrapped):
 
     def run(self, requests: Sequence[Request]) -> list[Output | Request]:
         for request in requests:
-            if isinstance(request, Decode):
-                self.tokens.append(request.token)
-            elif getattr(request, "control", None) is None:  # else they were counted when the trigger was fed
+            if getattr(request, "control", None) is None:  # else they were counted when the trigger was fed
                 self.tokens += request.tokens
         return super().run(requests)
 

@@ -210,9 +210,52 @@ def test_every_token_passes_the_language_model_once(engine, monkeypatch):
     answer = engine.ask(IMAGE, QUESTION, looks=[THREE], max_new_tokens=5)
     frame = region_round(IDS, [height * width // 4 for height, width in answer.looks[0].grids], TOKENIZER.encode)
     first = prompt(answer.timings[1].work["vit_patches"] // 4)
-    assert fed == [[len(first)], *[[1]] * 18, [len(frame)], *[[1]] * 4]
+    assert fed == [[len(first)], [18 + len(frame)], *[[1]] * 4]
     assert sum(stage.work.get("tokens", 0) for stage in answer.timings) == sum(count for (count,) in fed)
     assert sum(stage.work.get("lm_calls", 0) for stage in answer.timings) == len(fed)
+
+
+@pytest.mark.parametrize("max_looks", [0, 1])
+@pytest.mark.parametrize(
+    "said",
+    [
+        TOKENIZER.encode("Well, so"),
+        parse_look(THREE, IDS),
+        [*TOKENIZER.encode("Ah "), *parse_look(ONE, IDS)[:-1], *TOKENIZER.encode(" there")],
+        [*TOKENIZER.encode("Hm "), IDS.action_start, *TOKENIZER.encode("and so on")],
+        [*TOKENIZER.encode("Hm "), IDS.action, *TOKENIZER.encode("unannounced")],
+        [*parse_look(ONE, IDS)[:-1], IDS.action_start],
+    ],
+    ids=["text", "regions", "a region in text", "an action", "an action without its start", "a region, an action"],
+)
+def test_forced_tokens_are_fed_together(engine, said, max_looks):
+    """What they say, and what is in the cache behind them, is as if they had been fed one by one.
+
+    Those behind which the answer ends are not fed at all, until the conversation goes on.
+    """
+    found = []
+    for keep_logits in (False, True):
+        engine.pool.idle = [KVCache(MODEL.config, 1024)]
+        options = {"max_new_tokens": len(said) + 8, "max_looks": max_looks, "keep_logits": keep_logits}
+        answer = scripted(engine, said, **options)
+        cache, calls = engine.pool.idle[-1], sum(stage.work.get("lm_calls", 0) for stage in answer.timings)
+        found.append((answer, calls, cache.keys, cache.values))
+    (together, few, *rows), (apart, many, *expected) = found
+    assert together.ids == apart.ids and [turn.kind for turn in together.looks] == [turn.kind for turn in apart.looks]
+    assert (together.text, together.finish_reason, together.notices) == (apart.text, apart.finish_reason, apart.notices)
+    assert few <= many - 3
+    fed = sum(stage.work.get("tokens", 0) for stage in together.timings)
+    for ours, theirs in zip(rows, expected, strict=True):
+        torch.testing.assert_close(ours[:, :fed], theirs[:, :fed], rtol=1e-4, atol=1e-5)
+
+
+def test_forced_tokens_end_where_the_cache_does():
+    said = TOKENIZER.encode("one by one or all at once")
+    for room in (0, 1, 5):
+        capacity = len(prompt(None)) + room
+        for keep_logits in (False, True):
+            answer = scripted(Engine(MODEL, TOKENIZER, capacity=capacity), said, image=None, keep_logits=keep_logits)
+            assert (answer.ids, answer.finish_reason) == (said[: room + 1], "capacity")
 
 
 def test_the_clip_path_runs_the_tower_once(engine):

@@ -151,7 +151,7 @@ class TestNaN:
             lambda hidden: logits(hidden) if next(fed) < len(span) else logits(hidden) * NAN,
             raising=False,
         )
-        answer = scripted(engine, span, max_new_tokens=20)
+        answer = scripted(engine, span, max_new_tokens=20, keep_logits=True)
         assert (answer.ids, answer.looks, answer.finish_reason) == (span, [], "nan")
 
 

@@ -217,7 +217,7 @@ class TestEngine:
         assert (Bucket(1, 1, False) in fed.buckets) == (look == "re-encode")
 
     def test_what_fits_no_bucket_runs_without(self, encoder):
-        options = {"looks": [REGION], "max_new_tokens": 6}
+        options = {"looks": [REGION], "max_new_tokens": 12}
         expected = self.engine(encoder).ask(IMAGE, QUESTION, **options)
         engine = self.engine(encoder)
         on_steps(engine, buckets=[Bucket(1, 1, True)])

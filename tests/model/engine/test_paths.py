@@ -71,7 +71,7 @@ class Scripted:
         logits = engine.model.language.logits
         # The engine is only a way to see the hidden states from which the tokens will have to be chosen.
         engine.model.language.logits = lambda hidden: seen.append(hidden) or logits(hidden)
-        scripted(engine, QUESTION, IMAGE, [self.said], max_new_tokens=99)
+        scripted(engine, QUESTION, IMAGE, [self.said], max_new_tokens=99, keep_logits=True)
         del engine.model.language.logits
         hidden = torch.cat(seen)[: len(self.said)].double()
         self.state = dict(tiny_state(ENCODERS[self.encoder]))

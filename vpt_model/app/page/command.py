@@ -17,13 +17,17 @@ from vpt_model.app.terminal import MINI, load_model
 from vpt_model.checkpoint import random_state
 from vpt_model.checkpoint.load import moved
 from vpt_model.config import ModelConfig
+from vpt_model.network.state import rounded
 
 
-def run(model: str, device: torch.device, host: str, port: int, browser: bool) -> None:
-    """Serve a model (as `load_model` names it) until Ctrl-C. Raises ValueError where that is not possible."""
+def run(model: str, device: torch.device, weights: str, host: str, port: int, browser: bool) -> None:
+    """Serve a model (as `load_model` names it and its precision) until Ctrl-C.
+
+    Raises ValueError where that is not possible.
+    """
     bound, local = bind(host, port)  # before the weights are loaded
     with bound:
-        answerer = make_answerer(model, device)
+        answerer = make_answerer(model, device, weights)
         address = _address(bound.getsockname())
         console = Console(soft_wrap=True)
         if answerer.warmed:
@@ -38,17 +42,19 @@ def run(model: str, device: torch.device, host: str, port: int, browser: bool) -
         serve(Page(answerer, "vpt-mini" if model == MINI else model, model == MINI, local), bound)
 
 
-def make_answerer(model: str, device: torch.device) -> Answerer:
-    """Return what answers with the model, and knows where the published procedure finds its weights again."""
-    loaded, tokenizer, checkpoint = load_model(model, device)
+def make_answerer(model: str, device: torch.device, weights: str = "auto") -> Answerer:
+    """Return what answers with the model, and knows where the published procedure finds the same numbers again."""
+    loaded, tokenizer, checkpoint = load_model(model, device, weights=weights)
     config = loaded.config
     if device.type == "cpu" and config.hidden_size < 1024:
         torch.set_num_threads(1)  # so little work that threads would wait for each other
 
     def state() -> tuple[ModelConfig, dict[str, Tensor]]:
         if checkpoint is None:
-            return config, moved(random_state(config, dtype=torch.bfloat16), device)
-        return config, moved(checkpoint.load(torch.float32 if model == MINI else None), device)
+            stored = random_state(config, dtype=torch.bfloat16)
+        else:
+            stored = checkpoint.load(torch.float32 if model == MINI else None)
+        return config, moved(stored if weights == "auto" else rounded(stored, weights), device)
 
     return Answerer(loaded, tokenizer, state)
 
