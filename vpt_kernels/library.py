@@ -17,6 +17,9 @@ from torch import Tensor
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 """Every operator has an overload for each; `vpt_kernels.backends` says which exist and which is tried first."""
 
+CONV_KERNEL = 4
+"""Side and stride of the patches that the conv form of `control_cross_attention` makes into tokens."""
+
 _CONTROL = (
     "Tensor features, Tensor? control, Tensor? cu_seqlens, Tensor? feature_norm_weight, Tensor? feature_norm_bias, "
     "Tensor? feature_weight, Tensor? feature_bias, Tensor condition_norm_weight, Tensor condition_norm_bias, "
@@ -67,7 +70,7 @@ def _control_cross_attention(
     if feature_weight is None:
         return features.new_empty((features[..., 0].numel(), features.shape[-1]))
     if features.dim() == 4:
-        tokens = features.shape[0] * (features.shape[2] // 4) * (features.shape[3] // 4)
+        tokens = features.shape[0] * (features.shape[2] // CONV_KERNEL) * (features.shape[3] // CONV_KERNEL)
     else:
         tokens = features[..., 0].numel()
     return features.new_empty((tokens, feature_weight.shape[0]))

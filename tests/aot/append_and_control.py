@@ -73,9 +73,10 @@ def _project(name: str, size: str, kind: str, registers: int, shared: int, **cha
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
     } | changes
-    types = dict.fromkeys(("features", "weight", "bias", "norm_weight", "norm_bias", "out"), f"*{kind}")
-    types |= {"condition": "*fp32", "rows": "*i64"}
-    types["cu_seqlens"] = "*i32" if constants["RAGGED"] else "constexpr"
+    read = ("x_ptr", "weight_ptr", "bias_ptr", "norm_weight_ptr", "norm_bias_ptr")
+    types = dict.fromkeys((*read, "out_ptr"), f"*{kind}")
+    types |= {"condition_ptr": "*fp32", "rows_ptr": "*i64"}
+    types["cu_seqlens_ptr"] = "*i32" if constants["RAGGED"] else "constexpr"
     return Variant(
         f"project {name}",
         control.project_kernel,
@@ -91,12 +92,12 @@ def _project(name: str, size: str, kind: str, registers: int, shared: int, **cha
             "images",
             "steps",
             "cells_across",
-            "x_channel",
-            "x_height",
-            "x_width",
-            "condition_stride",
-            "cu_stride",
-            "rows_stride",
+            "stride_x_channel",
+            "stride_x_height",
+            "stride_x_width",
+            "stride_condition_image",
+            "stride_cu_seqlens",
+            "stride_rows_token",
             "out_rows",
         ),
         tensor_cores=kind != "fp32",
@@ -106,8 +107,8 @@ def _project(name: str, size: str, kind: str, registers: int, shared: int, **cha
 def _condition(name: str, size: str, kind: str, registers: int) -> Variant:
     images, block_n, block_k, warps = triton_condition.CONDITION_LAUNCHES[size]
     constants = {"PDL": False, "BLOCK_IMAGES": images, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    types = dict.fromkeys(("control", "norm_weight", "norm_bias", "weight", "bias"), f"*{kind}")
-    types |= dict.fromkeys(("score_weight", "score_bias", "out"), "*fp32")
+    types = dict.fromkeys(("control_ptr", "norm_weight_ptr", "norm_bias_ptr", "weight_ptr", "bias_ptr"), f"*{kind}")
+    types |= dict.fromkeys(("score_weight_ptr", "score_bias_ptr", "out_ptr"), "*fp32")
     return Variant(
         f"condition {name}",
         triton_condition.condition_kernel,
@@ -116,7 +117,7 @@ def _condition(name: str, size: str, kind: str, registers: int) -> Variant:
         registers,
         4096,
         warps,
-        unaligned=("images", "score_rows", "out_stride"),
+        unaligned=("images", "score_rows", "stride_out_image"),
     )
 
 
@@ -130,7 +131,8 @@ def _identity(name: str, size: str, kind: str, width: int, registers: int, **cha
         "BLOCK_M": block_m,
         "BLOCK_H": width,
     } | changes
-    types = {"features": f"*{kind}", "condition": "*fp32", "cu_seqlens": "*i64", "rows": "*i64", "out": f"*{kind}"}
+    types = dict.fromkeys(("x_ptr", "out_ptr"), f"*{kind}")
+    types |= {"condition_ptr": "*fp32", "cu_seqlens_ptr": "*i64", "rows_ptr": "*i64"}
     return Variant(
         f"identity {name}",
         control.identity_kernel,
@@ -139,7 +141,7 @@ def _identity(name: str, size: str, kind: str, width: int, registers: int, **cha
         registers,
         64,
         warps,
-        unaligned=("tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"),
+        unaligned=("tokens", "per_image", "images", "steps", "stride_cu_seqlens", "stride_rows_token", "out_rows"),
     )
 
 

@@ -18,12 +18,12 @@ def _resample(name: str, entry: int | None) -> Variant:
         f"resample {name}",
         roi.resample_kernel,
         constants,
-        {"regions": "*i64", "out": "*u8"},
+        {"regions_ptr": "*i64", "out_ptr": "*u8"},
         255,
         16 << 10,
         launch.warps,
         1,
-        unaligned=("count", "stride"),
+        unaligned=("count", "stride_out_row"),
         tensor_cores=True,
         tuned=_TUNED,
         options=_EXACT,
@@ -35,14 +35,14 @@ def _embed(size: str, kind: str, registers: int, patch: int = 14) -> Variant:
     stride, entry = roi.patch_row_layout(row_bytes)
     constants = {
         "K": row_bytes,
-        "STRIDE": stride,
+        "STRIDE_ROW": stride,
         "ENTRY": entry,
         "BM": block.rows,
         "BN": block.columns,
         "BK": block.k,
         "PDL": False,
     }
-    types = {"patches": "*u8", "weight": f"*{kind}", "bias": "*fp32", "out": f"*{kind}"}
+    types = {"patches_ptr": "*u8", "weight_ptr": f"*{kind}", "bias_ptr": "*fp32", "out_ptr": f"*{kind}"}
     # Two blocks a multiprocessor (three of 4 warps), so that one computes while the other waits for its operands.
     return Variant(
         f"embed {size} {kind} {patch}",
@@ -62,7 +62,7 @@ def _embed(size: str, kind: str, registers: int, patch: int = 14) -> Variant:
 def _strip(kind: str) -> Variant:
     launch = fused.STRIP
     constants = {"P": 14, "SIDE": launch.side, "CHUNK": launch.chunk, "BN": launch.columns}
-    types = {"regions": "*i64", "weight": f"*{kind}", "bias": "*fp32", "out": f"*{kind}"}
+    types = {"regions_ptr": "*i64", "weight_ptr": f"*{kind}", "bias_ptr": "*fp32", "out_ptr": f"*{kind}"}
     # Sixteen patches' pixels stay in registers, which leaves too few for the prologue's addresses and coefficients:
     # up to 512 bytes a thread go through local memory. The weight's share of one step is what shared memory holds.
     return Variant(

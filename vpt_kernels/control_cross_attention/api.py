@@ -19,6 +19,7 @@ from vpt_kernels.checks import (
     require_type,
     shown,
 )
+from vpt_kernels.library import CONV_KERNEL
 
 FORMS = ("linear", "conv", "identity")
 
@@ -104,7 +105,7 @@ def fold_projector(
         weight = feature[0]
         channels = feature_norm[0].shape[0]
         if form == "conv":
-            _require_shape("feature weight", weight, (hidden, channels, 4, 4))
+            _require_shape("feature weight", weight, (hidden, channels, CONV_KERNEL, CONV_KERNEL))
             folded = weight.permute(0, 2, 3, 1).reshape(hidden, -1).contiguous()
         else:
             _require_shape("feature weight", weight, (hidden, channels))
@@ -179,12 +180,12 @@ def _check(features: Tensor, control: Tensor | None, projector: ControlProjector
     channels = hidden if norm is None else norm.shape[0]
     is_conv = weight is not None and weight.shape[1] != channels
     if is_conv:
-        if features.dim() != 4 or features.shape[1] != channels or features.shape[2] % 4 or features.shape[3] % 4:
+        if features.dim() != 4 or features.shape[1] != channels or any(n % CONV_KERNEL for n in features.shape[2:]):
             raise ValueError(
                 f"features have shape {tuple(features.shape)}; the conv form needs [images, {channels}, h, w], h and "
-                "w multiples of 4"
+                f"w multiples of {CONV_KERNEL}"
             )
-        tokens = features.shape[0] * (features.shape[2] // 4) * (features.shape[3] // 4)
+        tokens = features.shape[0] * (features.shape[2] // CONV_KERNEL) * (features.shape[3] // CONV_KERNEL)
     else:
         if features.dim() not in (2, 3) or features.shape[-1] != channels:
             raise ValueError(

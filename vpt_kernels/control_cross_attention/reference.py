@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from vpt_kernels.library import implement
+from vpt_kernels.library import CONV_KERNEL, implement
 
 LAYER_NORM_EPS = 1e-5
 """The published projectors use the framework's default."""
@@ -28,8 +28,9 @@ def _features(
         batch, channels, height, width = features.shape
         x = layer_norm(features.permute(0, 2, 3, 1), (channels,), norm_weight, norm_bias, LAYER_NORM_EPS)
         # [B, h/4, 4, w/4, 4, C] → tokens in row-major order, columns (ky, kx, c)
-        x = x.reshape(batch, height // 4, 4, width // 4, 4, channels).transpose(2, 3)
-        return linear(x.reshape(-1, 16 * channels), weight, bias)
+        side = CONV_KERNEL
+        x = x.reshape(batch, height // side, side, width // side, side, channels).transpose(2, 3)
+        return linear(x.reshape(-1, side * side * channels), weight, bias)
     x = layer_norm(features, (features.shape[-1],), norm_weight, norm_bias, LAYER_NORM_EPS)
     return linear(x.flatten(0, -2), weight, bias)
 

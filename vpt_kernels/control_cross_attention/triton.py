@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vpt_kernels.control_cross_attention.triton_condition import EPS, Condition, conditions, merge_moments
 from vpt_kernels.launch import capability, on_device, tuned
-from vpt_kernels.library import implement
+from vpt_kernels.library import CONV_KERNEL, implement
 
 GEMM_LAUNCHES = {
     # BLOCK_M tokens, BLOCK_N outputs, BLOCK_K channels, num_warps, num_stages
@@ -33,19 +33,18 @@ IDENTITY_LAUNCHES = {
 """
 NARROW, WIDEST = 2048, 16384
 
-KERNEL = tl.constexpr(4)
-"""The conv form's patch side and stride."""
+KERNEL = tl.constexpr(CONV_KERNEL)
 
 
 @triton.jit
-def _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED: tl.constexpr):
+def _image_of(token, per_image, cu_seqlens_ptr, stride_cu_seqlens, images, steps, RAGGED: tl.constexpr):
     """The image of each token: the last one that begins at or before it."""
     if RAGGED:
         low = token * 0
         high = low + images
         for _ in range(steps):
             middle = (low + high) // 2
-            begins = tl.load(cu_seqlens + middle * cu_stride).to(tl.int64) <= token
+            begins = tl.load(cu_seqlens_ptr + middle * stride_cu_seqlens).to(tl.int64) <= token
             low = tl.where(begins, middle, low)
             high = tl.where(begins, high, middle)
         return low
@@ -54,46 +53,46 @@ def _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED: tl
 
 
 @triton.jit
-def _features(base, channel, group, x_channel, x_height, x_width, mask, CONV: tl.constexpr):
+def _features(row_ptr, channel, group, stride_x_channel, stride_x_height, stride_x_width, mask, CONV: tl.constexpr):
     """float32 [tokens, channels] of the tokens' LayerNorm group (ky, kx), or of their rows."""
     if CONV:
         cell = tl.cast(group, tl.int64)
-        base += cell // KERNEL * x_height + cell % KERNEL * x_width
-        place = base[:, None] + channel.to(tl.int64)[None, :] * x_channel
+        row_ptr += cell // KERNEL * stride_x_height + cell % KERNEL * stride_x_width
+        channel_ptr = row_ptr[:, None] + channel.to(tl.int64)[None, :] * stride_x_channel
     else:
-        place = base[:, None] + channel[None, :]
-    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        channel_ptr = row_ptr[:, None] + channel[None, :]
+    return tl.load(channel_ptr, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"],
+    do_not_specialize=["tokens", "per_image", "images", "steps", "stride_cu_seqlens", "stride_rows_token", "out_rows"]
 )
 def project_kernel(
-    features,
-    weight,
-    bias,
-    norm_weight,
-    norm_bias,
-    condition,
-    cu_seqlens,
-    rows,
-    out,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    condition_ptr,
+    cu_seqlens_ptr,
+    rows_ptr,
+    out_ptr,
     tokens,
     per_image,
     images,
     steps,
     hidden,
     cells_across,
-    x_image,
-    x_token,
-    x_channel,
-    x_height,
-    x_width,
-    condition_stride,
-    cu_stride,
-    rows_stride,
+    stride_x_image,
+    stride_x_token,
+    stride_x_channel,
+    stride_x_height,
+    stride_x_width,
+    stride_condition_image,
+    stride_cu_seqlens,
+    stride_rows_token,
     out_rows,
-    out_stride,
+    stride_out_row,
     CHANNELS: tl.constexpr,
     CONV: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -105,22 +104,23 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[row of token] = f + (LN(x)·u + β)·k, f = LN(x)·Wᵀ + b; condition holds k, u, β of every image."""
+    """out[row of token] = f + (LN(x)·u + β)·k, f = LN(x)·Wᵀ + b; at condition_ptr: k, u, β of every image."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = token < tokens
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = output < hidden
     groups: tl.constexpr = KERNEL * KERNEL if CONV else 1
     chunks: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
-    image = _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED)
+    image = _image_of(token, per_image, cu_seqlens_ptr, stride_cu_seqlens, images, steps, RAGGED)
     if CONV:
         cell = token % per_image
-        base = image * x_image + (cell // cells_across) * KERNEL * x_height + (cell % cells_across) * KERNEL * x_width
+        first_y, first_x = cell // cells_across * KERNEL, cell % cells_across * KERNEL
+        base = image * stride_x_image + first_y * stride_x_height + first_x * stride_x_width
     elif RAGGED:
-        base = token * x_token
+        base = token * stride_x_token
     else:
-        base = (token // per_image) * x_image + (token % per_image) * x_token
-    x_rows = features + base
+        base = (token // per_image) * stride_x_image + (token % per_image) * stride_x_token
+    x_row_ptr = x_ptr + base
 
     # The moments of all groups before the GEMM: this part needs nothing from the launch before.
     group_index = tl.arange(0, groups)[None, :]
@@ -133,7 +133,7 @@ def project_kernel(
         for chunk in tl.range(chunks, num_stages=3):
             channel = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
             is_x = is_token[:, None] & (channel < CHANNELS)[None, :]
-            x = _features(x_rows, channel, group, x_channel, x_height, x_width, is_x, CONV)
+            x = _features(x_row_ptr, channel, group, stride_x_channel, stride_x_height, stride_x_width, is_x, CONV)
             added = tl.minimum(CHANNELS - chunk * BLOCK_K, BLOCK_K).to(tl.float32)
             mean, squares, count = merge_moments(mean, squares, count, x, is_x, added)
         inverse = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.sqrt_rn(squares / CHANNELS + EPS))
@@ -150,64 +150,65 @@ def project_kernel(
         is_channel = channel < CHANNELS
         column = group * CHANNELS + channel
         is_x = is_token[:, None] & is_channel[None, :]
-        x = _features(x_rows, channel, group, x_channel, x_height, x_width, is_x, CONV)
+        x = _features(x_row_ptr, channel, group, stride_x_channel, stride_x_height, stride_x_width, is_x, CONV)
         is_w = is_channel[:, None] & is_output[None, :]
         place = output.to(tl.int64)[None, :] * (groups * CHANNELS) + column[:, None]
-        w = tl.load(weight + place, mask=is_w, other=0.0)
-        scale = tl.load(norm_weight + channel, mask=is_channel, other=0.0).to(tl.float32)
-        shift = tl.load(norm_bias + channel, mask=is_channel, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + place, mask=is_w, other=0.0)
+        scale = tl.load(norm_weight_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
         mean = tl.sum(tl.where(group_index == group, means, 0.0), 1)
         inverse = tl.sum(tl.where(group_index == group, inverses, 0.0), 1)
         n = (x - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
         if CONDITIONED:
             if ONE_IMAGE:
-                u = tl.load(condition + hidden + column, mask=is_channel, other=0.0)[None, :]
+                u = tl.load(condition_ptr + hidden + column, mask=is_channel, other=0.0)[None, :]
             else:
-                u = tl.load(condition + image[:, None] * condition_stride + hidden + column[None, :], is_x, other=0.0)
+                u_ptr = condition_ptr + image[:, None] * stride_condition_image + hidden + column[None, :]
+                u = tl.load(u_ptr, mask=is_x, other=0.0)
             score += tl.sum(n * u, 1)
         total = tl.dot(n.to(w.dtype), w, total, input_precision="ieee")
 
-    total += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    total += tl.load(bias_ptr + output, mask=is_output, other=0.0).to(tl.float32)[None, :]
     if CONDITIONED:
         beta = hidden + groups * CHANNELS
         if ONE_IMAGE:
-            score += tl.load(condition + beta)
-            key = tl.load(condition + output, mask=is_output, other=0.0)[None, :]
+            score += tl.load(condition_ptr + beta)
+            key = tl.load(condition_ptr + output, mask=is_output, other=0.0)[None, :]
         else:
-            of_image = condition + image * condition_stride
-            score += tl.load(of_image + beta, mask=is_token, other=0.0)
+            condition_row_ptr = condition_ptr + image * stride_condition_image
+            score += tl.load(condition_row_ptr + beta, mask=is_token, other=0.0)
             is_key = is_token[:, None] & is_output[None, :]
-            key = tl.load(of_image[:, None] + output[None, :], mask=is_key, other=0.0)
+            key = tl.load(condition_row_ptr[:, None] + output[None, :], mask=is_key, other=0.0)
         total += score[:, None] * key
     row = token
     if SCATTER:
-        row = tl.load(rows + token * rows_stride, mask=is_token, other=-1).to(tl.int64)
+        row = tl.load(rows_ptr + token * stride_rows_token, mask=is_token, other=-1).to(tl.int64)
     is_stored = is_token & (row >= 0) & (row < out_rows)
-    place = out + row[:, None] * out_stride + output[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=is_stored[:, None] & is_output[None, :])
+    target_ptr = out_ptr + row[:, None] * stride_out_row + output[None, :]
+    tl.store(target_ptr, total.to(out_ptr.dtype.element_ty), mask=is_stored[:, None] & is_output[None, :])
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "per_image", "images", "steps", "cu_stride", "rows_stride", "out_rows"],
+    do_not_specialize=["tokens", "per_image", "images", "steps", "stride_cu_seqlens", "stride_rows_token", "out_rows"]
 )
 def identity_kernel(
-    features,
-    condition,
-    cu_seqlens,
-    rows,
-    out,
+    x_ptr,
+    condition_ptr,
+    cu_seqlens_ptr,
+    rows_ptr,
+    out_ptr,
     tokens,
     per_image,
     images,
     steps,
     hidden,
-    x_image,
-    x_token,
-    condition_stride,
-    cu_stride,
-    rows_stride,
+    stride_x_image,
+    stride_x_token,
+    stride_condition_image,
+    stride_cu_seqlens,
+    stride_rows_token,
     out_rows,
-    out_stride,
+    stride_out_row,
     RAGGED: tl.constexpr,
     CONDITIONED: tl.constexpr,
     SCATTER: tl.constexpr,
@@ -220,25 +221,25 @@ def identity_kernel(
     is_token = token < tokens
     channel = tl.arange(0, BLOCK_H)
     is_x = is_token[:, None] & (channel < hidden)[None, :]
-    image = _image_of(token, per_image, cu_seqlens, cu_stride, images, steps, RAGGED)
+    image = _image_of(token, per_image, cu_seqlens_ptr, stride_cu_seqlens, images, steps, RAGGED)
     if RAGGED:
-        base = token * x_token
+        base = token * stride_x_token
     else:
-        base = (token // per_image) * x_image + (token % per_image) * x_token
-    x = tl.load(features + base[:, None] + channel[None, :], mask=is_x, other=0.0)
+        base = (token // per_image) * stride_x_image + (token % per_image) * stride_x_token
+    x = tl.load(x_ptr + base[:, None] + channel[None, :], mask=is_x, other=0.0)
     if CONDITIONED:
         if PDL:
             tl.extra.cuda.gdc_wait()
         f = x.to(tl.float32)
-        key = tl.load(condition + image[:, None] * condition_stride + channel[None, :], mask=is_x, other=0.0)
+        key_ptr = condition_ptr + image[:, None] * stride_condition_image + channel[None, :]
+        key = tl.load(key_ptr, mask=is_x, other=0.0)
         x = (f + tl.sum(f * key, 1)[:, None] * key).to(x.dtype)
     row = token
     if SCATTER:
-        row = tl.load(rows + token * rows_stride, mask=is_token, other=-1).to(tl.int64)
+        row = tl.load(rows_ptr + token * stride_rows_token, mask=is_token, other=-1).to(tl.int64)
     is_stored = is_token & (row >= 0) & (row < out_rows)
-    tl.store(
-        out + row[:, None] * out_stride + channel[None, :], x, mask=is_stored[:, None] & (channel < hidden)[None, :]
-    )
+    target_ptr = out_ptr + row[:, None] * stride_out_row + channel[None, :]
+    tl.store(target_ptr, x, mask=is_stored[:, None] & (channel < hidden)[None, :])
 
 
 def _project(
@@ -256,8 +257,8 @@ def _project(
     hidden = maps.weight.shape[0]
     conv = features.dim() == 4
     channels = features.shape[1 if conv else -1]
-    cells_across = features.shape[3] // KERNEL.value if conv else 0
-    per_image = cells_across * (features.shape[2] // KERNEL.value) if conv else features.shape[-2]
+    cells_across = features.shape[3] // CONV_KERNEL if conv else 0
+    per_image = cells_across * (features.shape[2] // CONV_KERNEL) if conv else features.shape[-2]
     tokens = features.shape[0] * per_image if features.dim() > 2 else per_image
     images = features.shape[0] if features.dim() > 2 else 1
     if cu_seqlens is not None:
@@ -269,20 +270,20 @@ def _project(
     pdl = conditioned and capability(features) >= 90
     strides = features.stride()
     # A single image of 2-D features has no stride of its own.
-    x_image, x_token = (0, strides[0]) if features.dim() == 2 else strides[:2]
-    scatter = rows is not None
+    stride_image, stride_token = (0, strides[0]) if features.dim() == 2 else strides[:2]
+    stride_channel, stride_height, stride_width = strides[1:] if conv else (1, 0, 0)
     shared = {
         "RAGGED": cu_seqlens is not None,
         "CONDITIONED": conditioned,
-        "SCATTER": scatter,
+        "SCATTER": rows is not None,
         "PDL": pdl,
         "launch_pdl": pdl,
     }
     with on_device(features):
         condition = conditions(control, maps, columns, pdl) if control is not None else None
-        condition_stride = condition.stride(0) if condition is not None else 0
-        cu_stride = cu_seqlens.stride(0) if cu_seqlens is not None else 0
-        rows_stride = rows.stride(0) if rows is not None else 0
+        stride_condition = condition.stride(0) if condition is not None else 0
+        stride_cu_seqlens = cu_seqlens.stride(0) if cu_seqlens is not None else 0
+        stride_rows = rows.stride(0) if rows is not None else 0
         if feature_weight is None:
             size = "narrow" if hidden <= NARROW else "wide"
             block_m, warps = tuned(features, "identity_kernel", size, IDENTITY_LAUNCHES[size])
@@ -297,11 +298,11 @@ def _project(
                 images,
                 images.bit_length(),
                 hidden,
-                x_image,
-                x_token,
-                condition_stride,
-                cu_stride,
-                rows_stride,
+                stride_image,
+                stride_token,
+                stride_condition,
+                stride_cu_seqlens,
+                stride_rows,
                 out.shape[0],
                 out.stride(0),
                 BLOCK_M=block_m,
@@ -331,12 +332,14 @@ def _project(
             images.bit_length(),
             hidden,
             cells_across,
-            x_image,
-            x_token,
-            *(strides[1:] if conv else (1, 0, 0)),
-            condition_stride,
-            cu_stride,
-            rows_stride,
+            stride_image,
+            stride_token,
+            stride_channel,
+            stride_height,
+            stride_width,
+            stride_condition,
+            stride_cu_seqlens,
+            stride_rows,
             out.shape[0],
             out.stride(0),
             CHANNELS=channels,
@@ -373,7 +376,7 @@ def control_cross_attention(
     hidden = condition_weight.shape[0]
     if out is None:
         if features.dim() == 4:
-            tokens = features.shape[0] * (features.shape[2] // KERNEL.value) * (features.shape[3] // KERNEL.value)
+            tokens = features.shape[0] * (features.shape[2] // CONV_KERNEL) * (features.shape[3] // CONV_KERNEL)
         else:
             tokens = features[..., 0].numel()
         out = torch.empty((tokens, hidden), dtype=features.dtype, device=features.device)

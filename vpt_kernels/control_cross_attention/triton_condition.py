@@ -34,32 +34,33 @@ def merge_moments(mean, squares, count, x, is_x, added):
 
 @triton.jit
 def _mapped_rows(
-    weight,
-    bias,
+    weight_ptr,
+    bias_ptr,
     row,
     rows,
     hidden,
-    control,
+    control_ptr,
     image,
     images,
-    control_stride,
-    norm_weight,
-    norm_bias,
-    out,
-    out_stride,
+    stride_control_image,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    out_ptr,
+    stride_out_image,
     BLOCK_IMAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[image, row] = weight[row] · LayerNorm(control[image]) + bias[row], float32."""
+    """out[image, row] = weight[row] · LayerNorm(control[image]) + bias[row], float32; image, row: int64 indices."""
     column = tl.arange(0, BLOCK_K)
     is_image, is_row = image < images, row < rows
+    control_row_ptr = control_ptr + image[:, None] * stride_control_image
     mean = tl.zeros((BLOCK_IMAGES,), tl.float32)
     squares = tl.zeros((BLOCK_IMAGES,), tl.float32)
     count = 0.0
     for start in range(0, hidden, BLOCK_K):
         is_h = is_image[:, None] & (start + column < hidden)[None, :]
-        h = tl.load(control + image[:, None] * control_stride + (start + column)[None, :], mask=is_h, other=0.0)
+        h = tl.load(control_row_ptr + (start + column)[None, :], mask=is_h, other=0.0)
         added = tl.minimum(hidden - start, BLOCK_K).to(tl.float32)
         mean, squares, count = merge_moments(mean, squares, count, h.to(tl.float32), is_h, added)
     inverse = tl.div_rn(tl.full((BLOCK_IMAGES,), 1.0, tl.float32), tl.sqrt_rn(squares / hidden + EPS))
@@ -68,31 +69,32 @@ def _mapped_rows(
         is_column = start + column < hidden
         is_h = is_image[:, None] & is_column[None, :]
         is_w = is_row[:, None] & is_column[None, :]
-        w = tl.load(weight + row[:, None] * hidden + (start + column)[None, :], mask=is_w, other=0.0)
-        h = tl.load(control + image[:, None] * control_stride + (start + column)[None, :], mask=is_h, other=0.0)
-        scale = tl.load(norm_weight + start + column, mask=is_column, other=0.0).to(tl.float32)
-        shift = tl.load(norm_bias + start + column, mask=is_column, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + row[:, None] * hidden + (start + column)[None, :], mask=is_w, other=0.0)
+        h = tl.load(control_row_ptr + (start + column)[None, :], mask=is_h, other=0.0)
+        scale = tl.load(norm_weight_ptr + start + column, mask=is_column, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias_ptr + start + column, mask=is_column, other=0.0).to(tl.float32)
         n = (h.to(tl.float32) - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
         total += tl.sum(w.to(tl.float32)[:, None, :] * n[None, :, :], 2)
-    total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + image[None, :] * out_stride + row[:, None], total, mask=is_row[:, None] & is_image[None, :])
+    total += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    target_ptr = out_ptr + image[None, :] * stride_out_image + row[:, None]
+    tl.store(target_ptr, total, mask=is_row[:, None] & is_image[None, :])
 
 
 @triton.jit(do_not_specialize=["images"])
 def condition_kernel(
-    control,
-    norm_weight,
-    norm_bias,
-    weight,
-    bias,
-    score_weight,
-    score_bias,
-    out,
+    control_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    score_weight_ptr,
+    score_bias_ptr,
+    out_ptr,
     images,
     hidden,
     score_rows,
-    control_stride,
-    out_stride,
+    stride_control_image,
+    stride_out_image,
     PDL: tl.constexpr,
     BLOCK_IMAGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -107,19 +109,19 @@ def condition_kernel(
     if block < key_blocks:
         row = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         _mapped_rows(
-            weight,
-            bias,
+            weight_ptr,
+            bias_ptr,
             row,
             hidden,
             hidden,
-            control,
+            control_ptr,
             image,
             images,
-            control_stride,
-            norm_weight,
-            norm_bias,
-            out,
-            out_stride,
+            stride_control_image,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            out_ptr,
+            stride_out_image,
             BLOCK_IMAGES,
             BLOCK_N,
             BLOCK_K,
@@ -127,19 +129,19 @@ def condition_kernel(
     else:
         row = ((block - key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         _mapped_rows(
-            score_weight,
-            score_bias,
+            score_weight_ptr,
+            score_bias_ptr,
             row,
             score_rows,
             hidden,
-            control,
+            control_ptr,
             image,
             images,
-            control_stride,
-            norm_weight,
-            norm_bias,
-            out + hidden,
-            out_stride,
+            stride_control_image,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            out_ptr + hidden,
+            stride_out_image,
             BLOCK_IMAGES,
             BLOCK_N,
             BLOCK_K,
@@ -169,7 +171,12 @@ def conditions(control: Tensor, maps: Condition, columns: int, pdl: bool) -> Ten
     )
     condition_kernel[grid](
         control,
-        *maps,
+        maps.norm_weight,
+        maps.norm_bias,
+        maps.weight,
+        maps.bias,
+        maps.score_weight,
+        maps.score_bias,
         out,
         images,
         hidden,

@@ -32,22 +32,29 @@ _FIRST_ROW = tl.constexpr(int(Column.FIRST_ROW))
 
 
 @triton.jit
-def _place(region, axis, at, stride):
+def _place(region, axis, at, stride_out_row):
     """Share of window coordinate `at` along `axis` in a byte's offset in the patch matrix."""
     patch = field(region, _PATCH_SIZE)
     within = tl.where(axis == 0, 3, 3 * patch)
-    return row_part(region, axis, at // patch).to(tl.int64) * stride + at % patch * within
+    return row_part(region, axis, at // patch).to(tl.int64) * stride_out_row + at % patch * within
 
 
 @triton.jit(do_not_specialize=["count"])
 def resample_kernel(
-    regions, count, out, stride, ENTRY: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
+    regions_ptr,
+    count,
+    out_ptr,
+    stride_out_row,
+    ENTRY: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A TILE × TILE window of one region → bytes of the patch matrix; at byte ENTRY of a row its bias entry (int32)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
-    region = find_region(regions, count, tile)
+    region = find_region(regions_ptr, count, tile)
     tile -= field(region, FIRST_TILE)
     patch = field(region, _PATCH_SIZE)
     outer_axis = 1 - field(region, _VERTICAL_FIRST)
@@ -74,29 +81,30 @@ def resample_kernel(
     channel = tl.arange(0, 4 * TILE) // TILE
     inner = begin_i + tl.arange(0, 4 * TILE) % TILE
     inside = ((inner < end_i) & (channel < 3))[:, None] & (outer < end_o)[None, :]
-    offset_o = _place(region, outer_axis, outer, stride)
-    offset_i = _place(region, inner_axis, inner, stride) + channel
-    at = out + field(region, _FIRST_ROW).to(tl.int64) * stride + (offset_i[:, None] + offset_o[None, :])
-    tl.store(at, (pixels + ZERO).to(tl.uint8), mask=inside)
+    offset_o = _place(region, outer_axis, outer, stride_out_row)
+    offset_i = _place(region, inner_axis, inner, stride_out_row) + channel
+    region_ptr = out_ptr + field(region, _FIRST_ROW).to(tl.int64) * stride_out_row
+    byte_ptr = region_ptr + (offset_i[:, None] + offset_o[None, :])
+    tl.store(byte_ptr, (pixels + ZERO).to(tl.uint8), mask=inside)
     if ENTRY is not None:
         rest_o, rest_i = (valid_o - outer)[None, :], (valid_i - inner)[:, None]
         vertical = outer_axis == 1
         entry = bias_entry(tl.where(vertical, rest_o, rest_i), tl.where(vertical, rest_i, rest_o), patch)
         corner = ((inner % patch == 0) & (channel == 0))[:, None] & (outer % patch == 0)[None, :]
-        tl.store((at + ENTRY).to(tl.pointer_type(tl.int32)), entry, mask=inside & corner)
+        tl.store((byte_ptr + ENTRY).to(tl.pointer_type(tl.int32)), entry, mask=inside & corner)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def embed_kernel(
-    patches,
-    weight,
-    bias,
-    out,
+    patches_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
     rows,
     embed,
-    out_stride,
+    stride_out_row,
     K: tl.constexpr,
-    STRIDE: tl.constexpr,
+    STRIDE_ROW: tl.constexpr,
     ENTRY: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -110,20 +118,20 @@ def embed_kernel(
     # Rows and columns beyond the end compute garbage of the last ones, which is not stored.
     row = tl.minimum(m, rows - 1).to(tl.int64)
     column = tl.minimum(n, embed - 1)
-    a = patches + row[:, None] * STRIDE + k[None, :]
-    b = weight + column.to(tl.int64)[None, :] * K + k[:, None]
+    a_ptr = patches_ptr + row[:, None] * STRIDE_ROW + k[None, :]
+    b_ptr = weight_ptr + column.to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros([BM, BN], tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for start in range(0, K, BK):
         inside = k < K - start
-        pixels = tl.load(a + start, mask=inside[None, :], other=ZERO)
-        part = tl.load(b + start, mask=inside[:, None], other=0.0)
+        pixels = tl.load(a_ptr + start, mask=inside[None, :], other=ZERO)
+        part = tl.load(b_ptr + start, mask=inside[:, None], other=0.0)
         total = multiply(pixels.to(tl.int32) - ZERO, part, total)
-    entry = tl.load((patches + row * STRIDE + ENTRY).to(tl.pointer_type(tl.int32)))
-    total += tl.load(bias + entry[:, None] * embed + column[None, :])
-    target = out + m.to(tl.int64)[:, None] * out_stride + n[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < embed)[None, :])
+    entry = tl.load((patches_ptr + row * STRIDE_ROW + ENTRY).to(tl.pointer_type(tl.int32)))
+    total += tl.load(bias_ptr + entry[:, None] * embed + column[None, :])
+    target_ptr = out_ptr + m.to(tl.int64)[:, None] * stride_out_row + n[None, :]
+    tl.store(target_ptr, total.to(out_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (n < embed)[None, :])
 
 
 class Resampling(NamedTuple):
@@ -218,7 +226,7 @@ def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bi
             embed,
             out.stride(0),
             K=row_bytes,
-            STRIDE=stride,
+            STRIDE_ROW=stride,
             ENTRY=entry,
             BM=block.rows,
             BN=block.columns,

@@ -49,13 +49,13 @@ STRIP = Strip(4, 32, 16, 8)
 
 @triton.jit(do_not_specialize=["count"])
 def strip_kernel(
-    regions,
+    regions_ptr,
     count,
-    weight,
-    bias,
-    out,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
     embed,
-    out_stride,
+    stride_out_row,
     P: tl.constexpr,
     SIDE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -63,7 +63,7 @@ def strip_kernel(
 ):
     """A square of SIDE × SIDE patches of one region → their tokens, all columns."""
     tile = tl.program_id(0)
-    region = find_region(regions, count, tile)
+    region = find_region(regions_ptr, count, tile)
     tile -= field(region, FIRST_TILE)
     outer_axis = 1 - field(region, _VERTICAL_FIRST)
     inner_axis = 1 - outer_axis
@@ -89,19 +89,19 @@ def strip_kernel(
     vertical = outer_axis == 1
     entry = bias_entry(tl.where(vertical, rest_o, rest_i), tl.where(vertical, rest_i, rest_o), P)
     row = field(region, _FIRST_ROW) + row_part(region, outer_axis, patch_o) + row_part(region, inner_axis, patch_i)
-    target = out + row.to(tl.int64)[:, None] * out_stride
+    target_row_ptr = out_ptr + row.to(tl.int64)[:, None] * stride_out_row
     group, k = tl.arange(0, 8)[:, None], tl.arange(0, _SLOT * _SLOT // 2)[None, :]
     channel, at_o, at_i = group // 2, group % 2 * (_SLOT // 2) + k // _SLOT, k % _SLOT
     inside = ((channel < 3) & (at_o < P) & (at_i < P))[:, :, None]
     at = channel + at_o * tl.where(outer_axis == 0, 3, 3 * P) + at_i * tl.where(inner_axis == 0, 3, 3 * P)
-    weight += at[:, :, None]
+    weight_ptr += at[:, :, None]
     for start in range(0, embed, BN):
         n = start + tl.arange(0, BN)
-        part = tl.load(weight + n * (3 * P * P), mask=inside & (n < embed), other=0.0)
+        part = tl.load(weight_ptr + n * (3 * P * P), mask=inside & (n < embed), other=0.0)
         total = tl.sum(multiply(pixels, part, tl.zeros([8, SIDE * SIDE, BN], tl.float32)), axis=0)
         mask = stored[:, None] & (n < embed)[None, :]
-        total += tl.load(bias + entry[:, None] * embed + n[None, :], mask=mask, other=0.0)
-        tl.store(target + n[None, :], total.to(out.dtype.element_ty), mask=mask)
+        total += tl.load(bias_ptr + entry[:, None] * embed + n[None, :], mask=mask, other=0.0)
+        tl.store(target_row_ptr + n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def embed_in_one_launch(

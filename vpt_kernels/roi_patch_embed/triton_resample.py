@@ -45,14 +45,14 @@ def field(region, column):
 
 
 @triton.jit
-def find_region(regions, count, tile):
+def find_region(regions_ptr, count, tile):
     """The record of the region that owns `tile`: the last whose first tile is not beyond it."""
     found = 0
     for start in range(0, count, 64):
         i = start + tl.arange(0, 64)
-        first = tl.load(regions + i * RECORD + FIRST_TILE, mask=i < count, other=_FAR)
+        first = tl.load(regions_ptr + i * RECORD + FIRST_TILE, mask=i < count, other=_FAR)
         found += tl.sum((first <= tile).to(tl.int32))
-    return regions + (found - 1).to(tl.int64) * RECORD
+    return regions_ptr + (found - 1).to(tl.int64) * RECORD
 
 
 @triton.jit
@@ -187,21 +187,21 @@ def resample(region, outer_axis, outer, outer_valid, inner, inner_valid, CHUNK: 
     begin_o, end_o = tl.min(tl.where(outer_valid, first_o, _FAR)), tl.max(first_o + count_o)
     begin_i, end_i = tl.min(tl.where(inner_valid, first_i, _FAR)), tl.max(first_i + count_i)
     end_o, end_i = tl.where(begin_o < _FAR, end_o, 0), tl.where(begin_i < _FAR, end_i, 0)
-    image = tl.load(region + PIXELS).to(tl.pointer_type(tl.uint8))
+    image_ptr = tl.load(region + PIXELS).to(tl.pointer_type(tl.uint8))
     lane = tl.arange(0, 4 * CHUNK)
     channel = lane // CHUNK
     # The first pass makes lines along the inner axis, in (channel, source coordinate of the outer axis) order.
-    image += channel * tl.load(region + STRIDES + 2)
+    image_ptr += channel * tl.load(region + STRIDES + 2)
     out = tl.zeros([4 * INNER, OUTER], tl.int32)
     for o in range(begin_o, end_o, CHUNK):
         at_o = o + lane % CHUNK
-        lines = image + _source(region, outer_axis, at_o)
+        line_ptr = image_ptr + _source(region, outer_axis, at_o)
         line = tl.zeros([4 * CHUNK, INNER], tl.int32)
         for i in range(begin_i, end_i, CHUNK):
             at_i = i + tl.arange(0, CHUNK)
             mask = (at_i < end_i)[:, None] & ((at_o < end_o) & (channel < 3))[None, :]
             # Where strides are unknown the compiler lets lanes run along the first dimension: the image's rows.
-            pixels = tl.load(lines[None, :] + _source(region, inner_axis, at_i)[:, None], mask=mask, other=ZERO)
+            pixels = tl.load(line_ptr[None, :] + _source(region, inner_axis, at_i)[:, None], mask=mask, other=ZERO)
             pixels = (pixels.to(tl.int32) - ZERO).to(tl.float16).trans()
             band = _band(region, i, begin_i, first_i, count_i, center_i, total_i, inverse_i, CHUNK)
             line = _filtered(pixels, band, line)
