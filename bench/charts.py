@@ -45,7 +45,7 @@ def _where(result: Result) -> str:
 
 
 def ratio_bars(result: Result, path: Path, every: bool = True) -> None:
-    """How many times as fast as every alternative, or as the strongest, of each row; the line at 1 is "equal"."""
+    """Draw how many times as fast as every alternative, or as the strongest, each row is; the line at 1 is "equal"."""
     bars: list[tuple[str, str, float, float, float, bool]] = []
     for row in _timed(result):
         best, _ = strongest(row)
@@ -83,7 +83,7 @@ def ratio_bars(result: Result, path: Path, every: bool = True) -> None:
 
 
 def roofline(result: Result, path: Path) -> None:
-    """Achieved operations per byte and second against what copies and matrix products reached in the same run."""
+    """Draw achieved operations per byte and second against what copies and matrix products reached in the same run."""
     ceilings = result["ceilings"]
     figure, axes = plt.subplots(figsize=(9, 5))
     widest = max(ceilings["moved"].values())
@@ -238,7 +238,7 @@ def _save(figure: Any, path: Path, result: Result) -> None:
 
 
 def targets(rows: list[tuple[str, float, str]], where: str, path: Path) -> None:
-    """How far each target of a GPU was reached: (name, reached / wanted, what was measured); 1 is the target."""
+    """Draw how far each target of a GPU was reached: (name, reached / wanted, what was measured); 1 is the target."""
     figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.4))
     for y, (name, share, measured) in enumerate(rows):
         axes.barh(-y, share, color=OURS if share >= 1 else CEILING, height=0.7)

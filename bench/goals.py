@@ -115,7 +115,7 @@ def _reached(goal: Goal, row: Row, limit: float, rows: dict[str, dict[str, Any]]
 
 
 def table(machines: Mapping[str, Sequence[Result]]) -> str:
-    """Markdown, a column a machine; a row's number is from the first of the machine's results that has it.
+    """Return Markdown, a column a machine; a row's number is from the first of the machine's results that has it.
 
     A number that misses its goal says so.
     """
@@ -134,7 +134,7 @@ def table(machines: Mapping[str, Sequence[Result]]) -> str:
 
 
 def reasons(machines: Mapping[str, Sequence[Result]]) -> str:
-    """Markdown: why each goal is missed that is, and where.
+    """Return Markdown: why each goal is missed that is, and where.
 
     Raises:
         ValueError: a goal is missed and states no reason.

@@ -71,7 +71,7 @@ class Loops:
         return max(size * times / self._calls.move(buffer, size, loop, threads, times) for _ in range(_TRIES))
 
     def read(self, buffers: Sequence[tuple[int, int]], threads: int) -> float:
-        """Seconds to read every buffer, an address and its bytes, once."""
+        """Return the seconds to read every buffer, an address and its bytes, once."""
         count = len(buffers)
         addresses = (ctypes.c_void_p * count)(*(address for address, _ in buffers))
         sizes = (ctypes.c_int64 * count)(*(size for _, size in buffers))

@@ -34,7 +34,7 @@ class Run:
 
 
 def run(weights: str | None) -> Run:
-    """Logits [T, vocab] of every position, and seconds."""
+    """Return logits [T, vocab] of every position, and seconds."""
     config = PRESETS[PRESET]
     model = Model.from_state(config, random_state(config), weights, consume=True)
     image = torch.from_numpy(np.array(default_image()))

@@ -43,7 +43,7 @@ def _cells(row: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def rate(row: Mapping[str, Any]) -> str:
-    """Of what bounds the row."""
+    """Return the share reached of what bounds the row."""
     if row["work"] is None:
         return "–"
     if row["bound"] == "bytes":
@@ -120,7 +120,7 @@ def markdown(result: Result) -> str:
 
 
 def summary(results: dict[str, Result], folder: str, only: Collection[str] = ()) -> str:
-    """Markdown: each machine, and a line per row with the strongest alternative.
+    """Return Markdown: each machine, and a line per row with the strongest alternative.
 
     folder: where the page finds the machines' results. only: the names of the rows that are shown; all without it.
     """

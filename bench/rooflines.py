@@ -65,7 +65,7 @@ def control_work(case: Control, width: int) -> Work:
 
 
 def append_work(case: Append) -> Work:
-    """q, k and v are read and written, with one row of the table, three positions and a slot per token."""
+    """Count q, k and v as read and written, with one row of the table, three positions and a slot per token."""
     lm = LMS[case.lm]
     row = (lm.heads + 2 * lm.kv_heads) * lm.head_dim * itemsize(case.dtype)
     return Work(case.tokens * (2 * row + lm.head_dim * 4 + 4 * 8), 0, written=case.tokens * row)
@@ -83,7 +83,9 @@ def _seconds(call: Call, device: str, rounds: int = 9) -> float:
 
 @dataclass
 class Ceilings:
-    """moved: bytes per second, by bytes moved, in whichever way is fastest; flops: per second, by dtype, of fused
+    """The rates that this machine reached in this run.
+
+    moved: bytes per second, by bytes moved, in whichever way is fastest. flops: per second, by dtype, of fused
     multiply-adds in registers, on a GPU of the library's matrix product. ways: as `moved`, by way: "read", "written",
     and "copied", which counts what is read and what is written.
     """

@@ -50,13 +50,13 @@ def _seconds_of(call: Callable[[], object]) -> float:
 
 
 def _rounds(seconds: float, of_one: float) -> int:
-    """As many rounds as fit into `seconds`, within `ROUNDS`."""
+    """Return as many rounds as fit into `seconds`, within `ROUNDS`."""
     return min(ROUNDS[1], max(ROUNDS[0], int(seconds / of_one)))
 
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """No garbage collection falls into a timed call; pytest-benchmark keeps it from ours only."""
+    """Keep garbage collection out of timed calls; pytest-benchmark keeps it from ours only."""
     gc.collect()
     gc.disable()
     try:

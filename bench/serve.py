@@ -63,7 +63,7 @@ class Load:
     lost: int = 0
 
     def row(self) -> dict[str, Any]:
-        """Figures of a table: rates per second, times in milliseconds."""
+        """Return figures of a table: rates per second, times in milliseconds."""
         looks = [each.look for each in self.seen if each.look is not None]
         tokens = sum(each.tokens for each in self.seen)
         return {
@@ -80,7 +80,7 @@ class Load:
 
 
 def _ms(values: Sequence[float], percent: int) -> float | None:
-    """A percentile in milliseconds; None of nothing."""
+    """Return a percentile in milliseconds; None of nothing."""
     if not values:
         return None
     return round(1e3 * (statistics.quantiles(values, n=100)[percent - 1] if len(values) > 1 else values[0]), 1)
@@ -103,7 +103,7 @@ async def streamed(client: Any, messages: list[Any], **options: Any) -> AsyncIte
 
 
 async def ask(client: Any, asked: Ask) -> Seen:
-    """One question to a server that looks by itself."""
+    """Ask one question of a server that looks by itself."""
     options: dict[str, Any] = {"vllm_xargs": {"vpt_looks": asked.looks}} if asked.looks else {}
     return await _watched(client, [user(asked.text, asked.pixels)], options)
 
@@ -125,7 +125,7 @@ async def _watched(client: Any, messages: list[Any], options: dict[str, Any]) ->
 
 
 async def ask_twice(client: Any, asked: Ask) -> Seen:
-    """A region as people look at it today: the client reads the box, cuts it out and asks a second time."""
+    """Look at a region as people do today: the client reads the box, cuts it out and asks a second time."""
     messages, none = [user(asked.text, asked.pixels)], {"vllm_xargs": {"vpt_max_looks": 0}}
     began = time.perf_counter()
     first = await _watched(client, messages, none)
@@ -145,7 +145,7 @@ async def ask_twice(client: Any, asked: Ask) -> Seen:
 
 
 async def closed_loop(address: str, asks: Sequence[Ask], clients: int, question: Any = ask) -> Load:
-    """`clients` clients share the questions, each with one request at a time."""
+    """Let `clients` clients share the questions, each with one request at a time."""
     waiting, load = list(asks), Load(f"closed, {clients} clients", 0.0)
 
     async def one(client: Any) -> None:
@@ -164,7 +164,7 @@ async def closed_loop(address: str, asks: Sequence[Ask], clients: int, question:
 
 
 async def open_loop(address: str, asks: Sequence[Ask], rate: float) -> Load:
-    """Questions arrive `rate` times a second on average, whether the server keeps up or not."""
+    """Let questions arrive `rate` times a second on average, whether the server keeps up or not."""
     draw, load = np.random.default_rng(1), Load(f"open, {rate:.1f}/s", 0.0)
     began = time.perf_counter()
 
@@ -183,7 +183,7 @@ async def open_loop(address: str, asks: Sequence[Ask], rate: float) -> Load:
 
 
 async def soak(address: str, pid: int, asks: Sequence[Ask], count: int, clients: int = 16) -> dict[str, Any]:
-    """Requests of which a fifth goes away in the middle: right answers, what is left over, and memory on the way."""
+    """Send requests, a fifth of which goes away in the middle: right answers, what is left over, memory on the way."""
     draw, numbers, right, told, left, lost = np.random.default_rng(2), iter(range(count)), 0, 0, 0, 0
     memory = [resident(pid)]
 
@@ -230,7 +230,7 @@ def _total(metrics: str, name: str) -> float:
 
 
 def resident(pid: int) -> int:
-    """Memory of a process and all below it, in MiB."""
+    """Return the memory of a process and all below it, in MiB."""
     pages = 0
     for each in [pid, *_below(pid)]:
         try:
@@ -249,14 +249,14 @@ def _below(pid: int) -> list[int]:
 
 
 def http(address: str) -> Any:
-    """A client without limits of its own."""
+    """Return a client without limits of its own."""
     import httpx
 
     return httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None))
 
 
 def mini_asks(count: int) -> list[Ask]:
-    """Questions of every kind, so that regions, re-encoding and direct answers are mixed."""
+    """Return questions of every kind, so that regions, re-encoding and direct answers are mixed."""
     from vpt_model.mini.scenes import KINDS, make_question, make_scene
 
     asks = []
@@ -268,7 +268,7 @@ def mini_asks(count: int) -> list[Ask]:
 
 
 def slice_asks(count: int) -> list[Ask]:
-    """Forced looks at noise, for random weights: regions, re-encoding, and none."""
+    """Return forced looks at noise, for random weights: regions, re-encoding, and none."""
     draw, asks = np.random.default_rng(3), []
     for number in range(count):
         pixels = draw.integers(0, 256, (384, 512, 3), dtype=np.uint8)
@@ -277,7 +277,7 @@ def slice_asks(count: int) -> list[Ask]:
 
 
 def slice_folder(folder: Path) -> Path:
-    """A checkpoint of random float32 weights in the shapes of `2b-slice`, made where it is missing."""
+    """Return a checkpoint of random float32 weights in the shapes of `2b-slice`, made where it is missing."""
     from safetensors.torch import save_file
 
     from vpt_model import PRESETS, mini
@@ -311,7 +311,7 @@ def slice_folder(folder: Path) -> Path:
 
 
 def engine_looks(asks: Sequence[Ask]) -> list[float]:
-    """Seconds from the token that asks to the first behind the look, in our engine, one question at a time."""
+    """Return seconds from the token that asks to the first behind the look, in our engine, one question at a time."""
     from vpt_model import Engine, mini
     from vpt_model.engine.events import Reencode, Region, Token
 

@@ -11,7 +11,7 @@ from vpt_model.config import ModelConfig, VisionConfig
 
 
 def transformers_model(config: ModelConfig, state: Mapping[str, Tensor], image_pad: int, vision_start: int) -> Any:
-    """`Qwen2VLForConditionalGeneration` over the tensors of `state`, shared; those of a re-encoder are left out."""
+    """Return `Qwen2VLForConditionalGeneration` over the tensors of `state`, shared, but for those of a re-encoder."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from transformers.initialization import no_init_weights
 

@@ -102,7 +102,7 @@ def _roi(image: tuple[int, int], regions: int, dtype: str) -> Callable[[str], Ca
 
 
 def _attention(tokens: int) -> Callable[[str], Calls]:
-    """The 2B's attention late in a conversation, whose keys are read once."""
+    """Return the 2B's attention late in a conversation, whose keys are read once."""
 
     def calls(device: str) -> Calls:
         lm = LMS["2b"]
@@ -233,7 +233,7 @@ BESIDE = ("split_kernel",)
 
 @contextmanager
 def launched(architecture: str, kernel: str, size: str, launch: Launch | None) -> Iterator[None]:
-    """Inside, `kernel` uses `launch` for this size class, or the table beside the kernel if None."""
+    """Make `kernel` use `launch` for this size class inside, or the table beside the kernel if None."""
     if kernel in BESIDE:
         from vpt_model.network import attention_triton
 

@@ -33,7 +33,7 @@ START_SECONDS = 600
 
 @contextmanager
 def served(folder: Path, log: Path, *flags: str) -> Iterator[tuple[str, int]]:
-    """Address and process id of a server of `folder`, which ends with the context; it prints to `log`."""
+    """Yield address and process id of a server of `folder`, which ends with the context; it prints to `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,13 +69,13 @@ def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def picture_url(pixels: np.ndarray) -> str:
-    """The picture as clients send it."""
+    """Return the picture as clients send it."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def user(text: str, *pictures: np.ndarray) -> dict[str, Any]:
-    """A message of the user's."""
+    """Return a message of the user's."""
     shown = [{"type": "image_url", "image_url": {"url": picture_url(pixels)}} for pixels in pictures]
     return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Lm:
-    """hidden size, query heads, key/value heads, head dimension"""
+    """The widths of a language model: hidden size, query heads, key/value heads, head dimension."""
 
     hidden: int
     heads: int
@@ -27,7 +27,7 @@ LMS = {"2b": Lm(1536, 12, 2, 128), "7b": Lm(3584, 28, 4, 128)}
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """quick: whether `make bench` measures it, too. sweep: the field along which its cost is drawn, if any."""
+    """What one row measures. quick: in `make bench`, too. sweep: the field along which its cost is drawn, if any."""
 
     quick: bool = True
     sweep: str = ""

@@ -118,8 +118,8 @@ def why_every_module_is_called() -> str | None:
 
 
 def why_watched() -> str | None:
-    """Why every function of torch must be called as it stands, or None: somebody transforms, traces or replaces them
-    all.
+    """Return why every function of torch must be called as it stands, or None: somebody transforms, traces or replaces
+    them all.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"

@@ -113,7 +113,7 @@ OPS: dict[str, dict[str, torch._ops.OpOverload]] = {}
 
 
 def _as_given(overload: torch._ops.OpOverload) -> Callable[..., Any]:
-    """An operator computes in the dtypes of its arguments; autocast would reach what PyTorch computes inside it."""
+    """Let an operator compute in the dtypes of its arguments; autocast would reach what PyTorch computes inside it."""
 
     def kernel(*arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):

@@ -74,7 +74,7 @@ class Case:
 
 
 def require_close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Relative Euclidean distance of two results; NaN is never close."""
+    """Return the relative Euclidean distance of two results; NaN is never close."""
     if ours.shape != theirs.shape:
         raise WrongResult(f"{name}: shape {tuple(ours.shape)} against {tuple(theirs.shape)}; a wrong row is not timed")
     error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
@@ -155,7 +155,7 @@ def smooth_pixels(height: int, width: int) -> np.ndarray:
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` in float32 on a CPU through oneDNN, where torch takes MKL; its sums are less exact."""
+    """Run `F.linear` in float32 on a CPU through oneDNN, where torch takes MKL; its sums are less exact."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -164,7 +164,7 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under torch.compile as `COMPILED` says, one wrapper for all buffers of a row."""
+    """Return `function` under torch.compile as `COMPILED` says, one wrapper for all buffers of a row."""
     return torch.compile(function, fullgraph=True)
 
 

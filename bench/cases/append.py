@@ -87,7 +87,7 @@ class Buffers:
 def eager_append(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:
-    """index_copy_ of the rotated rows; cos and sin mixed beforehand."""
+    """Write the rotated rows by index_copy_; cos and sin are mixed beforehand."""
 
     def rotate(x: Tensor) -> Tensor:
         low, high = x.chunk(2, -1)
@@ -161,7 +161,7 @@ def _flashinfer(buffers: Buffers) -> Call:
 
 
 def _liger(buffers: Buffers) -> Call:
-    """Liger's rotation by three position rows, then index_copy_ into the caches."""
+    """Rotate by Liger's kernel, three position rows, then index_copy_ into the caches."""
     from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb
 
     rows = buffers.table[buffers.positions][:, None]  # [3, 1, tokens, rotary_dim]

@@ -96,7 +96,7 @@ class Live:
         return logits
 
     def _append(self, ids: list[int], picture: Any) -> None:
-        """ids: of one picture at most, which stands between its start and its end token."""
+        """Feed ids of one picture at most, which stands between its start and its end token."""
         if picture is not None:
             start, end = ids.index(self.ids.vision_start), ids.index(self.ids.vision_end) + 1
             self.chat.append(" ".join(map(str, ids[:start])))

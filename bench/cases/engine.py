@@ -50,7 +50,7 @@ _PACKED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 @contextmanager
 def our_linear() -> Iterator[None]:
-    """transformers' linear layers, and its patch embedding, which is a product, multiply as this engine does."""
+    """Let transformers' linear layers, and its patch embedding, which is a product, multiply as this engine does."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 
     def product(layer: Any, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Procedures:
 
 @lru_cache(maxsize=1)  # several looks of one model follow one another
 def procedures(preset: str, kind: str, device: str, weights: str = "float32") -> Procedures:
-    """All in float32, over weights that the precision `weights` of the engine's holds exactly."""
+    """Return all in float32, over weights that the precision `weights` of the engine's holds exactly."""
     config = replace(PRESETS[preset], kind=kind)
     tokenizer = Tokenizer.byte_level(config.vocab_size, kind)
     state = {name: tensor.to(device) for name, tensor in rounded(random_state(config), weights).items()}
@@ -110,7 +110,7 @@ def procedures(preset: str, kind: str, device: str, weights: str = "float32") ->
 
 @lru_cache(maxsize=1)
 def transformers_twin(preset: str, kind: str, device: str, weights: str = "float32") -> Any:
-    """transformers' Qwen2-VL over the same weights."""
+    """Return transformers' Qwen2-VL over the same weights."""
     made = procedures(preset, kind, device, weights)
     ids = made.engine.ids
     # Beside the weights there are tables of frequencies, which no state dict holds.
@@ -182,7 +182,7 @@ class Problem:
 
 
 def continued(model: Any, cache: Any, embeds: Tensor, positions: Tensor) -> Tensor:
-    """transformers' last hidden states [batch, H] of embeddings [batch, T, H], in each row at positions [3, T]."""
+    """Return transformers' last hidden states [batch, H] of embeddings [batch, T, H] at each row's positions [3, T]."""
     output = model.model.language_model(
         inputs_embeds=embeds,
         position_ids=positions[:, None].expand(-1, len(embeds), -1).to(embeds.device),

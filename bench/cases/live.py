@@ -86,7 +86,7 @@ class Turn:
         return len(self.ids) - self.before + 1, 0 if grid is None else int(grid.prod())
 
     def anew(self) -> Tensor:
-        """`generate` from the whole conversation; only a new picture is preprocessed, all of them pass the tower."""
+        """Call `generate` on the whole conversation; only a new picture is preprocessed, all of them pass the tower."""
         new, ids = self._pixels(), torch.tensor([self.ids], device=self.device)
         pixels = [self.seen, *([new] if new else [])]
         given = {name: torch.cat([one[name] for one in pixels]).to(self.device) for name in self.seen}

@@ -43,7 +43,7 @@ class Images:
         return self.patched(self.processor(image or self.crop())["pixel_values"])
 
     def processed(self, embed: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-        """transformers' processor, then `embed`."""
+        """Run transformers' processor, then `embed`."""
 
         def call(image: Any = None) -> Tensor:
             values = self.theirs(images=[image or self.crop()], return_tensors="pt")["pixel_values"]
@@ -79,7 +79,7 @@ def _without_transformers(workload: Any, device: str, alternatives: Sequence[Alt
 
 
 def build_image(workload: DropInImage, device: str) -> Case:
-    """Pillow image → patch embeddings of Qwen2-VL's tower: `QwenVLImageProcessor` and a patched patch embedding."""
+    """Return a row from Pillow image to patch embeddings: `QwenVLImageProcessor` and a patched patch embedding."""
     if missing := absent("transformers"):
         return _without_transformers(workload, device, IMAGE_ALTERNATIVES, missing)
     images = Images(workload, device)

@@ -54,7 +54,7 @@ class Problem:
         self.policy = qwen2_vl_policy(**{name: value for name, value in limits.items() if value})
 
     def boxes(self, turn: int = 0) -> list[Box]:
-        """`regions` boxes in a grid, moved by a few pixels from turn to turn if they are to be new."""
+        """Return `regions` boxes in a grid, moved by a few pixels from turn to turn if they are to be new."""
         i = turn if self.workload.new_geometry else 0
         width, height, n = self.workload.width, self.workload.height, self.workload.regions
         across = round(n**0.5)
@@ -92,7 +92,7 @@ class Problem:
         return roi_patches([self.image], self.plan(boxes))
 
     def transformers(self) -> Callable[[list[Box]], Tensor]:
-        """Pillow's crop and NEAREST step, transformers' Pillow processor, one GEMM: its pixels are equal to ours."""
+        """Run Pillow's crop and NEAREST step, transformers' Pillow processor and one GEMM: the pixels equal ours."""
         from PIL import Image
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -115,7 +115,7 @@ class Problem:
     def resized(
         self, boxes: list[Box], resize: Callable[[Tensor, tuple[int, int]], Tensor] = _interpolate
     ) -> list[tuple[Tensor, int, int]]:
-        """torch's uint8 resize on the CPU, float32 on a GPU, of what remains after the NEAREST step; not bit-exact."""
+        """Return torch's uint8 resize (float32 on a GPU) of what remains after the NEAREST step; not bit-exact."""
         longest = self.workload.longest_edge
         result = []
         for (rows, columns), (_, left, top, right, bottom) in zip(self.plan(boxes).grids, boxes):
@@ -150,7 +150,7 @@ class Problem:
         return self.interpolate(boxes, resize=resize)
 
     def transformers_fast(self) -> Callable[[list[Box]], Tensor]:
-        """transformers' processor on torchvision, which crops and resizes on the device; not bit-exact."""
+        """Run transformers' processor on torchvision, which crops and resizes on the device; not bit-exact."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
         processor = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=self.workload.max_pixels)

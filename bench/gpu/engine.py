@@ -72,7 +72,7 @@ def photo() -> Tensor:
 
 @torch.inference_mode()
 def gate(engine: Engine, preset: str, tokens: int = 48) -> None:
-    """Logits in bfloat16 against float32 of the same weights: an error bound, and the same choice where it is clear.
+    """Hold bfloat16 logits against float32 of the same weights: an error bound, and the same choice where it is clear.
 
     Raises WrongResult; nothing is timed then.
     """
@@ -96,7 +96,7 @@ def gate(engine: Engine, preset: str, tokens: int = 48) -> None:
 
 @contextmanager
 def without_stops(engine: Engine) -> Iterator[None]:
-    """Random weights may choose to stop; what is timed is a number of tokens."""
+    """Let no token stop a row: random weights may choose to, and what is timed is a number of tokens."""
     with mock.patch.object(engine.loop, "ids", replace(engine.ids, stop=frozenset())):
         yield
 
@@ -108,7 +108,7 @@ def answered(engine: Engine, looks: list[str] | None = None) -> list[Tensor]:
 
 
 def gate_replay(preset: str, replay: str, replayed: list[Tensor], eager: list[Tensor]) -> None:
-    """Logits of replayed graphs against those of the same engine before it had any, as far as both choose alike.
+    """Hold logits of replayed graphs against those of the same engine before it had any, as far as both choose alike.
 
     Raises WrongResult; nothing is timed then.
     """
@@ -151,7 +151,7 @@ def decode(preset: str) -> None:
 
 
 def _token_seconds(engine: Engine) -> tuple[float, float]:
-    """Per decoded token, by the wall clock and between two events of the stream."""
+    """Return seconds per decoded token, by the wall clock and between two events of the stream."""
     for _ in range(2):
         times, marks = [], []
         with without_stops(engine):
@@ -201,7 +201,7 @@ def looks(preset: str) -> None:
 
 
 def _look_seconds(engine: Engine, answer: str) -> float:
-    """From the trigger token to the first answer token, each as the caller sees it."""
+    """Return seconds from the trigger token to the first answer token, each as the caller sees it."""
     triggers, begin, looked = {engine.ids.region_end, engine.ids.action_start}, 0.0, False
     for event in engine.stream(photo(), QUESTION, looks=[answer], max_new_tokens=1):
         if isinstance(event, Token) and looked:

@@ -29,7 +29,7 @@ def build(target: str) -> Part:
 
 
 def smoke(backend: str) -> list[Part]:
-    """Tiny calls, one process an operator: a crash of one is not that of the others."""
+    """Return tiny calls, one process an operator: a crash of one is not that of the others."""
     name = "Triton" if backend == "triton" else "CUDA"
     operators = OPERATORS if backend == "triton" else OPERATORS[:-1]
     needs = "build" if backend == "cuda" and not REHEARSAL else ""
@@ -49,7 +49,7 @@ def smoke(backend: str) -> list[Part]:
 
 
 def sanitizers() -> list[Part]:
-    """Memory and races of the smoke's kernels, which are compiled by now. PyTorch's allocator would hide an overrun."""
+    """Return memory and race checks of the smoke's compiled kernels. PyTorch's allocator would hide an overrun."""
     found = shutil.which("compute-sanitizer")
     tool = _module("bench.gpu.recording_sanitizer") if REHEARSAL else (found or "compute-sanitizer",)
     backend = "cpp" if REHEARSAL else "all"
@@ -106,7 +106,7 @@ def tune() -> list[Part]:
 
 
 def parts(target: str) -> list[Part]:
-    """All, in their order; `group` names the parts that answer one question, as `--only` takes it."""
+    """Return all, in their order; `group` names the parts that answer one question, as `--only` takes it."""
     engine, rivals = "bench.gpu.engine", "bench.gpu.rivals"
     return [
         build(target),

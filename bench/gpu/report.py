@@ -67,7 +67,7 @@ def targets(lines: Sequence[Line]) -> list[tuple[str, float, str]]:
 
 
 def page(lines: Sequence[Line]) -> str:
-    """Markdown: what ended how, the targets, the operators, what is wrong, and the profiles."""
+    """Return Markdown: what ended how, the targets, the operators, what is wrong, and the profiles."""
     out = [where(lines), "", "| part | ended | seconds | |", "|---|---|---|---|"]
     for line in named(lines, "end"):
         summary = str(line["summary"]).replace("|", "/")

@@ -33,7 +33,7 @@ PROMPT, CAPACITY = 64, 2048
 
 @contextmanager
 def composed() -> Iterator[None]:
-    """Inside, our layers are PyTorch's operations on a GPU too, for torch.compile to fuse."""
+    """Make our layers PyTorch's operations inside, on a GPU too, for torch.compile to fuse."""
     with mock.patch.object(decode, "on_gpu", lambda x: False), mock.patch.object(fused, "on_gpu", lambda x: False):
         yield
 

@@ -151,7 +151,7 @@ class Session:
         self._write(part, ok=ok, seconds=round(time.monotonic() - running.begun, 1), summary=summary[:200], **more)
 
     def _write(self, part: Part, **facts: object) -> None:
-        """The end of a part: a line like those that its processes write."""
+        """Write the end of a part: a line like those that its processes write."""
         at = round(time.monotonic() - self.begun, 1)
         line = {"part": part.name, "group": part.group, "name": "end", "at": at, **facts}
         with self.results.open("a") as file:

@@ -39,12 +39,12 @@ def totals(tally: Tally) -> Totals:
 
 
 def budgets() -> dict[str, dict[str, Totals]]:
-    """preset → what is counted → totals."""
+    """Return the totals: preset → what is counted → totals."""
     return json.loads(BUDGETS_FILE.read_text())
 
 
 def page(budget: dict[str, dict[str, Totals]]) -> str:
-    """docs/launches.md."""
+    """Return docs/launches.md."""
     lines = [
         "# What the engine asks of a GPU",
         "",

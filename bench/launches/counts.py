@@ -30,7 +30,7 @@ PHOTO, LONGEST_EDGE, CAPACITY = (872, 1000, 3), 512, 2048
 
 
 def counts(preset: str) -> dict[str, Tally]:
-    """For "image", "decoded token" and every look, what it asked of the device.
+    """Return for "image", "decoded token" and every look what it asked of the device.
 
     image: crop, embedding and tower, once its graph is there. decoded token: the second one behind a clip look. look:
     from the trigger token to the first answer token. Everything in bfloat16, one conversation, 2,048 slots.
@@ -71,7 +71,7 @@ def _image(gpu: Pretended, model: Model) -> Tally:
 
 
 def _watch_caches(gpu: Pretended) -> None:
-    """Of the caches that are there only the slots of the running conversation are read."""
+    """Watch the caches that are there, of which only the slots of the running conversation are read."""
     caches = [x for x in gc.get_objects() if type(x) is KVCache and gpu.owns(x.keys)]
     slab = max((cache.slab for cache in caches), key=lambda buffers: buffers[0].numel())
     gpu.watch_cache(*slab)

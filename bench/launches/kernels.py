@@ -67,7 +67,7 @@ of `roi_patch_embed` is the library's product): so the count does not depend on 
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Bytes of the elements that `tensor` shows, those of an expanded axis once."""
+    """Return the bytes of the elements that `tensor` shows, those of an expanded axis once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride()):
         count *= 1 if stride == 0 and size else size
@@ -75,7 +75,7 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, tensors read) of every kernel of one operator."""
+    """Yield (name, tensors read) of every kernel of one operator."""
     packet = function.overloadpacket
     if function.is_view or packet in _NONE:
         return
@@ -92,14 +92,14 @@ def of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[t
 
 
 def triton_inputs(name: str, given: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a launch of one of our Triton kernels reads."""
+    """Return the tensors that a launch of one of our Triton kernels reads."""
     read = _READ_BY.get(name, set())
     tensors = {key.removesuffix("_ptr"): x for key, x in given.items() if isinstance(x, Tensor)}
     return [x for key, x in tensors.items() if key in read or key not in _UNREAD]
 
 
 def shaped(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The operator's result, as fake tensors; of the `WHOLE` ones that torch knows no shapes for, by hand."""
+    """Return the operator's result, as fake tensors; of the `WHOLE` ones that torch knows no shapes for, by hand."""
     if function.overloadpacket is aten.scaled_dot_product_attention:
         q, _, v = args[:3]
         # [..., heads, T, D] as flash attention returns it: memory in the order [..., T, heads, D].

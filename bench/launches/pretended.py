@@ -142,7 +142,7 @@ class Pretended:
         return isinstance(tensor, FakeTensor) and tensor.fake_mode is self._fake
 
     def watch_cache(self, *buffers: Tensor) -> None:
-        """Of these buffers a kernel reads only the share that is used."""
+        """Note that of these buffers a kernel reads only the share that is used."""
         self._caches |= {buffer.untyped_storage()._cdata for buffer in buffers}
 
     def __enter__(self) -> Pretended:
@@ -187,7 +187,7 @@ class Pretended:
         return tensor.untyped_storage().data_ptr() in self._pinned
 
     def copied(self, source: Tensor, target: torch.device, non_blocking: bool, host: Tensor | None = None) -> None:
-        """One copy between the host and the device; `host`: the host's memory at a copy to it, if there before."""
+        """Count a copy between the host and the device; `host`: the host's memory at a copy to it, if there before."""
         if source.device.type == "cpu":
             self.tally.uploads += 1
             if not self.is_pinned(source):
@@ -235,7 +235,7 @@ class Pretended:
             gpu.launch(function.__name__, *gpu.weigh(kernels.triton_inputs(function.__name__, given)))
 
         def recorded(run: Callable[[], Sequence[Tensor]], *others: object) -> tuple[_Graph, list[Tensor]]:
-            """`vpt_model.network.capture.record`, but what is never replayed costs no time."""
+            """Do what `vpt_model.network.capture.record` does, but what is never replayed costs no time."""
             graph = classes["CUDAGraph"](run)
             return graph, graph.outputs
 
@@ -277,7 +277,7 @@ def _tensor(*given: Any, make: Callable[..., Tensor] = torch.tensor, pin_memory:
 
 
 def _address(x: Tensor) -> int:
-    """Of a tensor without memory: far from that of every other storage."""
+    """Return an address for a tensor without memory, far from that of every other storage."""
     return x.untyped_storage()._cdata << 16 | x.storage_offset() * x.itemsize
 
 

@@ -84,7 +84,7 @@ def _where(environment: Mapping[str, Any]) -> str:
 
 
 def _table(result: Result, title: str) -> str:
-    """One line per row; the numbers by which it sorts stand beside what is shown."""
+    """Return one line per row; the numbers by which it sorts stand beside what is shown."""
     heads = "".join(
         f'<th scope="col" aria-sort="none"><button type="button">{escape(column)}</button></th>' for column in COLUMNS
     )

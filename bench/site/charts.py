@@ -28,7 +28,7 @@ class Axis:
 
 
 def ratios(result: Result, title: str) -> str:
-    """A line per row: the ratio to its strongest alternative and the interval, on a logarithmic axis."""
+    """Draw a line per row: the ratio to its strongest alternative and the interval, on a logarithmic axis."""
     rows = [row for row in result["rows"] if "wrong" not in row and strongest(row)[0]]
     if not rows:
         return "<p>No row has an alternative.</p>"
@@ -56,7 +56,7 @@ def ratios(result: Result, title: str) -> str:
 
 
 def roofline(result: Result, title: str) -> str:
-    """Operations per second over operations per byte, under the ceilings of the same run; both logarithmic."""
+    """Draw operations per second over operations per byte, under the ceilings of the same run; both logarithmic."""
     rows = [row for row in result["rows"] if "wrong" not in row and row["work"] is not None]
     ceilings, width, height = result["ceilings"], 760, 400
     if not rows:
@@ -93,7 +93,7 @@ def roofline(result: Result, title: str) -> str:
 
 
 def targets(rows: Sequence[tuple[str, float, str]]) -> str:
-    """How far each target of a GPU was reached; the line is the target."""
+    """Draw how far each target of a GPU was reached; the line is the target."""
     most, parts = max([1.0, *(share for _, share, _ in rows)]), []
     scale = (WIDTH - LEFT - RIGHT) / most
     for index, (name, share, measured) in enumerate(rows):

@@ -102,7 +102,7 @@ def weights(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any, _ceilings: None) -> Callable[[Case], None]:
-    """Measures a case and keeps its row; a wrong or failing case becomes a row that says so, and a failure."""
+    """Measure a case and keep its row; a wrong or failing case becomes a row that says so, and a failure."""
     config, begin = request.config, time.perf_counter()
 
     def run(case: Case) -> None:

@@ -68,7 +68,7 @@ class Definition:
 
 
 def append_definition(lm: str) -> Definition:
-    """`append_visual_kv`, contiguous NHD, chunked sections (16, 24, 24)."""
+    """Define `append_visual_kv`, contiguous NHD, chunked sections (16, 24, 24)."""
     one = LMS[lm]
     rows = ("tokens", "kv_heads", "head_dim")
     cache = (("capacity", "kv_heads", "head_dim"), "bfloat16")
@@ -110,7 +110,7 @@ def append_definition(lm: str) -> Definition:
 
 
 def control_definition(lm: str) -> Definition:
-    """`control_cross_attention`, linear form, ragged."""
+    """Define `control_cross_attention`, linear form, ragged."""
     hidden, channels = LMS[lm].hidden, 1024
 
     def workload(*lengths: int) -> tuple[dict[str, int], dict[str, Tensor]]:
@@ -144,7 +144,7 @@ def control_definition(lm: str) -> Definition:
 
 
 def roi_definition() -> Definition:
-    """`roi_patch_embed` of one region by BICUBIC, horizontal pass first."""
+    """Define `roi_patch_embed` of one region by BICUBIC, horizontal pass first."""
 
     def workload(width: int, height: int, max_pixels: int) -> tuple[dict[str, int], dict[str, Tensor]]:
         box = (0, 7, 3, width - 5, height - 11)

@@ -2,7 +2,7 @@ import torch
 
 
 def run(q, k, v, cos_sin, positions, slots, k_cache, v_cache):
-    """M-RoPE in chunked sections (16, 24, 24), then both caches with the rotated keys and the values at `slots`."""
+    """Rotate by M-RoPE in chunked sections (16, 24, 24), then write rotated keys and values to both caches."""
     sections = (16, 24, 24)
     axis = torch.arange(3, device=q.device).repeat_interleave(torch.tensor(sections, device=q.device))
     rows = cos_sin[positions]  # [3, tokens, 128]: cosines, then sines

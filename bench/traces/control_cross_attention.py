@@ -14,7 +14,7 @@ def run(
     control_weight,
     control_bias,
 ):
-    """f + (f·k)k with f = Linear(LN(features)) and one k = Linear(LN(control)) an image; float32 until the end."""
+    """Return f + (f·k)k, f = Linear(LN(features)), one k = Linear(LN(control)) an image; float32 until the end."""
     dtype = features.dtype
 
     def wide(*tensors):

@@ -19,7 +19,7 @@ def run(image, box, size, cells, weight, bias):
 
 
 def _resized(pixels, out):
-    """Dimension 0 of integers [n, m, 3] resampled to `out`, rounded and clamped to bytes again."""
+    """Return integers [n, m, 3] resampled along dimension 0 to `out`, rounded and clamped to bytes again."""
     length = pixels.shape[0]
     if length == out:
         return pixels

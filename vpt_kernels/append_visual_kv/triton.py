@@ -27,7 +27,7 @@ BLOCK_HEADS = 4
 
 @triton.jit
 def float8_bits(x):
-    """uint8 of float8_e4m3fn: float32 saturated to ±448 and rounded to nearest even once; NaN stays NaN.
+    """Return x, float32, as uint8 of float8_e4m3fn: saturated to ±448, rounded to nearest even once; NaN stays NaN.
 
     In integers, the arithmetic of csrc/math/rounding.h: the same bits on every architecture, with and without float8 in
     hardware.
@@ -44,7 +44,7 @@ def float8_bits(x):
 
 @triton.jit
 def store_rows(cache_ptr, offset, mask, x, scale_ptr, heads, FLOAT8: tl.constexpr, HEAD_SCALES: tl.constexpr):
-    """x [tokens, heads, channels] in any dtype to its rows, in the cache's dtype."""
+    """Store x [tokens, heads, channels] in any dtype in its rows, in the cache's dtype."""
     if FLOAT8:
         factor = tl.load(scale_ptr + (heads if HEAD_SCALES else heads * 0))[None, :, None]
         # A division rounded as IEEE says; the fast one, or a reciprocal, is off by one code once in thousands.
@@ -56,7 +56,7 @@ def store_rows(cache_ptr, offset, mask, x, scale_ptr, heads, FLOAT8: tl.constexp
 
 @triton.jit
 def apply_norm(x, inverse, norm_ptr, channel, mask):
-    """weight · (x / √(mean square)) in x's dtype, rounded after each of the two, as transformers' RMSNorm does."""
+    """Return weight · (x / √(mean square)) in x's dtype, rounded after each step as transformers' RMSNorm does."""
     weight = tl.load(norm_ptr + channel, mask=mask, other=0.0).to(tl.float32)[None, None, :]
     normed = (x.to(tl.float32) * inverse).to(x.dtype).to(tl.float32)
     return (weight * normed).to(x.dtype)
@@ -77,7 +77,7 @@ def load_rotated(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Heads at x_ptr + offset [tokens, heads]: both rotated halves, float32, and the channels behind, in x's dtype."""
+    """Load heads [tokens, heads] at x_ptr + offset: rotated halves in float32, what is behind them in x's dtype."""
     pair = tl.arange(0, BLOCK_HALF)
     rest = 2 * HALF + tl.arange(0, BLOCK_REST)
     pair_mask = row_mask[:, :, None] & (pair < HALF)[None, None, :]
@@ -156,7 +156,7 @@ def append_kernel(
     BLOCK_REST: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Program (i, j): the i-th tokens; of them the j-th heads of q or, behind those, of k and v."""
+    """Program (i, j) takes the i-th tokens, and of them the j-th heads of q or, behind those, of k and v."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     token_mask = token < tokens
     pair = tl.arange(0, BLOCK_HALF)

@@ -245,7 +245,7 @@ def control_cross_attention(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Rank-one, one-key cross-attention without softmax: out = f + (f·k)k, k = Linear(LayerNorm(control)).
+    """Apply rank-one, one-key cross-attention without softmax: out = f + (f·k)k, k = Linear(LayerNorm(control)).
 
     f is Linear(LayerNorm(features)) ("linear"), a 4×4 convolution of the channel-normalised features ("conv") or the
     features themselves ("identity"). LayerNorm's eps is 1e-5.

@@ -38,7 +38,7 @@ KERNEL = tl.constexpr(CONV_KERNEL)
 
 @triton.jit
 def _image_of(token, per_image, cu_seqlens_ptr, stride_cu_seqlens, images, steps, RAGGED: tl.constexpr):
-    """The image of each token: the last one that begins at or before it."""
+    """Return the image of each token: the last one that begins at or before it."""
     if RAGGED:
         low = token * 0
         high = low + images
@@ -54,7 +54,7 @@ def _image_of(token, per_image, cu_seqlens_ptr, stride_cu_seqlens, images, steps
 
 @triton.jit
 def _features(row_ptr, channel, group, stride_x_channel, stride_x_height, stride_x_width, mask, CONV: tl.constexpr):
-    """float32 [tokens, channels] of the tokens' LayerNorm group (ky, kx), or of their rows."""
+    """Return the tokens' LayerNorm group (ky, kx), or their rows, float32 [tokens, channels]."""
     if CONV:
         cell = tl.cast(group, tl.int64)
         row_ptr += cell // KERNEL * stride_x_height + cell % KERNEL * stride_x_width
@@ -104,7 +104,7 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[row of token] = f + (LN(x)·u + β)·k, f = LN(x)·Wᵀ + b; at condition_ptr: k, u, β of every image."""
+    """Write out[row of token] = f + (LN(x)·u + β)·k, f = LN(x)·Wᵀ + b; at condition_ptr: k, u, β of every image."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = token < tokens
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -216,7 +216,7 @@ def identity_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """out[row of token] = x + (x·k)·k; whole rows stay in registers, so x is read once."""
+    """Write out[row of token] = x + (x·k)·k; whole rows stay in registers, so x is read once."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = token < tokens
     channel = tl.arange(0, BLOCK_H)

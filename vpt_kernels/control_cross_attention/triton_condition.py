@@ -22,7 +22,7 @@ EPS = tl.constexpr(1e-5)
 
 @triton.jit
 def merge_moments(mean, squares, count, x, is_x, added):
-    """Mean and sum of squared deviations of rows [R] after `added` more columns x [R, K]; no cancellation."""
+    """Return mean and sum of squared deviations of rows [R] after `added` more columns x [R, K]; nothing cancels."""
     chunk_mean = tl.sum(tl.where(is_x, x, 0.0), 1) / added
     deviation = tl.where(is_x, x - chunk_mean[:, None], 0.0)
     delta = chunk_mean - mean
@@ -51,7 +51,7 @@ def _mapped_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[image, row] = weight[row] · LayerNorm(control[image]) + bias[row], float32; image, row: int64 indices."""
+    """Write out[image, row] = weight[row] · LayerNorm(control[image]) + bias[row], float32; both indices int64."""
     column = tl.arange(0, BLOCK_K)
     is_image, is_row = image < images, row < rows
     control_row_ptr = control_ptr + image[:, None] * stride_control_image
@@ -100,7 +100,7 @@ def condition_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out [images, H + score_rows]: k, u, β. The first blocks of rows are k's; score_rows is 0 in the identity form."""
+    """Write out [images, H + score_rows]: k, u, β. k's rows come first; score_rows is 0 in the identity form."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     image = (tl.program_id(1) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)).to(tl.int64)

@@ -45,7 +45,7 @@ class Pictures:
         return {name: made[name].to(self._model.device) for name in ("pixel_values", "image_grid_thw")}
 
     def _ours(self) -> QwenVLImageProcessor | None:
-        """Asked for every picture, because weights, hooks and adapters change while a conversation is open."""
+        """Return whether our kernels embed; asked for every picture: weights, hooks and adapters change meanwhile."""
         if not self._kernels:
             return None
         try:

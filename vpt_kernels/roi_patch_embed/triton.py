@@ -33,7 +33,7 @@ _FIRST_ROW = tl.constexpr(int(Column.FIRST_ROW))
 
 @triton.jit
 def _place(region, axis, at, stride_out_row):
-    """Share of window coordinate `at` along `axis` in a byte's offset in the patch matrix."""
+    """Return the share of window coordinate `at` along `axis` in a byte's offset in the patch matrix."""
     patch = field(region, _PATCH_SIZE)
     within = tl.where(axis == 0, 3, 3 * patch)
     return row_part(region, axis, at // patch).to(tl.int64) * stride_out_row + at % patch * within
@@ -50,7 +50,7 @@ def resample_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A TILE × TILE window of one region → bytes of the patch matrix; at byte ENTRY of a row its bias entry (int32)."""
+    """Resample a TILE × TILE window of a region into the patch matrix; its bias entry, int32, at byte ENTRY."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -111,7 +111,7 @@ def embed_kernel(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rows of bytes → tokens: out = (bytes − 128)/256 · weightᵀ + bias[entry of the row], rounded once."""
+    """Turn rows of bytes into tokens: out = (bytes − 128)/256 · weightᵀ + bias[entry of the row], rounded once."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)

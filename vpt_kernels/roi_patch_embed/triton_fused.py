@@ -61,7 +61,7 @@ def strip_kernel(
     CHUNK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """A square of SIDE × SIDE patches of one region → their tokens, all columns."""
+    """Turn a square of SIDE × SIDE patches of one region into their tokens, all columns."""
     tile = tl.program_id(0)
     region = find_region(regions_ptr, count, tile)
     tile -= field(region, FIRST_TILE)

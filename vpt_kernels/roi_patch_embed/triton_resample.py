@@ -40,13 +40,13 @@ _FAR = tl.constexpr(1 << 30)
 
 @triton.jit
 def field(region, column):
-    """A number of the region's record, as the 32 bits that it fits: 64-bit division is slow."""
+    """Return a number of the region's record, as the 32 bits that it fits: 64-bit division is slow."""
     return tl.load(region + column).to(tl.int32)
 
 
 @triton.jit
 def find_region(regions_ptr, count, tile):
-    """The record of the region that owns `tile`: the last whose first tile is not beyond it."""
+    """Return the record of the region that owns `tile`: the last whose first tile is not beyond it."""
     found = 0
     for start in range(0, count, 64):
         i = start + tl.arange(0, 64)
@@ -57,7 +57,7 @@ def find_region(regions_ptr, count, tile):
 
 @triton.jit
 def valid_size(region, axis):
-    """Pixels of the window along `axis` that the resized image covers; the rest is padding."""
+    """Return the pixels of the window along `axis` that the resized image covers; the rest is padding."""
     resized = field(region, _RESIZED_WIDTH + axis) - field(region, _WINDOW_LEFT + axis)
     window = field(region, _GRID_WIDTH + axis) * field(region, _PATCH_SIZE)
     return tl.minimum(resized, window)
@@ -65,7 +65,7 @@ def valid_size(region, axis):
 
 @triton.jit
 def row_part(region, axis, patch):
-    """Share of coordinate `patch` (in patches, along `axis`) in the output's row; the two axes' shares add up."""
+    """Return the share of patch coordinate `patch` along `axis` in the output's row; the two axes' shares add up."""
     merge = field(region, _MERGE_SIZE)
     width = field(region, _GRID_WIDTH)
     block = tl.where(axis == 0, merge * merge, width * merge)
@@ -75,7 +75,7 @@ def row_part(region, axis, patch):
 
 @triton.jit
 def bias_entry(tall, wide, patch):
-    """Entry of the bias table for patches of which `tall` rows and `wide` columns are image."""
+    """Return the entry of the bias table for patches of which `tall` rows and `wide` columns are image."""
     tall = tl.minimum(tl.maximum(tall, 0), patch)
     wide = tl.minimum(tl.maximum(wide, 0), patch)
     return tl.where(tall < patch, tall, tl.where(wide < patch, patch + 1 + wide, patch))
@@ -83,7 +83,7 @@ def bias_entry(tall, wide, patch):
 
 @triton.jit
 def _nearest(i, in_size, out_size):
-    """Source of NEAREST output i: Pillow adds the step up, so that ties go where its rounding errors lead."""
+    """Return the source of NEAREST output i: Pillow adds the step up: ties go where its rounding errors lead."""
     i = tl.minimum(i, out_size - 1)
     step = in_size.to(tl.float64) / out_size.to(tl.float64)
     position = (i.to(tl.float64) + 0.5) * step
@@ -100,7 +100,7 @@ def _nearest(i, in_size, out_size):
 
 @triton.jit
 def _source(region, axis, i):
-    """Offset in bytes, from the image's start, of coordinate i of the crop as it is after the NEAREST steps."""
+    """Return the byte offset, from the image's start, of coordinate i of the crop as it is after the NEAREST steps."""
     for step in tl.static_range(3):
         out_size = field(region, _NEAREST_WIDTH_3 - 2 * step + axis)
         in_size = field(region, _NEAREST_WIDTH_3 - 2 * step - 2 + axis)
@@ -111,7 +111,7 @@ def _source(region, axis, i):
 
 @triton.jit
 def _weight(tap, first, center, inverse, bilinear):
-    """Unnormalised weight of a tap: the triangle, or the cubic of a = -1/2, in Pillow's order of operations."""
+    """Return a tap's unnormalised weight: the triangle, or the cubic of a = -1/2, in Pillow's order of operations."""
     x = tl.abs((tap + first - center + 0.5) * inverse)
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
@@ -121,7 +121,7 @@ def _weight(tap, first, center, inverse, bilinear):
 
 @triton.jit
 def _taps(region, axis, at, valid):
-    """First tap, number of taps, centre and weight sum of the outputs at window coordinates `at`; 1/filter scale."""
+    """Return first tap, number of taps, centre and weight sum of the outputs at `at`, and 1/filter scale."""
     in_size = field(region, _NEAREST_WIDTH_3 + axis)
     out_size = field(region, _RESIZED_WIDTH + axis)
     bilinear = field(region, _FILTER) == _BILINEAR
@@ -141,7 +141,7 @@ def _taps(region, axis, at, valid):
 
 @triton.jit
 def _band(region, start, begin, first, count, center, total, inverse, CHUNK: tl.constexpr):
-    """int32 [CHUNK, outputs]: coefficients of the source coordinates from `start`; `begin` is the least first tap."""
+    """Return int32 [CHUNK, outputs]: coefficients of the coordinates from `start`; `begin` is the least first tap."""
     bilinear = field(region, _FILTER) == _BILINEAR
     row = start + tl.arange(0, CHUNK)[:, None] - first[None, :]
     band = tl.zeros(row.shape, tl.int32)
@@ -157,7 +157,7 @@ def _band(region, start, begin, first, count, center, total, inverse, CHUNK: tl.
 
 @triton.jit
 def _filtered(pixels, band, total):
-    """total + (pixels + 128)·band, exactly; pixels float16 [M, CHUNK] are bytes minus 128."""
+    """Return total + (pixels + 128)·band, exactly; pixels float16 [M, CHUNK] are bytes minus 128."""
     low = ((band + 2048) & 4095) - 2048
     high = (band - low) >> 12
     low_sum = tl.dot(pixels, low.to(tl.float16)).to(tl.int32)
@@ -167,14 +167,14 @@ def _filtered(pixels, band, total):
 
 @triton.jit
 def _centred_byte(total):
-    """Pillow's rounding of a sum, minus 128: the next product's operand."""
+    """Return a sum as Pillow rounds it, minus 128: the next product's operand."""
     byte = (total + _HALF) >> _BITS
     return tl.minimum(tl.maximum(byte, 0), 255) - ZERO
 
 
 @triton.jit
 def resample(region, outer_axis, outer, outer_valid, inner, inner_valid, CHUNK: tl.constexpr):
-    """Pixels at window coordinates inner × outer, minus 128.
+    """Return the pixels at window coordinates inner × outer, minus 128.
 
     Returns:
         int32 [4·inner, outer], rows in (channel, inner) order; a fourth channel and invalid pixels are 0.
@@ -215,7 +215,7 @@ def resample(region, outer_axis, outer, outer_valid, inner, inner_valid, CHUNK: 
 
 @triton.jit
 def multiply(pixels, weight, total):
-    """total + pixels/256 · weight; pixels are bytes minus 128, weight [K, N] is float32, bfloat16 or float16.
+    """Return total + pixels/256 · weight; pixels are bytes minus 128, weight [K, N] is float32, bfloat16 or float16.
 
     A float32 weight goes through the tensor cores in three bfloat16 parts, which hold its 24 bits: every product is
     exact. Its sums start afresh in every call, because tensor cores truncate when they add: short sums, added in

@@ -71,7 +71,7 @@ class Run:
 
     @property
     def second_look(self) -> float:
-        """From the trigger token to the first answer token."""
+        """Milliseconds from the trigger token to the first answer token."""
         return self.answer_at - self.trigger_at
 
 
@@ -96,7 +96,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Of the second look."""
+        """How many times as fast our second look is."""
         return self.published.second_look / self.ours.second_look
 
 

@@ -54,7 +54,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Stage:
-    """Wall-clock time of one stage, and the work done in it: counts of "tokens" and "lm_calls", "patches", …"""
+    """The wall-clock time of one stage, and counts of its work: "tokens", "lm_calls", "patches" and others."""
 
     name: str
     milliseconds: float

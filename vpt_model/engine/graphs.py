@@ -26,7 +26,7 @@ from vpt_model.network.tower_graphs import captured
 
 
 class Bucket(NamedTuple):
-    """rows: conversations. tokens: of each. sample: whether the logits behind the last one are wanted."""
+    """The shape of a step: `rows` conversations of `tokens` each. sample: whether the last's logits are wanted."""
 
     rows: int
     tokens: int

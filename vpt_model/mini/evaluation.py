@@ -142,8 +142,9 @@ def using(backend: str) -> Iterator[None]:
 
 
 def examples(kind: str, count: int, first: int = 0) -> Iterator[tuple[np.ndarray, Question]]:
-    """Yield test pictures number `first`, `first` + 1, …, each with a question of `kind`; for READ only the crop to
-    read.
+    """Yield test pictures number `first`, `first` + 1, …, each with a question of `kind`.
+
+    A question of READ comes with the crop to read in place of the picture.
     """
     for seed in range(first, first + count):
         scene = make_scene(seed, "test")

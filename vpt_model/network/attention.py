@@ -46,7 +46,7 @@ class _Segment:
 
 
 class Ragged:
-    """Of several conversations' new tokens, one after the other, `lengths[i]` behind `caches[i]`.
+    """Attends for several conversations' new tokens, one after the other, `lengths[i]` behind `caches[i]`.
 
     positions: [3, T] on the caches' device. Raises ValueError if a cache cannot take its tokens, before any is written.
     """
@@ -96,7 +96,7 @@ class Ragged:
 
 
 class Padded:
-    """Of R conversations' new tokens, N rows each of which the first ones may be padding; nothing here is read back.
+    """Attends for R conversations' new tokens, N rows each, the first of which may be padding; nothing is read back.
 
     keys, values: [layers, slots, Hkv, D], shared by all conversations, `capacity` slots each. positions: [3, R · N].
     slots: [R · N], −1 for padding, which is neither stored nor seen. lengths: starts, past and counts of `attend`.

@@ -19,7 +19,7 @@ from vpt_model.network.capture import on_device
 
 
 class Launch(NamedTuple):
-    """rows: of q in one program, a row being one query head of one token; keys: of one step; split: of one program."""
+    """How a launch is divided: `rows` (query heads of tokens) in a program, `keys` a step, `split` a program."""
 
     rows: int
     keys: int
@@ -38,7 +38,7 @@ From reasoning about an H100, not from measurements."""
 
 @triton.jit
 def add_keys(top, total, mixed, scores, v):
-    """One step of a softmax over keys: largest score and sum of each row [M], mixed values [M, D]; v [N, D]."""
+    """Take one step of a softmax over keys: largest score and sum of each row [M], mixed values [M, D]; v [N, D]."""
     higher = tl.maximum(top, tl.max(scores, 1))
     # A query that sees none of these keys keeps -inf, which must not be subtracted from itself.
     base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -50,7 +50,7 @@ def add_keys(top, total, mixed, scores, v):
 
 @triton.jit
 def keep_split(sums, weights, row, top, total, mixed, d, dim, mask):
-    """What one split found, for whoever is last; row: [M] of the workspace. Every thread's before what follows."""
+    """Keep what one split found, for whoever is last; row: [M] of the workspace. Every thread's before what follows."""
     tl.store(sums + row[:, None].to(tl.int64) * dim + d[None, :], mixed, mask=mask)
     tl.store(weights + row * 2, top)
     tl.store(weights + row * 2 + 1, total)
@@ -59,7 +59,7 @@ def keep_split(sums, weights, row, top, total, mixed, d, dim, mask):
 
 @triton.jit
 def merge_splits(sums, weights, row, active, d, dim, mask, M: tl.constexpr, D: tl.constexpr):
-    """All `active` splits in their order, `M` rows apart, read past L1: sums of weights [M] and mixed values [M, D]."""
+    """Merge `active` splits in their order, `M` rows apart, read past L1: sums of weights [M], mixed values [M, D]."""
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     mixed = tl.zeros([M, D], tl.float32)
@@ -109,7 +109,7 @@ def split_kernel(
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Attention of a block of queries over one split of the keys; the last split of the block merges them all.
+    """Attend with a block of queries to one split of the keys; the last split of the block merges them all.
 
     The query heads of one key/value head are rows of one tile. Strides are named after the axis they step along.
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class SamAttention(nn.Module):
-    """In the place of transformers' SamVisionAttention, with its parameters under its names."""
+    """Takes the place of transformers' SamVisionAttention, with its parameters under its names."""
 
     rel_pos_h: nn.Parameter
     rel_pos_w: nn.Parameter

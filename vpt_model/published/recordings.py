@@ -159,7 +159,7 @@ class _Witness(Eager):
 
 @dataclass(frozen=True)
 class _Wordless:
-    """In a tokenizer's place: recorded ids are arbitrary and stand for no text."""
+    """Takes a tokenizer's place: recorded ids are arbitrary and stand for no text."""
 
     ids: TokenIds
 

@@ -18,7 +18,7 @@ _REGION = re.compile(r"region:x[0-7],y[0-7],x[0-7],y[0-7](\+x[0-7],y[0-7],x[0-7]
 
 
 class Options(NamedTuple):
-    """max_looks: second looks that may be taken. looks: those taken unasked, in the syntax of `Engine.stream`."""
+    """What a request asks: at most `max_looks` second looks; `looks` taken unasked, in `Engine.stream`'s syntax."""
 
     max_looks: int = 1
     looks: tuple[str, ...] = ()

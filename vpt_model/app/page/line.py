@@ -18,11 +18,11 @@ Sent = Message | Callable[[], Message]
 
 
 class Stopped(Exception):
-    """A job ends here; the argument says why: "cancelled" or "time"."""
+    """A job ends before it is done; the argument says why: "cancelled" or "time"."""
 
 
 class Full(Exception):
-    """So many wait already that no further job is taken."""
+    """The line is full: no further job is taken."""
 
 
 class Job:

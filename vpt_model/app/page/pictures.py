@@ -26,7 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")
 
 @dataclass
 class Picture:
-    """pixels: uint8 [height, width, 3], upright. scene: what is known about it, where it was drawn for the visitor."""
+    """A visitor's picture: upright pixels, uint8 [height, width, 3]. scene: what is known of it, where we drew it."""
 
     pixels: Tensor
     scene: dict[str, Any] | None = None

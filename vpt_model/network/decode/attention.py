@@ -27,7 +27,7 @@ ROWS = 16
 
 @triton.jit
 def load_rotated_pair(x, cos, sin, pair, mask, HALF: tl.constexpr):
-    """Both halves of heads at x, rotated, in x's dtype."""
+    """Return both halves of heads at x, rotated, in x's dtype."""
     first = tl.load(x + pair, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x + HALF + pair, mask=mask, other=0.0).to(tl.float32)
     dtype = x.dtype.element_ty
@@ -71,7 +71,7 @@ def decode_attention_kernel(
     BLOCK_HALF: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Program (r · Hkv + h, s): the query heads of KV head h, of conversation r, over the s-th SPLIT keys."""
+    """Program (r · Hkv + h, s) takes the query heads of KV head h, of conversation r, over the s-th SPLIT keys."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

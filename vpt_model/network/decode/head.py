@@ -30,7 +30,7 @@ TILES, MERGED = 16, 1024
 
 @triton.jit
 def best_of(values, ids):
-    """Largest value of each row [R, N] and its id, the lowest on ties; −1 at +inf where one is NaN or an id is −1."""
+    """Return each row's maximum [R, N] and its id, the lowest on ties; −1 at +inf where one is NaN or an id is −1."""
     is_bad = (values != values) | (ids < 0)
     top = tl.max(tl.where(is_bad, float("inf"), values), 1)
     # Of equal values the smallest id, and −1 is smaller than all.
@@ -40,7 +40,7 @@ def best_of(values, ids):
 
 @triton.jit
 def better_of(top, choice, other_top, other):
-    """Of two candidates per row the one that `best_of` both would give."""
+    """Return of two candidates per row the one that `best_of` both would give."""
     is_other = (other < 0) | ((choice >= 0) & ((other_top > top) | ((other_top == top) & (other < choice))))
     return tl.where(is_other, other_top, top), tl.where(is_other, other, choice)
 
@@ -65,7 +65,7 @@ def head_kernel(
     TILES: tl.constexpr,
     MERGED: tl.constexpr,
 ):
-    """Program i: the i-th TILES blocks of outputs, of all rows."""
+    """Program i takes the i-th TILES blocks of outputs, of all rows."""
     program = tl.program_id(0)
     row = tl.arange(0, ROWS)
     is_row = row < rows

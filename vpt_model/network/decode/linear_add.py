@@ -48,7 +48,7 @@ def linear_add_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (i, s): of the i-th block of outputs, of all rows, the s-th `share` of the columns."""
+    """Program (i, s) takes of the i-th block of outputs, of all rows, the s-th `share` of the columns."""
     block, split = tl.program_id(0), tl.program_id(1)
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * share

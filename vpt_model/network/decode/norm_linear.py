@@ -42,7 +42,7 @@ def norm_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program i: the i-th block of outputs, of all rows."""
+    """Program i takes the i-th block of outputs, of all rows."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -41,7 +41,7 @@ def norm_swiglu_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program i: the i-th block of outputs, that is of gates and of ups, of all rows."""
+    """Program i takes the i-th block of outputs, that is of gates and of ups, of all rows."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ups = weight + outputs.to(tl.int64) * columns
     if PDL:

@@ -17,7 +17,7 @@ from vpt_model.network.decode import MOST_ROWS
 
 
 class Launch(NamedTuple):
-    """rows: of the tile. outputs: rows of weights in one program. step: columns that it reads at a time."""
+    """How a launch is divided: `rows` of the tile, `outputs` rows of weights a program, `step` columns at a time."""
 
     rows: int
     outputs: int
@@ -52,7 +52,7 @@ def prefetch_weights(weight, output, outputs, begin, end, columns, BLOCK_K: tl.c
 
 @triton.jit
 def load_weights(weight, output, outputs, k, end, columns):
-    """[N, K] of the weights [outputs, columns], 0 from column `end` on."""
+    """Load the weights [outputs, columns] as [N, K], 0 from column `end` on."""
     place = output.to(tl.int64)[:, None] * columns + k[None, :]
     is_weight = (output < outputs)[:, None] & (k < end)[None, :]
     return tl.load(weight + place, mask=is_weight, other=0.0, eviction_policy="evict_first")
@@ -60,13 +60,13 @@ def load_weights(weight, output, outputs, k, end, columns):
 
 @triton.jit
 def load_rows(x, row, rows, k, end, columns):
-    """[R, K] of the rows x [rows, columns], 0 from column `end` on."""
+    """Load the rows x [rows, columns] as [R, K], 0 from column `end` on."""
     return tl.load(x + row[:, None] * columns + k[None, :], mask=(row < rows)[:, None] & (k < end)[None, :], other=0.0)
 
 
 @triton.jit
 def inverse_roots(x, row, rows, columns, eps, BLOCK_K: tl.constexpr):
-    """1 / √(mean square + eps) of each row of x: float32 [R, 1]."""
+    """Return 1 / √(mean square + eps) of each row of x: float32 [R, 1]."""
     squares = tl.zeros([row.shape[0], BLOCK_K], tl.float32)
     for start in range(0, columns, BLOCK_K):
         part = load_rows(x, row, rows, start + tl.arange(0, BLOCK_K), columns, columns).to(tl.float32)
@@ -76,7 +76,7 @@ def inverse_roots(x, row, rows, columns, eps, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_normed(x, norm, row, rows, k, columns, inverse):
-    """[R, K] of x · inverse · norm, rounded to x's dtype after each product as Qwen2-VL's RMSNorm does."""
+    """Load x · inverse · norm as [R, K], rounded to x's dtype after each product as Qwen2-VL's RMSNorm does."""
     part = load_rows(x, row, rows, k, columns, columns)
     scaled = (part.to(tl.float32) * inverse).to(part.dtype).to(tl.float32)
     weight = tl.load(norm + k, mask=k < columns, other=0.0).to(tl.float32)
@@ -85,7 +85,7 @@ def load_normed(x, norm, row, rows, k, columns, inverse):
 
 @triton.jit
 def no_products(ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The sums of no columns. One row's stay apart per column of a step, so that threads exchange nothing in a loop."""
+    """Return sums of no columns. One row's stay apart per column of a step: threads exchange nothing in a loop."""
     if ROWS == 1:
         return tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     else:
@@ -94,7 +94,7 @@ def no_products(ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 
 @triton.jit
 def add_products(total, x, w, ROWS: tl.constexpr):
-    """`total` and the products of rows x [R, K] with weights w [N, K]."""
+    """Return `total` and the products of rows x [R, K] with weights w [N, K]."""
     if ROWS == 1:
         return total + w.to(tl.float32) * x.to(tl.float32)
     else:
@@ -103,7 +103,7 @@ def add_products(total, x, w, ROWS: tl.constexpr):
 
 @triton.jit
 def sum_products(total, ROWS: tl.constexpr):
-    """float32 [R, N]."""
+    """Return the sums over columns, float32 [R, N]."""
     if ROWS == 1:
         return tl.sum(total, 1)[None, :]
     else:

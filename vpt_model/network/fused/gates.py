@@ -16,7 +16,7 @@ BLOCK, WARPS = 1024, 4
 
 @triton.jit
 def silu_mul_kernel(packed, out, columns, BLOCK: tl.constexpr):
-    """Program (i, j): of row i the j-th block of columns."""
+    """Program (i, j) takes of row i the j-th block of columns."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
     row = tl.program_id(0).to(tl.int64) * columns
@@ -27,7 +27,7 @@ def silu_mul_kernel(packed, out, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def quick_gelu_kernel(x, columns, BLOCK: tl.constexpr):
-    """Program (i, j): of row i the j-th block of columns, in place."""
+    """Program (i, j) takes of row i the j-th block of columns, in place."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
     place = tl.program_id(0).to(tl.int64) * columns + column

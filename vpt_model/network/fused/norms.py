@@ -20,7 +20,7 @@ WARPS = 8
 
 @triton.jit
 def load_sum(x, delta, out, place, mask):
-    """x + delta rounded to x's dtype and kept in `out`, as float32; x itself where delta is None."""
+    """Return x + delta rounded to x's dtype and kept in `out`, as float32; x itself where delta is None."""
     total = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     if delta is not None:
         rounded = (total + tl.load(delta + place, mask=mask, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
@@ -31,7 +31,7 @@ def load_sum(x, delta, out, place, mask):
 
 @triton.jit
 def add_rms_norm_kernel(x, delta, weight, out, normed, eps, columns, BLOCK: tl.constexpr):
-    """Program i: row i."""
+    """Program i takes row i."""
     column = tl.arange(0, BLOCK)
     mask = column < columns
     place = tl.program_id(0).to(tl.int64) * columns + column
@@ -45,7 +45,7 @@ def add_rms_norm_kernel(x, delta, weight, out, normed, eps, columns, BLOCK: tl.c
 
 @triton.jit
 def add_layer_norm_kernel(x, delta, weight, bias, out, normed, eps, columns, BLOCK: tl.constexpr):
-    """Program i: row i."""
+    """Program i takes row i."""
     column = tl.arange(0, BLOCK)
     mask = column < columns
     place = tl.program_id(0).to(tl.int64) * columns + column

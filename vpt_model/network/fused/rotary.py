@@ -27,7 +27,7 @@ def rotate_packed_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """Program (i, j): of token i the j-th block of the heads of q and, behind them, of k."""
+    """Program (i, j) takes of token i the j-th block of the heads of q and, behind them, of k."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     pair = tl.arange(0, BLOCK_HALF)
