@@ -272,23 +272,27 @@ def page(
 @app.command()
 @friendly
 def verify(
-    golden: Annotated[Path | None, typer.Option(help="a folder of recorded runs of the authors' model")] = None,
+    recordings: Annotated[
+        Path | None,
+        typer.Option("--recordings", "--golden", help="a folder of recorded runs of the authors' model"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     dump: Annotated[
-        Path | None, typer.Option(help="with --golden: a .safetensors file for every computed tensor", dir_okay=False)
+        Path | None,
+        typer.Option(help="a .safetensors file for every tensor that --recordings computes", dir_okay=False),
     ] = None,
 ) -> None:
     """Repeat recorded runs and compare every number, or check a checkpoint and try it. Exit code 1 on any miss."""
-    if golden is None and model is None:
-        raise ValueError("there is nothing to verify: give --golden, --model, or both")
-    if dump is not None and golden is None:
-        raise ValueError("--dump writes what --golden computes: give --golden too")
+    if recordings is None and model is None:
+        raise ValueError("there is nothing to verify: give --recordings, --model, or both")
+    if dump is not None and recordings is None:
+        raise ValueError("--dump writes what --recordings computes: give --recordings too")
     if dump is not None and not dump.absolute().parent.is_dir():
         raise ValueError(f"--dump {dump}: there is no folder {dump.absolute().parent}; make it first")
     rows: list[Any] = []
-    if golden is not None:
+    if recordings is not None:
         with progress(len(FILES), quiet=False) as begin:
-            rows, computed = verify_recordings(golden, begin)
+            rows, computed = verify_recordings(recordings, begin)
         print_rows(rows)
         if dump is not None:
             save_tensors(dump, computed)

@@ -1,4 +1,4 @@
-"""The authors' model, run with tiny random weights, against the parts of ours: what `vpt verify --golden` repeats."""
+"""The authors' model, run with tiny random weights, against the parts of ours; `vpt verify --recordings` repeats it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_computed_tensors_are_laid_out_as_recorded(verified, tmp_path):
     for name in ("clip", "region"):
         for suffix in ("safetensors", "json"):
             shutil.copy(GOLDEN / f"{name}.{suffix}", tmp_path)
-    result = vpt("verify", "--golden", tmp_path, "--dump", tmp_path / "dump.safetensors")
+    result = vpt("verify", "--recordings", tmp_path, "--dump", tmp_path / "dump.safetensors")
     assert result.exit_code == 0, result.output
     assert "9 of 9 cases agree within 1e-04" in result.stdout and "paragraph masks" in result.stdout
     dump = load_file(tmp_path / "dump.safetensors")
@@ -134,7 +134,7 @@ def test_unusable_folders(broken, tmp_path):
         del tensors["fwd.pixel_values"]
         save_file(tensors, file)
         shutil.copy(GOLDEN / "clip.json", tmp_path)
-    result = vpt("verify", "--golden", tmp_path)
+    result = vpt("verify", "--recordings", tmp_path)
     assert result.exit_code == 2
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
@@ -276,8 +276,8 @@ def test_faults_are_visible(name, fault):
 def test_arguments_of_verify(tmp_path):
     for arguments, message in (
         ((), "nothing to verify"),
-        (("--dump", tmp_path / "x", "--model", "random:tiny"), "--dump writes what --golden computes"),
-        (("--golden", GOLDEN, "--dump", tmp_path / "no/x"), "there is no folder"),
+        (("--dump", tmp_path / "x", "--model", "random:tiny"), "--dump writes what --recordings computes"),
+        (("--recordings", GOLDEN, "--dump", tmp_path / "no/x"), "there is no folder"),
         (("--golden", tmp_path), "has none of projectors.safetensors"),
         (("--model", "random:9b"), "random weights have the shapes of one of"),
     ):
