@@ -179,7 +179,7 @@ def _make(original: Forward) -> Serve:
     def serve(module: Any, calls: Counter[str] | None, *inputs: Any, **given: Any) -> Any:
         if torch.compiler.is_compiling():
             raise OwnForward("torch.compile")
-        hidden = inputs[0] if inputs else given.get("hidden_states")
+        hidden: Any = inputs[0] if inputs else given.get("hidden_states")
         name = next((name for name in CACHES if name in given), "")
         layer = _served(function, hidden, given, name, module.layer_idx)
         norms, own = head_norms(module, hidden) if fuses else ({}, None)
