@@ -179,10 +179,42 @@ def test_config_repeats_its_checks_word_for_word():
     assert [name for name in shared if ours[name] != theirs[name]] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=module)
-def test_the_bench_imports_the_packages_only(path):
-    assert stated(ROOT / "bench") == {"vpt_kernels", "vpt_model"}
-    assert not reaches(path, "tests")
+BENCH = ROOT / "bench"
+BENCH_FILES = sorted(BENCH.rglob("*.py"))
+BENCH_WINGS = sorted(path.parent for path in BENCH.glob("*/__init__.py"))
+BENCH_RULES = {
+    "cases": {"loops", "rooflines", "timers", "transformers_model", "workloads"},
+    "gpu": {"cases", "environment", "transformers_model", "workloads"},
+    "launches": {"nothing else of the benchmark"},
+    "site": {"alternatives", "gpu", "report"},
+    "suite": {"budget", "cases", "environment", "report", "rooflines", "rows", "timers", "workloads"},
+    "traces": {"workloads"},
+}
+OURS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or any(path.rglob("*.py"))}
+"""What lies beside the packages, and would be imported by its name from the folder of the project."""
+
+
+@pytest.mark.parametrize("wing", BENCH_WINGS, ids=module)
+def test_a_wing_of_the_bench_says_what_it_may_import(wing):
+    assert stated(wing) == BENCH_RULES[wing.name]
+
+
+@pytest.mark.parametrize("path", BENCH_FILES, ids=module)
+def test_the_bench_imports_what_it_says(path):
+    """Of the project the two packages, and of the bench what its wing says; nobody imports the suite."""
+    assert stated(BENCH) == {"vpt_kernels", "vpt_model"}
+    names = imports(path)
+    assert {name.split(".")[0] for name in names} & OURS <= stated(BENCH) | {"bench"}
+    within = {name.split(".")[1] for name in names if name.startswith("bench.")}
+    wing = path.parent.name
+    assert "suite" not in within or wing == "suite"
+    if wing != "bench":
+        files = {other.stem for other in BENCH.glob("*.py")} | {other.name for other in BENCH_WINGS}
+        assert within & files <= BENCH_RULES[wing] | {wing}
+
+
+def test_the_minimal_benchmark_stands_alone():
+    assert not reaches(BENCH / "minimal.py", "bench")
 
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

@@ -1,4 +1,6 @@
-"""One module per operator: turns a workload into calls of ours and of every alternative, checked against each other."""
+"""One module per operator lives here, which turns a workload into calls of ours and of every alternative, checked
+against each other; it may import loops, rooflines, timers, transformers_model and workloads.
+"""
 
 from __future__ import annotations
 

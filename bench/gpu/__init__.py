@@ -1,4 +1,5 @@
-"""Ten minutes of a GPU: `make gpu`, or without one `make gpu-rehearsal`.
+"""Ten minutes of a GPU live here, `make gpu`, or without one `make gpu-rehearsal`; it may import cases, environment,
+transformers_model and workloads.
 
 `parts` says what runs, in which order and how long; `session` runs it and loses nothing to a part that hangs, crashes
 or leaves processes behind; `engine`, `rivals` and `operators` measure, `timing` times. Every measurement is a line of

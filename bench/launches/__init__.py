@@ -1,4 +1,5 @@
-"""What the engine asks of a GPU, counted without one: `python -m bench launches`.
+"""What the engine asks of a GPU is counted here without one, `python -m bench launches`; it may import nothing else of
+the benchmark.
 
 `pretended` is the GPU that is not there, `kernels` says how many kernels an operator of torch is, `counts` runs the
 engine. `budgets.json` holds what each number may be; its page is docs/launches.md.

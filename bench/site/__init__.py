@@ -1,4 +1,6 @@
-"""The results of every machine as one HTML file: charts, a table that sorts and filters, nothing from elsewhere."""
+"""The results of every machine become one HTML file here, with charts and a table that sorts and filters; it may import
+alternatives, gpu and report.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Our operators as definitions and workloads in the FlashInfer Trace schema, for other people's kernels to be compared.
+"""Our operators live here as definitions and workloads in the FlashInfer Trace schema, for other people's kernels to be
+compared; it may import workloads.
 
     python -m bench traces DIR
 
