@@ -115,11 +115,11 @@ class View:
 
     def ask(self, question: str, wait: bool = True) -> None:
         """Ask and wait for the end, however it ends."""
-        count = len(self.all(".turn"))
+        before = self.all(".turn")  # of which one that was stopped goes when the next one comes
         box = self.one("#question")
         box.clear()
         box.send_keys(question + "\n")
-        self.until(lambda: len(self.all(".turn")) > count)
+        self.until(lambda: [turn for turn in self.all(".turn") if turn not in before])
         if wait:
             self.until(lambda: self.state() in ("done", "stopped", "failed"))
 

@@ -222,6 +222,23 @@ def test_control_over_its_inputs_is_refused(backend):
 
 
 @each_backend
+def test_control_over_the_projector_is_refused(backend):
+    made = fold("identity", 24)
+    features, rows = normal(5, 24, key="f"), torch.arange(5)
+    for name, weight in vars(made).items():
+        if weight is None:
+            continue
+        whole = torch.zeros(48, 24, dtype=weight.dtype)
+        inside = whole.flatten()[-weight.numel() :].view(weight.shape).copy_(weight)
+        kept = whole.clone()
+        with pytest.raises(ValueError, match=f"{name} and out share memory"):
+            control_cross_attention_into(
+                features, normal(1, 24, key="c"), replace(made, **{name: inside}), whole, rows, backend=backend
+            )
+        assert_same_bits(whole, kept)
+
+
+@each_backend
 def test_tokens_over_the_weight_or_the_picture_are_refused(backend):
     image = noise(56, 56, "picture")
     plan = plan_regions([(56, 56)], [(0, 0, 0, 56, 56)], qwen2_vl_policy(min_pixels=56 * 56, max_pixels=56 * 56))

@@ -296,7 +296,7 @@ def control_cross_attention_into(
 
     Args:
         out: [L, H], dtype and device of the features, last dimension contiguous (an embedding buffer); it must not
-            share memory with the features.
+            share memory with an input or the projector's weights.
         rows: int32 or int64 [tokens]; a row < 0 or ≥ L is skipped. Equal rows: one of the tokens wins.
 
     Raises:
@@ -316,7 +316,7 @@ def control_cross_attention_into(
     if rows.shape[0] != tokens:
         raise ValueError(f"rows has {rows.shape[0]} entries; the features give {tokens} tokens")
     given = {"features": features, "control": control, "cu_seqlens": cu_seqlens, "rows": rows}
-    require_disjoint({"out": out}, {name: tensor for name, tensor in given.items() if tensor is not None})
+    require_disjoint({"out": out}, given | vars(projector))
     if CHECK_VALUES and not torch.compiler.is_compiling():
         require_slots("rows", rows, out.shape[0])
     op = bind(
