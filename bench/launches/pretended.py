@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -260,6 +261,8 @@ class Pretended:
         }
         return [
             mock.patch.multiple(torch.cuda, **replaced),
+            # A CUDA build of torch 2.11 would ask the device that is said to be there for memory.
+            mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None),
             mock.patch.object(JITFunction, "run", compiled),
             mock.patch.object(GridExecutor, "__call__", interpreted),
             *(

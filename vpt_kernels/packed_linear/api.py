@@ -64,10 +64,14 @@ def packed_linear(
     arguments = (rows, weight.data, weight.scales, weight.out_features, weight.gated, bias, added, number)
     if out is None:
         return call(op, *arguments).view(shape)
-    target = _rows("out", out, shape, x)
+    _rows("out", out, shape, x)
     require_inference(out=out)
-    if target.data_ptr() != out.data_ptr():
-        raise ValueError(f"out has strides {out.stride()}; its rows must lie evenly apart: pass out.flatten(0, -2)")
+    try:
+        target = out.view(rows.shape[0], weight.out_features)
+    except RuntimeError:
+        raise ValueError(
+            f"out has strides {out.stride()}; its rows must lie evenly apart: pass out.flatten(0, -2)"
+        ) from None
     if op._overloadname == "reference":
         others = {"x": x, "bias": bias, "residual": None if residual is out else residual, "data": weight.data}
         require_disjoint({"out": out}, others)
