@@ -30,7 +30,7 @@ def test_the_recorded_answers(name):
     engine = RecordedEngine(name, "fwd", capacity=512)
     steps = [Bucket(1, 1, False), Bucket(1, 1, True)]
     engine.use(engine.model, Graphs(engine.model.language, engine.capacity, 1, steps))
-    engine.executor = Recorded(engine.executor, name)
+    engine.executor = Recorded(engine.executor, name, engine.model.vision)
     tokens = recorded(name, "gen")[0].shape[1]
     with Launches() as launches:
         options = {"looks": [engine.recorded_look()], "max_new_tokens": tokens, "keep_logits": True}

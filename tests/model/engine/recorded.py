@@ -82,9 +82,9 @@ class RecordedVision(VisionTower):
 class Recorded(Wrapped):
     """What the recorded model is shown where it re-encodes by "clip" differs on purpose from its first image."""
 
-    def __init__(self, executor: Executor, name: str) -> None:
+    def __init__(self, executor: Executor, name: str, vision: VisionTower) -> None:
         super().__init__(executor)
-        self.name, self.controls = name, []
+        self.name, self.vision, self.controls = name, vision, []
 
     def run(self, requests):
         results = super().run(requests)
@@ -92,9 +92,8 @@ class Recorded(Wrapped):
             if isinstance(result, ReencodeAndAppend):
                 self.controls.append(result.control)
             elif isinstance(request, CropAndAppend) and self.name == "clip":
-                vision = self.executor.model.vision
                 pixels, grids = golden_again("clip", row_of(request.picture.pixels))
-                features = vision.forward(vision.embed_pixel_values(pixels), grids)
+                features = self.vision.forward(self.vision.embed_pixel_values(pixels), grids)
                 request.picture.grids = tuple(grids)
                 results[number] = replace(result, features=(features,))
         return results
@@ -114,7 +113,7 @@ class RecordedEngine(Engine):
                 golden_again(name, row_of(images[0]))[0]
             )
         super().__init__(model, RecordedTokenizer(name, prompts), **options)
-        self.recorded = self.executor = Recorded(self.executor, name)
+        self.recorded = self.executor = Recorded(self.executor, name, model.vision)
         self.rows = range(len(prompts))
 
     def recorded_look(self) -> str:
