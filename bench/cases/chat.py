@@ -26,7 +26,8 @@ class Turn:
 
     def __init__(self, workload: ChatTurn, device: str) -> None:
         self.workload, self.engine = workload, procedures(workload.preset, "clip", device).engine
-        self.photo, self.other = (torch.from_numpy(smooth_pixels(384, 512 - 28 * shift)) for shift in (0, 1))
+        # Nothing here is resized: the engine does it as the authors' Pillow did, transformers as the installed one.
+        self.photo, self.other = (torch.from_numpy(smooth_pixels(448, 448 - 28 * shift)) for shift in (0, 1))
         self.chat = self._first()
         self.before = self.chat.length
         self.answer = self.take(self.chat)

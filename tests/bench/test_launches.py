@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
@@ -16,12 +20,18 @@ from vpt_model.checkpoint.load import expected_shapes
 from vpt_model.config import PRESETS
 
 BUDGETS = launches.budgets()
+THEIRS, COUNTED_WITH = ("look, dino", "look, sam"), "5.17.0"
+"""Looks through encoders of transformers, and the version whose kernels were counted; later ones may need fewer."""
 
 
 @pytest.mark.parametrize("preset", counts.PRESETS_COUNTED)
 def test_budgets(preset):
     found = {name: launches.totals(tally) for name, tally in counts.counts(preset).items()}
-    assert found == BUDGETS[preset], (
+    budgets = deepcopy(BUDGETS[preset])
+    if transformers.__version__ != COUNTED_WITH:
+        for look, number in product(THEIRS, ("kernels", "megabytes")):
+            assert found[look].pop(number) <= budgets[look].pop(number)
+    assert found == budgets, (
         "run `python -m bench launches --write` and give the CHANGELOG a row with what was before and after"
     )
 
