@@ -130,7 +130,9 @@ def test_tiles_too_large_for_shared_memory(resample, size, fit, vertical_first, 
         second = 1 if vertical_first else 0
         assert count == ((2, 1) if size[second] > 2000 else (1, 0))
     assert_same_bits(found[0], roi_patches([image], plan, backend="cpp"))
-    if edge is None and not vertical_first:
+    as_installed = RegionPolicy(lambda h, w: fit, 14, 1, resample, pass_order="installed")
+    (row,) = plan_regions([size], [(0, 0, 0, size[1], size[0])], as_installed).table
+    if edge is None and vertical_first == bool(row[Column.VERTICAL_FIRST]):
         resized = np.array(Image.fromarray(image.numpy()).resize(fit[::-1], RESAMPLE[resample]))
         assert_same_bits(found[0], patchify(torch.from_numpy(resized), 14, 1))
 

@@ -35,7 +35,7 @@ def pillow_resized(image: torch.Tensor, box, size, kind=Image.Resampling.BICUBIC
 def test_crop_comes_before_resize(backend):
     """Taps stop at the crop's edge: the pixels around a box do not matter."""
     inside = noise(57, 80, "inside")
-    plan = plan_regions([(120, 130)], [(0, 30, 20, 110, 77)], qwen2_vl_policy())
+    plan = plan_regions([(120, 130)], [(0, 30, 20, 110, 77)], qwen2_vl_policy(pass_order="installed"))
     assert plan.grids == ((4, 6),)
     results = []
     for fill in (0, 255):
