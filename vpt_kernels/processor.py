@@ -15,17 +15,13 @@ from torch import Tensor, nn
 from vpt_kernels.checks import require_type, shown
 from vpt_kernels.images import pillow_rgb, pixels_of
 from vpt_kernels.patch.embeds import why_flat_called
-from vpt_kernels.patch.supported import NORMALISATION
+from vpt_kernels.patch.supported import AREAS, NORMALISATION, QWEN2_VL_PIXELS
 from vpt_kernels.patch.swap import has_foreign_forward
 from vpt_kernels.roi_patch_embed.api import fold_patch_weight, roi_patch_embed, roi_patches
 from vpt_kernels.roi_patch_embed.geometry import RegionPlan, plan_regions, qwen2_vl_policy
 
 BICUBIC = 3
 """Pillow's number of the filter, as processors store it."""
-QWEN2_VL_PIXELS = (56 * 56, 12_845_056)
-PUBLISHED_PIXELS = {"Qwen3VLVisionPatchEmbed": (65_536, 16_777_216)}
-"""Smallest and largest area of a resized image in the published preprocessor_config.json, where it is not
-Qwen2-VL's, which Qwen2.5-VL shares."""
 
 
 def _installed_rgb(image: Image.Image) -> Image.Image | np.ndarray:
@@ -126,7 +122,7 @@ class QwenVLImageProcessor:
         if image_processor is None:
             kind = type(embed).__name__
             mean, std = NORMALISATION[kind]
-            low, high = PUBLISHED_PIXELS.get(kind, QWEN2_VL_PIXELS)
+            low, high = AREAS[kind]
             weights = projection.weight, projection.bias
             return cls(*weights, mean=mean, std=std, min_pixels=low, max_pixels=high, pass_order=pass_order)
         expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}

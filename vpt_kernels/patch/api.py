@@ -10,7 +10,7 @@ from vpt_kernels.checks import require_flag, require_type
 from vpt_kernels.patch import embeds, projectors, rotary, swap
 from vpt_kernels.patch.report import PatchReport, Replacement
 from vpt_kernels.patch.rules import Rule, forget
-from vpt_kernels.patch.supported import FAMILIES, NOT_REPLACED
+from vpt_kernels.patch.supported import NOT_REPLACED, meant_for
 
 RULES = {name: rule for rule in (*embeds.RULES, *projectors.RULES, *rotary.RULES) for name in rule.classes}
 OPS = ("roi_patch_embed", "control_cross_attention", "append_visual_kv")
@@ -68,7 +68,7 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
         if rule is None:
             if kind in NOT_REPLACED:
                 skipped[name] = f"{kind}: {NOT_REPLACED[kind]}"
-            elif op := _meant(module):
+            elif op := meant_for(type(module).__module__, kind):
                 new = "a class of a supported family that this version does not know; report it"
                 skipped[name] = f"{kind}: {new if op in wanted else f'{op} was not asked for'}"
                 stays += [name] if op in wanted else []
@@ -90,14 +90,6 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
         swap.swap(module, rule, entry)
     watching = tuple((module, entry) for module, _, entry in watched)
     return PatchReport([replacement for _, replacement in found], skipped, tuple(stays), watching)
-
-
-def _meant(module: nn.Module) -> str | None:
-    """Return the operator of a class that should be in the tables and is in none, as a newer transformers may do it."""
-    for family, words in FAMILIES.items():
-        if type(module).__module__.startswith(family):
-            return next((op for word, op in words.items() if word in type(module).__name__), None)
-    return None
 
 
 def _refused(rule: Rule, module: nn.Module) -> str | None:

@@ -1,12 +1,14 @@
 """Rotary embedding and cache update of a foreign attention through `append_visual_kv_`.
 
     # transformers' Qwen3VLTextAttention.forward, as it is | … and what its lines do when it is patched
+    q, k, v = (p(x) for p in (q_proj, k_proj, v_proj))     | as before, in heads
     q = self.q_norm(q); k = self.k_norm(k)                 | return q and k as they are
     cos, sin = position_embeddings                         | one HeldQuery takes the places of cos and of sin
     q, k = apply_rotary_pos_emb(q, k, cos, sin)            | returns q and k as they are; the HeldQuery keeps q
     k, v = past_key_values.update(k, v, self.layer_idx)    | an AppendingCache: one kernel normalises and rotates q
                                                            | in place and writes k, as rotated, and v into the cache
     out = attention(q, k, v, mask)                         | sees the rotated q and all keys and values, as before
+    return self.o_proj(out)                                | as before
 
 The attention's own code runs, whatever its version: projections, masks and the attention itself. It is a copy of the
 function that looks its names up where the original does, but for the one that rotates, and for norms of heads whose
@@ -30,7 +32,7 @@ from vpt_kernels.patch.angles import Angles, angles_of
 from vpt_kernels.patch.functions import changed_copy, innermost
 from vpt_kernels.patch.norms import NORMS, STAND_IN, as_it_is, head_norms, normalises
 from vpt_kernels.patch.rules import Forward, Rule, Serve, lacks, record
-from vpt_kernels.patch.supported import ATTENTIONS, LEGACY_ATTENTIONS
+from vpt_kernels.patch.supported import ATTENTIONS
 
 ROTATIONS = ("apply_rotary_pos_emb", *legacy.ROTATIONS)
 """What an attention calls to rotate, with cos and sin [B, S, D] already mixed from three positions."""
@@ -226,7 +228,7 @@ def _declines(module: nn.Module) -> str | None:
 RULES = (
     Rule(
         "append_visual_kv",
-        (*ATTENTIONS, *LEGACY_ATTENTIONS),
+        ATTENTIONS,
         _refuse,
         _declines,
         _make,
