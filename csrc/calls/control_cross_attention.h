@@ -1,5 +1,6 @@
 // The operands of `control_cross_attention`, what every backend demands of them, and the operator's two forms over a
-// backend's one `project(call, out, rows)`.
+// backend's one `project(call, out, rows)`. vpt_kernels/control_cross_attention/api.py says in words what is wrong, on
+// every backend; what is checked here keeps a call that goes past it within its tensors.
 #pragma once
 
 #include <initializer_list>

@@ -1,5 +1,6 @@
 // The operands of `packed_linear`, what is demanded of them whoever calls, and the operator's two forms over a backend's
-// one `multiply_packed(call, out)`.
+// one `multiply_packed(call, out)`. vpt_kernels/packed_linear/api.py says in words what is wrong with a call; what is
+// checked here keeps one that goes past it within its tensors.
 #pragma once
 
 #include <utility>

@@ -19,7 +19,6 @@ from vpt_model.network.decode.products import (
     load_rows,
     load_weights,
     no_products,
-    overlaps,
     prefetch_weights,
     sum_products,
 )
@@ -113,8 +112,7 @@ def head(x: Tensor, weight: Tensor, tickets: Tensor) -> tuple[Tensor, Tensor]:
 
     Workspace: 8 bytes per row and program. Raises ValueError for more than 8 rows.
     """
-    launch, pdl = launch_of(x), overlaps(x)
-    (rows, columns), outputs = x.shape, len(weight)
+    launch, (rows, columns), outputs = launch_of(x), x.shape, len(weight)
     programs = triton.cdiv(outputs, launch.outputs * TILES)
     logits = torch.empty((rows, outputs), dtype=torch.float32, device=x.device)
     tops = torch.empty((rows, programs), dtype=torch.float32, device=x.device)
@@ -133,15 +131,8 @@ def head(x: Tensor, weight: Tensor, tickets: Tensor) -> tuple[Tensor, Tensor]:
             columns,
             outputs,
             programs,
-            PDL=pdl,
-            ROWS=launch.rows,
-            BLOCK_N=launch.outputs,
-            BLOCK_K=launch.step,
             TILES=TILES,
             MERGED=MERGED,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
+            **launch.options(x),
         )
     return logits, tokens

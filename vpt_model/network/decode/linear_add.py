@@ -21,7 +21,6 @@ from vpt_model.network.decode.products import (
     load_rows,
     load_weights,
     no_products,
-    overlaps,
     prefetch_weights,
     sum_products,
 )
@@ -93,8 +92,7 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, tickets: Tensor) -> 
 
     Workspace: float32 [splits, M, N] where there is more than one. Raises ValueError for more than 8 rows.
     """
-    launch, pdl = launch_of(x), overlaps(x)
-    (rows, columns), outputs = x.shape, len(weight)
+    launch, (rows, columns), outputs = launch_of(x), x.shape, len(weight)
     splits = splits_of(launch, columns, outputs)
     share = triton.cdiv(triton.cdiv(columns, splits), launch.step) * launch.step
     splits = triton.cdiv(columns, share)
@@ -113,13 +111,6 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, tickets: Tensor) -> 
             outputs,
             share,
             splits,
-            PDL=pdl,
-            ROWS=launch.rows,
-            BLOCK_N=launch.outputs,
-            BLOCK_K=launch.step,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
+            **launch.options(x),
         )
     return out

@@ -20,7 +20,6 @@ from vpt_model.network.decode.products import (
     load_normed,
     load_weights,
     no_products,
-    overlaps,
     prefetch_weights,
     sum_products,
 )
@@ -63,8 +62,7 @@ def norm_linear_kernel(
 
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the product described above. x is contiguous. Raises ValueError for more than 8 rows."""
-    launch, pdl = launch_of(x), overlaps(x)
-    (rows, columns), outputs = x.shape, len(weight)
+    launch, (rows, columns), outputs = launch_of(x), x.shape, len(weight)
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     with on_device(x):
         norm_linear_kernel[(triton.cdiv(outputs, launch.outputs),)](
@@ -77,13 +75,6 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
             rows,
             columns,
             outputs,
-            PDL=pdl,
-            ROWS=launch.rows,
-            BLOCK_N=launch.outputs,
-            BLOCK_K=launch.step,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
+            **launch.options(x),
         )
     return out

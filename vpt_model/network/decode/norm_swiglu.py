@@ -20,7 +20,6 @@ from vpt_model.network.decode.products import (
     load_normed,
     load_weights,
     no_products,
-    overlaps,
     prefetch_weights,
     sum_products,
 )
@@ -66,8 +65,7 @@ def norm_swiglu_kernel(
 
 def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
     """Return the product described above. x is contiguous. Raises ValueError for more than 8 rows."""
-    launch, pdl = launch_of(x), overlaps(x)
-    (rows, columns), outputs = x.shape, len(weight) // 2
+    launch, (rows, columns), outputs = launch_of(x), x.shape, len(weight) // 2
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     with on_device(x):
         norm_swiglu_kernel[(triton.cdiv(outputs, launch.outputs),)](
@@ -79,13 +77,6 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
             rows,
             columns,
             outputs,
-            PDL=pdl,
-            ROWS=launch.rows,
-            BLOCK_N=launch.outputs,
-            BLOCK_K=launch.step,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=True,
-            launch_pdl=pdl,
+            **launch.options(x),
         )
     return out

@@ -6,7 +6,7 @@ where its 16 bytes of weights arrive; more rows, up to 8, are one tile of 16 of 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,13 @@ class Launch(NamedTuple):
     step: int
     warps: int
     stages: int
+
+    def options(self, x: Tensor) -> dict[str, Any]:
+        """Return what the kernel of a product of rows like x is told beside its tensors and sizes."""
+        pdl = overlaps(x)
+        blocks = {"PDL": pdl, "ROWS": self.rows, "BLOCK_N": self.outputs, "BLOCK_K": self.step}
+        how = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, "launch_pdl": pdl}
+        return blocks | how
 
 
 ONE_ROW = Launch(rows=1, outputs=8, step=512, warps=4, stages=1)
