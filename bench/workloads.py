@@ -84,6 +84,7 @@ class Append(Workload):
     capacity: int = 8192
     page_size: int = 0
     in_place: bool = False
+    normed: ClassVar[bool] = False
 
     @property
     def op(self) -> str:
@@ -93,6 +94,17 @@ class Append(Workload):
     def shape(self) -> str:
         pages = f", pages of {self.page_size}" if self.page_size else ""
         return f"{self.tokens} tokens, {self.lm}{pages}{', q in place' if self.in_place else ''}"
+
+
+@dataclass(frozen=True)
+class NormedAppend(Append):
+    """The heads of q and k are normalised before they are rotated."""
+
+    normed: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> str:
+        return f"{super().shape}, with norms of heads"
 
 
 @dataclass(frozen=True)
@@ -271,6 +283,7 @@ APPEND = (
     Append(270, "2b", "bfloat16"),
     Append(4096, "2b", "bfloat16"),
     Append(270, "2b", "bfloat16", page_size=16),
+    *(NormedAppend(n, "2b", dtype) for n in (1, 270) for dtype in ("float32", "bfloat16")),
     Append(270, "7b", "bfloat16"),
     *(Append(n, lm, "bfloat16", capacity=65_536, quick=False) for n in (16_384, 65_536) for lm in LMS),
     *(Append(n, "7b", "float32", capacity=32_768, quick=False) for n in (1, 4096)),

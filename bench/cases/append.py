@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.cases import COMPILED, TOLERANCES, Alternative, Case, absent, compiled, require_close, sweep, workspace
 from bench.rooflines import append_work
@@ -11,7 +11,7 @@ from bench.timers import Call
 from bench.workloads import LMS, Append
 from vpt_kernels import append_visual_kv, append_visual_kv_, rotary_table
 
-SECTIONS = (16, 24, 24)
+SECTIONS, EPS = (16, 24, 24), 1e-6
 # On a GPU buffers rotate until they exceed its L2 cache; a CPU call runs on warm inputs, as it does behind a GEMM.
 ROTATION_BYTES = {"cpu": 0, "cuda": 128 << 20}
 
@@ -40,11 +40,12 @@ class Buffers:
         halves = (half.split(SECTIONS, -1) for half in self.table[self.positions].chunk(2, -1))
         mixed = [torch.cat([part[axis] for axis, part in enumerate(parts)], -1) for parts in halves]
         self.cos, self.sin = (torch.cat([half, half], -1)[None].to(dtype) for half in mixed)
+        weights = (1 + 0.1 * torch.randn(lm.head_dim, device=device).to(dtype) for _ in range(2))
+        self.norms = dict(zip(("q_norm", "k_norm"), weights)) if workload.normed else {}
 
     def ours(self) -> Tensor:
-        return append_visual_kv(
-            self.q, self.k, self.v, self.table, self.positions, self.slots, self.k_cache, self.v_cache, SECTIONS
-        )
+        rows = self.q, self.k, self.v, self.table, self.positions, self.slots
+        return append_visual_kv(*rows, self.k_cache, self.v_cache, SECTIONS, **self.norms)
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """Return the rows of both caches at our slots."""
@@ -72,40 +73,53 @@ class Buffers:
             target.copy_(source)
 
     def eager(self) -> Tensor:
-        return eager_append(
-            self.q,
-            self.k,
-            self.v,
-            self.cos,
-            self.sin,
-            self.slots,
-            self.k_cache.view(-1, *self.k.shape[1:]),
-            self.v_cache.view(-1, *self.v.shape[1:]),
-        )
+        return eager_append(*self.flat(), **self.norms)
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """Return the arguments of `eager_append`."""
+        caches = (cache.view(-1, *self.k.shape[1:]) for cache in (self.k_cache, self.v_cache))
+        return self.q, self.k, self.v, self.cos, self.sin, self.slots, *caches
 
 
 def eager_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
 ) -> Tensor:
-    """Write the rotated rows by index_copy_; cos and sin are mixed beforehand."""
+    """Write the rotated rows, normalised before as transformers does it, by index_copy_; cos and sin come mixed."""
 
-    def rotate(x: Tensor) -> Tensor:
+    def rotate(x: Tensor, norm: Tensor | None) -> Tensor:
+        if norm is not None:
+            wide = x.float()
+            x = norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
         low, high = x.chunk(2, -1)
         return x * cos[0, :, None] + torch.cat([-high, low], -1) * sin[0, :, None]
 
-    k_cache.index_copy_(0, slots, rotate(k))
+    k_cache.index_copy_(0, slots, rotate(k, k_norm))
     v_cache.index_copy_(0, slots, v)
-    return rotate(q)
+    return rotate(q, q_norm)
 
 
 class TransformersAppend:
-    """transformers' rotation and its StaticCache of one layer, which keeps keys and values itself."""
+    """transformers' norms and rotation and its StaticCache of one layer, which keeps keys and values itself."""
 
     def __init__(self, buffers: Buffers) -> None:
         from transformers import Qwen2Config, StaticCache
         from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
         lm = buffers.lm
+        self.norms = [nn.Identity(), nn.Identity()]
+        for place, weight in enumerate(buffers.norms.values()):
+            self.norms[place] = Qwen3VLTextRMSNorm(lm.head_dim, EPS)
+            self.norms[place].weight = nn.Parameter(weight, requires_grad=False)
         config = Qwen2Config(
             num_hidden_layers=1,
             num_attention_heads=lm.heads,
@@ -116,7 +130,8 @@ class TransformersAppend:
         self.static = StaticCache(config=config, max_cache_len=buffers.workload.capacity)
 
     def __call__(self) -> Tensor:
-        q, k, v = (t.transpose(0, 1)[None] for t in (self.buffers.q, self.buffers.k, self.buffers.v))
+        q, k = (norm(t) for norm, t in zip(self.norms, (self.buffers.q, self.buffers.k)))
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, self.buffers.v))
         rotated, keys = self.rotate(q, k, self.buffers.cos, self.buffers.sin)
         self.static.update(keys, v, 0)
         self.static.layers[0].cumulative_length.zero_()
@@ -129,9 +144,8 @@ class TransformersAppend:
 
 
 def _compiled(buffers: Buffers) -> Call:
-    append, s = compiled(eager_append), buffers
-    flat = [cache.view(-1, *s.k.shape[1:]) for cache in (s.k_cache, s.v_cache)]
-    return lambda: append(s.q, s.k, s.v, s.cos, s.sin, s.slots, *flat)
+    append = compiled(eager_append)
+    return lambda: append(*buffers.flat(), **buffers.norms)
 
 
 def _flashinfer(buffers: Buffers) -> Call:
@@ -184,6 +198,8 @@ def _contiguous(buffers: Buffers) -> str | None:
 
 
 def _on_a_gpu(buffers: Buffers) -> str | None:
+    if buffers.norms:
+        return "has no norm of heads"
     return None if buffers.device == "cuda" else "needs a GPU"
 
 

@@ -64,6 +64,7 @@ def test_missing_and_wrong_rows_fail_a_comparison() -> None:
     "build, workload",
     [
         (append.build, workloads.Append(5, "2b", "float32", capacity=16)),
+        (append.build, workloads.NormedAppend(5, "2b", "float32", capacity=16)),
         (control.build, workloads.Control("identity", 1, 3, "2b", "float32")),
         (roi.build, workloads.Roi(320, 240, 1, "float32", longest_edge=256)),
     ],
