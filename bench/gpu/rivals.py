@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.cases import WrongResult
 from bench.gpu import DEVICE, REHEARSAL, record
-from bench.gpu.engine import TOKENS, drawn, engine_of
+from bench.gpu.engine import TOKENS, drawn, engine_of, standing
 from bench.gpu.timing import device_seconds, synchronize
 from bench.transformers_model import transformers_model
 from vpt_model.engine import Engine
@@ -51,10 +51,11 @@ def ours_compiled(preset: str, language: LanguageModel) -> None:
     step = Step(Bucket(1, 1, True), language, cache.slab, CAPACITY)
     for name, value in (("tokens", 5), ("slots", PROMPT), ("past", PROMPT), ("counts", 1), ("positions", PROMPT)):
         getattr(step.device, name).fill_(value)
-    ours = step.run()[1]
+    run = standing(step, step.run)
+    ours = run()[1]
     with composed():
         begin = time.perf_counter()
-        compiled = compiled_as_users_do(step.run)
+        compiled = standing(step, compiled_as_users_do(step.run))
         for _ in range(3):
             theirs = compiled()[1].clone()
         synchronize()

@@ -56,7 +56,8 @@ def page(budget: dict[str, dict[str, Totals]]) -> str:
         "by [a table](../bench/launches/kernels.py), a graph's replay as its kernels. A wait is a call at which the",
         "host may stand still until the device has caught up: a synchronised stream or event, or a value that is",
         "read. Every kernel reads its inputs in full, of the caches what they hold. A look goes from its trigger token",
-        "to the first answer token. [A test](../tests/bench/test_launches.py) holds every number.",
+        "to the first answer token. While the host waits for a decoded token, the device runs the step that feeds it.",
+        "[A test](../tests/bench/test_launches.py) holds every number.",
         "",
     ]
     for preset, rows in budget.items():

@@ -94,8 +94,10 @@ def test_no_bucket_writes_a_row_of_another_cache():
     assert answer.ids == expected.ids
     used = sum(stage.work.get("tokens", 0) for stage in answer.timings)
     cache = engine.pool.idle[-1]
-    written = ~keys.isnan().all(dim=(0, 2, 3)).cpu()
-    assert written.nonzero().flatten().tolist() == list(range(cache.first, cache.first + used))
+    written = (~keys.isnan().all(dim=(0, 2, 3))).cpu().nonzero().flatten().tolist()
+    if len(written) > used:
+        assert answer.finish_reason == "stop" and written.pop() == cache.first + used, "of one step too many"
+    assert written == list(range(cache.first, cache.first + used))
     assert len(caches) * cache.capacity == keys.shape[1]
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vpt_model.engine import perception
-from vpt_model.engine.graphs import Bucket, Graphs, smallest
+from vpt_model.engine.decoding import Decoding
+from vpt_model.engine.graphs import Bucket, Graphs, Step, smallest
 from vpt_model.engine.requests import Append, CropAndAppend, Decode, Output, ReencodeAndAppend, Request
 from vpt_model.network.capture import uploaded
 from vpt_model.network.model import Model
@@ -33,11 +34,15 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Fed:
-    """What the language model says behind the last token that was fed: state [1, H], logits [vocab], their argmax."""
+    """What the language model says behind the last token that was fed: state [1, H], logits [vocab], their argmax.
+
+    chosen: the sampler's choice, where it has been made; −1 where it cannot be.
+    """
 
     hidden: Tensor
     logits: Tensor | None = None
     argmax_token: Tensor | None = None
+    chosen: int | None = None
 
 
 Feed = Callable[[Sequence[Append]], list[Fed]]
@@ -103,9 +108,10 @@ class Eager:
     def _finish(self, request: Request, append: Append, features: tuple[Tensor, ...], fed: Fed) -> Output | Request:
         if isinstance(request, ReencodeAndAppend) and request.control is None:
             return replace(request, control=fed.hidden, features=features[0])
-        sampler, logits = append.sampler, fed.logits
-        token = None if sampler is None or logits is None else sampler(logits, fed.argmax_token)
-        return Output(append.tokens[-1], fed.hidden, fed.logits, token, features)
+        sampler, logits, token = append.sampler, fed.logits, fed.chosen
+        if token is None and sampler is not None and logits is not None:
+            token = sampler(logits, fed.argmax_token)
+        return Output(append.tokens[-1], fed.hidden, logits, None if token == -1 else token, features)
 
     def _crop(self, request: CropAndAppend) -> tuple[Append, tuple[Tensor, ...]]:
         picture = request.picture
@@ -149,7 +155,8 @@ def decoded(request: Decode) -> Append:
     begin = request.conversation.next_position
     end = begin + len(request.tokens)
     positions = torch.arange(begin, end, device="cpu").expand(3, -1)
-    return _append(request, request.tokens, positions, request.embeds, next_position=end, stage="decode")
+    place = {"next_position": end, "ahead": request.ahead, "stage": "decode"}
+    return _append(request, request.tokens, positions, request.embeds, **place)
 
 
 def _append(request: Request, tokens: Sequence[int], positions: Tensor, embeds: Tensor | None, **other: Any) -> Append:
@@ -168,7 +175,7 @@ class Captured:
     """
 
     def __init__(self, eager: Eager, graphs: Graphs) -> None:
-        self.eager, self.graphs = eager, graphs
+        self.eager, self.graphs, self.decoding = eager, graphs, Decoding()
         self._told = False
 
     def run(self, requests: Sequence[Request]) -> list[Output | Request]:
@@ -178,13 +185,24 @@ class Captured:
         """Write tokens as `Eager.feed` does."""
         fed: dict[int, Fed] = {}
         for bucket, rows in self._buckets(appends):
-            hidden, *sampled = self.graphs.steps[bucket]([appends[row] for row in rows])
+            step, given = self.graphs.steps[bucket], [appends[row] for row in rows]
+            if step.decodes:
+                fed |= zip(rows, self._decode(step, given, alone=len(rows) == len(appends)), strict=True)
+                continue
+            self.decoding.forget(given)
+            hidden, *sampled = step(given)
             for place, row in enumerate(rows):
-                fed[row] = Fed(hidden[place : place + 1], *(out[place] for out in sampled))
+                logits, argmax_token = (out[place] for out in sampled) if sampled else (None, None)
+                fed[row] = Fed(hidden[place : place + 1], logits, argmax_token)
         left = [row for row in range(len(appends)) if row not in fed]
         if left:
+            self.decoding.forget([appends[row] for row in left])
             fed |= zip(left, self.eager.feed([appends[row] for row in left]), strict=True)
         return [fed[row] for row in range(len(appends))]
+
+    def _decode(self, step: Step, appends: Sequence[Append], alone: bool) -> list[Fed]:
+        flight, tokens = self.decoding.feed(step, appends, alone)
+        return [Fed(flight.hidden[row : row + 1], flight.logits[row], chosen=token) for row, token in enumerate(tokens)]
 
     def _buckets(self, appends: Sequence[Append]) -> Iterator[tuple[Bucket, list[int]]]:
         """Yield which rows are replayed together."""

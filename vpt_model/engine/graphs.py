@@ -53,16 +53,26 @@ class StepMetadata:
     """The integers of one step, int32, in one block so that one copy takes them to the device.
 
     tokens: [R · N], −1 where the embedding is given or the row is padding. positions: [3, R · N]. slots: [R · N], −1
-    for padding. starts, past, counts: [R], as in `vpt_model.network.attention.attend`. Padding stands in front.
+    for padding. past, starts, counts: [R], as in `vpt_model.network.attention.attend`. Padding stands in front.
     """
 
     def __init__(self, bucket: Bucket, device: torch.device | str, pinned: bool = False) -> None:
         self.bucket, rows, total = bucket, bucket.rows, bucket.rows * bucket.tokens
         self.block = torch.zeros(5 * total + 3 * rows, dtype=torch.int32, device=device, pin_memory=pinned)
-        self.tokens, positions, self.slots, self.starts, self.past, self.counts = self.block.split(
+        self.tokens, positions, self.slots, self.past, self.starts, self.counts = self.block.split(
             [total, 3 * total, total, rows, rows, rows]
         )
         self.positions = positions.view(3, total)
+
+    def follow(self, chosen: Tensor) -> None:
+        """Become, after one token of each row, the integers of the next: `chosen` [R], one place further on.
+
+        Padding stays padding.
+        """
+        rows = self.bucket.rows
+        self.tokens.copy_(chosen)
+        # Positions, slots and past lie behind each other.
+        self.block[rows : 6 * rows].view(5, rows).add_(self.counts)
 
     def fill(self, appends: Sequence[Append]) -> list[slice]:
         """Take the integers of `appends`, one per row; the rest is padding. Where each one's tokens are."""
@@ -99,11 +109,21 @@ class Step:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: tuple[Tensor, ...] = ()
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it feeds one token of each row and chooses the next, which it leaves to be fed by another replay."""
+        return self.bucket.tokens == 1 and self.bucket.sample
+
     def __call__(self, appends: Sequence[Append]) -> tuple[Tensor, ...]:
         """Feed the tokens: the last token's hidden states [R, H] and, if the bucket samples, logits and `greedy`."""
         # Copy, event and replay on one stream, that of the model's device, whichever device is current.
         with on_device(self.given):
             self.upload(appends)
+            return self.again()
+
+    def again(self) -> tuple[Tensor, ...]:
+        """Feed what the integers on the device say: behind a step that decodes, what it chose."""
+        with on_device(self.given):
             if self.graph is None:
                 return self.run()
             self.graph.replay()
@@ -133,7 +153,10 @@ class Step:
         hidden = language.run(x, attend).unflatten(0, (self.bucket.rows, -1))[:, -1]
         if not self.bucket.sample:
             return (hidden,)
-        return hidden, *language.choose(hidden, self.tickets)
+        logits, chosen = language.choose(hidden, self.tickets)
+        if self.decodes:
+            metadata.follow(chosen)
+        return hidden, logits, chosen
 
     def capture(self, pool: object) -> None:
         self.upload(())

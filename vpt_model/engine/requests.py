@@ -17,7 +17,7 @@ class Append:
     """Feed tokens, with embeddings [T, H] or their own, at positions int64 [3, T] (on the CPU).
 
     next_position: of the token that follows. logits: whether those behind the last token are wanted. sampler: chooses
-    the token that follows; None where it is already known. stage: under which name the time is
+    the token that follows; None where it is already known. ahead: as in `Decode`. stage: under which name the time is
     counted.
     """
 
@@ -28,6 +28,7 @@ class Append:
     embeds: Tensor | None = None
     logits: bool = True
     sampler: Sampler | None = None
+    ahead: int = 0
     stage: str = "append"
 
 

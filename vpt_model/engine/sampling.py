@@ -48,6 +48,13 @@ class Sampler:
     def __init__(self, sampling: Sampling | None = None) -> None:
         self.sampling = sampling or Sampling()
         self._generator = torch.Generator("cpu").manual_seed(self.sampling.seed)
+        self._last: Tensor | None = None
+        self._returned: Tensor | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most probable token, without a draw."""
+        return self.sampling.temperature == 0
 
     def __call__(self, logits: Tensor, argmax_token: Tensor | None = None) -> int | None:
         """Return the next token from logits float32 [vocab], or None if one is NaN; infinities count as the largest
@@ -55,11 +62,16 @@ class Sampler:
 
         argmax_token: `greedy(logits)` where that is known already. The token is the one number that is read from a GPU.
         """
-        if self.sampling.temperature == 0:
-            token = int(greedy(logits) if argmax_token is None else argmax_token)
-        else:
-            token = int(self._draw(logits))
+        token = int(self.choose(logits) if argmax_token is None or not self.is_greedy else argmax_token)
         return None if token < 0 else token
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Return the next token, −1 if a logit is NaN, as an int64 number where the logits are, without a wait."""
+        return greedy(logits) if self.is_greedy else self._draw(logits)
+
+    def take_back(self) -> None:
+        """Forget the last choice: the next one is made by the same draw."""
+        self._returned = self._last
 
     def _draw(self, logits: Tensor) -> Tensor:
         scaled = (logits.nan_to_num() / self.sampling.temperature).nan_to_num()
@@ -67,7 +79,10 @@ class Sampler:
         probabilities = values.softmax(0).double()
         kept = probabilities.cumsum(0) - probabilities < self.sampling.top_p
         ends = torch.where(kept, probabilities, 0).cumsum(0)
-        draw = torch.rand((), dtype=torch.float64, device="cpu", generator=self._generator)
+        draw, self._returned = self._returned, None
+        if draw is None:
+            draw = torch.rand((), dtype=torch.float64, device="cpu", generator=self._generator)
+        self._last = draw
         draw = uploaded(draw, ends.device)
         place = torch.minimum((ends <= draw * ends[-1]).sum(), kept.sum() - 1)
         return torch.where(logits.isnan().any(), -1, tokens.gather(0, place[None])[0])
