@@ -19,7 +19,7 @@ import torch
 from tests.serving.engines import nothing_left
 from vpt_model.text.prompt import action_round, first_round, region_round
 from vpt_model.text.tokens import crop_box, parse_region_ids
-from vpt_model.vllm.items import AGAIN, CONTROL, PIXELS
+from vpt_model.vllm.items import AGAIN, CONTROL, FEATURES, PIXELS
 from vpt_model.vllm.options import MAX_LOOKS, SLOT
 from vpt_model.vllm.perception import Perception, image_grid, image_tokens, reencoded_tokens
 
@@ -112,8 +112,9 @@ class Row:
 class Worker:
     """One model runner. second: by the rules of the second version, which forgets a request that is preempted.
 
-    encoded: what each feature in the encoder's cache was made of: the tokens behind which its control state was
-    captured, or None for an image or a crop.
+    encoded: what each feature in the encoder's cache was made of: the name of the image's own features, and the tokens
+    behind which its control state was captured, or None for an image or a crop. evicted: features that left the cache.
+    again: images of which the own features had to be computed another time for a look.
     """
 
     scripts: dict[str, Script]
@@ -121,10 +122,12 @@ class Worker:
     second: bool
     cache: dict[tuple[int, int], tuple[int, str | None]] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
-    encoded: dict[str, list[int] | None] = field(default_factory=dict)
+    encoded: dict[str, tuple[list[int], list[int] | None]] = field(default_factory=dict)
     controls: dict[int, list[int]] = field(default_factory=dict)
     captured: int = 0
     fed: int = 0
+    again: int = 0
+    evicted: int = 0
 
     def step(self, plan: Any) -> dict[str, list[int]]:
         """Carry a scheduler's output out: the tokens sampled for each request."""
@@ -132,7 +135,7 @@ class Worker:
         for name in gone:
             self.rows.pop(name, None)
         for name in plan.free_encoder_mm_hashes:
-            self.encoded.pop(name, None)
+            self.evicted += self.encoded.pop(name, None) is not None
         for new in plan.scheduled_new_reqs:
             whole = new.prefill_token_ids if self.second and new.prefill_token_ids is not None else new.prompt_token_ids
             features, prompt = list(new.mm_features), len(new.prompt_token_ids)
@@ -144,8 +147,12 @@ class Worker:
         for name, indices in plan.scheduled_encoder_inputs.items():
             for item in (self.rows[name].features[index] for index in indices):
                 assert item.data and (PIXELS in item.data or AGAIN in item.data), f"{name} has lost its pixels"
-                control = item.data[CONTROL].data[0].item() if CONTROL in item.data else None
-                self.encoded[item.identifier] = None if control is None else self.controls[control]
+                features, behind = item.data[FEATURES].data.tolist(), None
+                if CONTROL in item.data:
+                    slot, has_image = item.data[CONTROL].data.tolist()
+                    behind = self.controls[slot]
+                    self.again += has_image and features not in [kept for kept, _ in self.encoded.values()]
+                self.encoded[item.identifier] = features, behind
         return {name: self._feed(name, count) for name, count in plan.num_scheduled_tokens.items()}
 
     def _go_on(self, known: Any) -> None:
@@ -169,7 +176,7 @@ class Worker:
             place = item.mm_position
             if place.offset < end and place.offset + place.length > begin:
                 assert item.identifier in self.encoded, f"{name} reads features that were not encoded"
-                behind = self.encoded[item.identifier]
+                _, behind = self.encoded[item.identifier]
                 assert behind in (None, row.tokens[: place.offset]), f"{name} reads another conversation's action"
             places = range(place.length) if place.is_embed is None else place.is_embed.nonzero().flatten().tolist()
             embedded |= {place.offset + i: item.identifier for i in places}

@@ -37,7 +37,7 @@ def test_whatever_is_missing_is_named():
         contract.check()
 
 
-@pytest.mark.parametrize("encoder", ["clip", "dino", "sam"])
+@pytest.mark.parametrize("encoder", ["clip", "dino", "sam", ""])
 def test_both_model_runners_load_the_capture(encoder):
     from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns
     from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_by_fqcns
@@ -115,11 +115,24 @@ def test_rows_of_the_second_runner_are_found_in_every_order(capture):
         {MAX_LOOKS: "one"},
         {MAX_LOOKS: True},
         {SLOT: 1},
+        {LOOKS: ""},
+        {LOOKS: 0},
+        {LOOKS: "region:x1,y1,x2,y8"},
+        {LOOKS: "region:x1,y1,x2"},
+        {LOOKS: ["clip", "sam"], MAX_LOOKS: 2},
+        {"vpt_look": "clip"},
     ],
 )
 def test_a_bad_option_is_refused(bad):
     with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
         read_options(bad, "clip")
+
+
+def test_a_vocabulary_without_looks_refuses_them_all():
+    for look in ("clip", "region:x1,y2,x4,y5"):
+        with pytest.raises(ValueError, match=rf"{look}.* no tokens of looks: leave vpt_looks out"):
+            read_options({LOOKS: look}, "")
+    assert read_options({MAX_LOOKS: 2}, "") == (2, ())
 
 
 def test_good_options():

@@ -67,6 +67,19 @@ def test_every_path_in_one_batch(served):
     assert_equal(engine, cases, again)
 
 
+@pytest.mark.parametrize("served", ["clip"], indirect=True)
+def test_a_picture_passes_the_tower_once(served):
+    """What is encoded again with the model's own tower starts from the features of the first look."""
+    from vpt_model.vllm.model import VPTQwen2VL
+
+    engine, llm, _ = served
+    cases = [Case(noise(150 + 70 * i, 240, "once", i).numpy(), "what is it?", ["clip"]) for i in range(4)]
+    with mock.patch.object(VPTQwen2VL, "look", autospec=True, side_effect=VPTQwen2VL.look) as look:
+        outputs = generate(llm, engine, cases)
+    assert sum(len(call.args[1]) for call in look.call_args_list) == len(cases)
+    assert_equal(engine, cases, outputs)
+
+
 def turns(engine):
     """What trained models rarely say: second looks allowed, and the tokens of all rounds, one after the other."""
     ids, encode = engine.ids, engine.tokenizer.encode

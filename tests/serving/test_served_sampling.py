@@ -76,6 +76,32 @@ def test_sampled_tokens_have_our_engines_log_probabilities(served):
     assert compared > 50
 
 
+@pytest.mark.parametrize("look", ["clip", "region:x1,y2,x4,y5", None])
+def test_answers_of_one_request_are_those_of_as_many_requests(served, look):
+    """Also where the engine core shares a process, and lists, with the client: `n` answers begin with one prompt."""
+    engine, llm, _ = served
+    case = Case(noise(170, 310, "answers", look).numpy(), "what is it?", [look] if look else [], max_tokens=24)
+    (together,) = llm.generate([prompt(engine, case)], [parameters(case, **WARM, seed=5, n=3)], use_tqdm=False)
+    asked = [parameters(case, **WARM, seed=5 + number) for number in range(3)]
+    alone = llm.generate([prompt(engine, case)] * 3, asked, use_tqdm=False)
+    tokens = [list(answer.token_ids) for answer in together.outputs]
+    assert tokens == [list(output.outputs[0].token_ids) for output in alone]
+    assert len(set(map(tuple, tokens))) > 1
+    shown = together.prompt_token_ids
+    assert shown[-5:] == prompt(engine, case)["prompt_token_ids"][-5:] and shown == alone[0].prompt_token_ids
+
+
+def test_a_forced_look_without_an_image_is_refused_where_it_enters(served):
+    from vllm.exceptions import VLLMValidationError
+
+    engine, llm, _ = served
+    case = Case(None, "what is it?", ["clip"])
+    with pytest.raises(VLLMValidationError, match=r"\['clip'\], but the request has 0 images and a look needs 1: add"):
+        llm.generate([prompt(engine, case)], [parameters(case)], use_tqdm=False)
+    (output,) = llm.generate([prompt(engine, case)], [parameters(replace(case, looks=()))], use_tqdm=False)
+    assert output.outputs[0].token_ids
+
+
 def greedy(replay, tokens, forbidden=()):
     """Whether each token is the argmax behind what the replay holds; forbidden: ids before each that may not be."""
     begin = len(replay.tokens) - 1

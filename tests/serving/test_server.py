@@ -129,6 +129,20 @@ def test_a_seed_repeats_itself_among_others(client):
     assert texts[0] == texts[1] and len(texts[0]) == 3
 
 
+@pytest.mark.parametrize("look", [None, "clip", "region:x1,y1,x3,y3"])
+def test_n_answers_are_those_of_n_requests(client, look):
+    """`n` answers have the seeds that follow the request's; each of them takes its own look."""
+    options = {"temperature": 0.9, "logprobs": True} | ({"xargs": {"vpt_looks": look}} if look else {})
+    together = ask(client, CASES[0], seed=5, n=3, **options)
+    alone = [ask(client, CASES[0], seed=5 + number, **options) for number in range(3)]
+
+    def said(choice):
+        return choice.message.reasoning, choice.message.content, [token.token for token in choice.logprobs.content]
+
+    assert [said(choice) for choice in together.choices] == [said(told.choices[0]) for told in alone]
+    assert together.usage.completion_tokens == sum(told.usage.completion_tokens for told in alone)
+
+
 def test_log_probabilities(client):
     told = ask(client, CASES[0], logprobs=True, top_logprobs=1)
     tokens = told.choices[0].logprobs.content
@@ -151,13 +165,33 @@ def test_the_limit_of_tokens_holds_for_all_rounds_together(client):
             assert told.choices[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize(
-    "bad", [{"vpt_looks": "region:nonsense"}, {"vpt_looks": "sam"}, {"vpt_max_looks": 99}, {"vpt_max_looks": "many"}]
-)
+BAD = [
+    {"vpt_looks": "region:nonsense"},
+    {"vpt_looks": "region:x1,y1,x8,y3"},
+    {"vpt_looks": "region:x1,y1,x3"},
+    {"vpt_looks": "region:"},
+    {"vpt_looks": "region:x1,y1,x3,y3+"},
+    {"vpt_looks": ""},
+    {"vpt_looks": "depth"},
+    {"vpt_looks": "sam"},
+    {"vpt_looks": ["clip", "dino"], "vpt_max_looks": 2},
+    {"vpt_looks": ["clip", "clip"]},
+    {"vpt_looks": "clip", "vpt_max_looks": 0},
+    {"vpt_looks": 1},
+    {"vpt_max_looks": -1},
+    {"vpt_max_looks": 99},
+    {"vpt_max_looks": 1.5},
+    {"vpt_max_looks": "many"},
+    {"vpt_look": "clip"},
+    {"vpt_control_slot": 0},
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
 def test_a_bad_option_is_a_400_and_the_server_lives(client, bad):
     with pytest.raises(openai.BadRequestError, match=next(iter(bad))):
-        ask(client, CASES[0], xargs=bad)
-    assert ask(client, CASES[0]).choices[0].message.content
+        ask(client, CASES[0], xargs=bad, max_completion_tokens=4)
+    assert ask(client, CASES[0], max_completion_tokens=4).choices
 
 
 SCHEMA = {
@@ -178,11 +212,6 @@ def test_a_schema_takes_no_looks_and_says_so(client):
 def test_a_schema_and_a_forced_look_are_a_400(client):
     with pytest.raises(openai.BadRequestError, match="exclude each other"):
         ask(client, CASES[0], response_format=SCHEMA, xargs={"vpt_looks": "clip"})
-
-
-def test_a_forced_look_without_an_image_is_told(client):
-    told = ask(client, Case(None, "What colour is it?"), xargs={"vpt_looks": "clip"}, max_completion_tokens=4)
-    assert told.kv_transfer_params["vpt_notices"] == ["no second look: the request has no image"]
 
 
 def test_several_images_and_turns(client):

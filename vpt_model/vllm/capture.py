@@ -116,5 +116,14 @@ class SamCapture(ControlCapture):
     encoder = "sam"
 
 
-CAPTURES = {kind.encoder: f"vpt_model.vllm.capture:{kind.__name__}" for kind in (ClipCapture, DinoCapture, SamCapture)}
+class AlignedCapture(ControlCapture):
+    """The capture for a variant's intermediate stage, whose vocabulary has no tokens of looks."""
+
+    encoder = ""
+
+
+CAPTURES = {
+    kind.encoder: f"vpt_model.vllm.capture:{kind.__name__}"
+    for kind in (ClipCapture, DinoCapture, SamCapture, AlignedCapture)
+}
 """The classes that vLLM loads, by the re-encoder's name."""

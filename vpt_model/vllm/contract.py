@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections import OrderedDict
 from typing import Any
 
 VERSIONS = ((0, 32), (0, 33))
@@ -24,6 +25,8 @@ PARAMETERS = {
     f"{SCHEDULER}._free_request_blocks": ("request",),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.__init__": (),
     "vllm.v1.core.encoder_cache_manager:EncoderCacheManager.free": ("request",),
+    "vllm.platforms.interface:Platform.validate_request": ("processed_inputs", "params"),
+    "vllm.exceptions:VLLMValidationError.__init__": ("message", "parameter"),
     "vllm.v1.core.sched.request_queue:RequestQueue.remove_request": ("request",),
     "vllm.v1.core.sched.request_queue:RequestQueue.prepend_request": ("request",),
     f"{REQUEST}.__init__": ("request_id", "prompt_token_ids", "sampling_params", "mm_features", "resumable"),
@@ -140,6 +143,9 @@ def missing() -> list[str]:
     status = _found("vllm.v1.request:RequestStatus")
     if status is None or status.get_finished_reason(status.RUNNING) is not None:
         lacking.append("no finish reason for a running request")
+    caches = _found("vllm.v1.core.encoder_cache_manager:EncoderCacheManager")
+    if caches is None or not isinstance(caches(1).freeable, OrderedDict):
+        lacking.append("an encoder cache that evicts in a given order")
     return lacking
 
 

@@ -47,7 +47,8 @@ class Shown:
 
     start, length: the tokens it stands for. first: of these, the first pad. name: equal names mean equal features.
     pixels: uint8 [height, width, 3]. grid: of a crop, in patches. slot: None for a crop; else the control state that
-    conditions the image and is the embedding of token `start`, with no image at all where `length` is 1.
+    conditions the image and is the embedding of token `start`, with no image at all where `length` is 1. picture: the
+    name of the image that is encoded again.
     """
 
     start: int
@@ -57,6 +58,7 @@ class Shown:
     pixels: Tensor
     grid: tuple[int, int] = (0, 0)
     slot: int | None = None
+    picture: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,9 @@ class Conversation:
         self.state = State.ANSWERING
         if state is State.CAPTURING:
             tokens = action_round(ids, self._reencoded)
-            first, (_, pixels) = tokens.index(ids.kind_pad), self._picture
-            look = Shown(keep, first + self._reencoded, first, uuid.uuid4().hex, pixels, slot=slot)
+            first, (name, pixels) = tokens.index(ids.kind_pad), self._picture
+            length = first + self._reencoded
+            look = Shown(keep, length, first, uuid.uuid4().hex, pixels, slot=slot, picture=name)
             return self._look(keep, tokens, (look,), ())
         if state is State.ANNOUNCED and token in ids.stop:
             self.turn.append(token)

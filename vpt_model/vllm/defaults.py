@@ -8,9 +8,8 @@ from transformers import Qwen2VLConfig
 
 from vpt_model.checkpoint import Checkpoint
 from vpt_model.checkpoint.hub import model_folder
-from vpt_model.config import ENCODERS
 from vpt_model.vllm import contract
-from vpt_model.vllm.perception import checkpoint_config
+from vpt_model.vllm.perception import perception_of
 
 
 class VPTConfig(Qwen2VLConfig):  # type: ignore[misc]
@@ -56,14 +55,15 @@ class LookDefaults:
         }
         if asked := [flag for flag, is_asked in refused.items() if is_asked]:
             raise ValueError(f"second looks do not go together with {', '.join(asked)}: leave the default")
+        from vpt_model.vllm.admission import install
         from vpt_model.vllm.capture import CAPTURES
 
-        config = checkpoint_config(model.model, model.revision)
         if vllm_config.load_config.load_format != "dummy":
             Checkpoint.open(model_folder(model.model))
-        (capture,) = (CAPTURES[name] for name, kind in ENCODERS.items() if kind == config.kind)
+        capture = CAPTURES[perception_of(model).encoder]
         scheduler.scheduler_cls = SCHEDULER
         others = [each for each in model.logits_processors or () if each != capture]
         model.logits_processors = [*others, capture]
         # A reasoning parser must not keep a grammar from the first token: with a grammar there is no look.
         vllm_config.structured_outputs_config.enable_in_reasoning = True
+        install()

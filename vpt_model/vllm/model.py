@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from vpt_model.network.encoders import build_encoder
 from vpt_model.network.model import build_projector
 from vpt_model.network.vision import MEAN, STD
 from vpt_model.vllm.capture import Controls
-from vpt_model.vllm.items import AGAIN, CONTROL, IMAGE, PIXELS
+from vpt_model.vllm.items import AGAIN, CONTROL, FEATURES, IMAGE, PIXELS
 from vpt_model.vllm.perception import checkpoint_config, look_policy
 from vpt_model.vllm.processor import Dummies, Info, Processor
 
@@ -52,6 +53,8 @@ class VPTQwen2VL(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
         )
         self.policy, self.merge = look_policy(self.shapes), vision.spatial_merge_size**2
         self.controls = Controls(vllm_config, self.shapes.hidden_size)
+        # Held by the encoder cache of vLLM alone, which says what fits; what it evicts is computed again.
+        self.features = WeakValueDictionary[tuple[int, ...], Tensor]()
         self.encoder = None
         self.own: dict[str, Tensor] = {}
 
@@ -84,9 +87,13 @@ class VPTQwen2VL(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
 
         The fields are those of `vpt_model.vllm.items`.
         """
+        # Images with which vLLM measures memory have no names.
+        names = [tuple(name) for name in fields[FEATURES].tolist()] if FEATURES in fields else []
         if CONTROL in fields:
-            return [self.reencode(*each) for each in zip(fields[AGAIN], fields[CONTROL].tolist(), strict=True)]
-        return self.look(fields[PIXELS])
+            return [self.reencode(*each) for each in zip(fields[AGAIN], fields[CONTROL].tolist(), names, strict=True)]
+        features = self.look(fields[PIXELS])
+        self.features.update(zip(names, features))
+        return features
 
     def look(self, images: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return features [n_i, H] of each image or crop. images: uint8 [height, width, 3] on the CPU."""
@@ -97,17 +104,19 @@ class VPTQwen2VL(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
         features = self.visual(patches, grid_thw=[[1, *grid] for grid in plan.grids])
         return features.split([rows * columns // self.merge for rows, columns in plan.grids])
 
-    def reencode(self, image: Tensor, control: tuple[int, int]) -> Tensor:
+    def reencode(self, image: Tensor, control: tuple[int, int], name: tuple[int, ...]) -> Tensor:
         """Return [1 + n, H]: the state in a slot as the action token's embedding, then the image conditioned by it.
 
-        control: the slot, and whether there is an image; without one the result is the state alone, [1, H].
+        control: the slot, and whether there is an image; without one the result is the state alone, [1, H]. name: of
+        the features that the first look at the image may have left.
         """
         slot, has_image = control
         state = self.controls.states[slot : slot + 1]
         if not has_image:
             return state.clone()
         if self.encoder is None:
-            (features,) = self.look([image])
+            if (features := self.features.get(name)) is None:
+                (features,) = self.look([image])
             count = len(features)
         else:
             height, width, _ = image.shape

@@ -25,18 +25,21 @@ class Options(NamedTuple):
 
 
 def read_options(extra: Mapping[str, Any] | None, encoder: str) -> Options:
-    """Return the options among a request's extra arguments. encoder: what the checkpoint re-encodes with, say "clip".
+    """Return the options among a request's extra arguments.
 
-    Raises ValueError or TypeError for anything that is not of the stated form, and for the scheduler's own mark.
+    encoder: what the checkpoint re-encodes with, say "clip"; "" if it cannot look. Raises ValueError or TypeError for
+    anything that is not of the stated form, and for other arguments of this package's prefix, say a misspelt one.
     """
     extra = extra or {}
-    if SLOT in extra:
-        raise ValueError(f"{SLOT} is set by the scheduler: leave it out")
+    if unknown := [name for name in extra if name.startswith("vpt_") and name not in (LOOKS, MAX_LOOKS)]:
+        raise ValueError(f"{unknown[0]} is no option: leave it out, or give {LOOKS} or {MAX_LOOKS}")
     most = require_integer(MAX_LOOKS, extra.get(MAX_LOOKS, 1), 0, MOST_LOOKS)
-    looks = extra.get(LOOKS) or ()
+    looks = extra.get(LOOKS, ())
     looks = (looks,) if isinstance(looks, str) else looks
     if not isinstance(looks, (list, tuple)) or not all(isinstance(look, str) for look in looks):
         raise TypeError(f"{LOOKS} is {shown(looks)}; it must be a string or a list of strings")
+    if looks and not encoder:
+        raise ValueError(f"{LOOKS} has {looks[0]!r}, but this checkpoint has no tokens of looks: leave {LOOKS} out")
     for look in looks:
         if look != encoder and not _REGION.fullmatch(look):
             others = [name for name in ENCODERS if name != encoder]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from vpt_kernels import RegionPolicy, plan_regions, qwen2_vl_policy
 from vpt_model.checkpoint import Checkpoint
@@ -67,9 +68,23 @@ class Perception:
 
     @property
     def encoder(self) -> str:
-        """The re-encoder's name: "clip", "dino" or "sam"."""
+        """The re-encoder's name: "clip", "dino" or "sam"; "" where the vocabulary has no tokens of looks."""
+        if self.tokenizer.is_aligned_only:
+            return ""
         return next(name for name, kind in ENCODERS.items() if kind == self.config.kind)
 
     def boxes(self, height: int, width: int, turn: list[int]) -> tuple[Box, ...]:
-        """Return the pixels of the regions that a turn names. Raises ValueError for a region that has none."""
-        return tuple(crop_box(span, width, height) for span in parse_region_ids(turn, self.tokenizer.ids))
+        """Return the pixels of the regions that a turn names.
+
+        Raises ValueError for a region that has none, or that is too narrow to be resized, even if the image is not.
+        """
+        boxes = tuple(crop_box(span, width, height) for span in parse_region_ids(turn, self.tokenizer.ids))
+        for left, top, right, bottom in boxes:
+            image_grid(self.config, bottom - top, right - left)
+        return boxes
+
+
+def perception_of(model_config: Any) -> Perception:
+    """Return what the engine core knows of the checkpoint that vLLM's model configuration names."""
+    config = checkpoint_config(model_config.model, model_config.revision)
+    return Perception(config, Tokenizer.from_folder(model_folder(model_config.tokenizer), config.kind))

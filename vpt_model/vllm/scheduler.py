@@ -16,14 +16,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vpt_model.checkpoint.hub import model_folder
-from vpt_model.text.tokens import Tokenizer, parse_look
+from vpt_model.text.tokens import parse_look
 from vpt_model.vllm.capture import control_slots
 from vpt_model.vllm.conversation import Append, Conversation, End, State
-from vpt_model.vllm.items import IMAGE, PIXELS, feature
+from vpt_model.vllm.items import IMAGE, PIXELS, feature, named
 from vpt_model.vllm.metrics import LookTimes
 from vpt_model.vllm.options import SLOT, read_options
-from vpt_model.vllm.perception import Perception, checkpoint_config
+from vpt_model.vllm.perception import perception_of
 
 logger = init_logger(__name__)
 _STATUS = {End.FULL: RequestStatus.FINISHED_LENGTH_CAPPED, End.FAILED: RequestStatus.FINISHED_ERROR}
@@ -34,9 +33,7 @@ class Looks:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        model = self.vllm_config.model_config
-        shapes = checkpoint_config(model.model, model.revision)
-        self.perception = Perception(shapes, Tokenizer.from_folder(model_folder(model.tokenizer), shapes.kind))
+        self.perception = perception_of(self.vllm_config.model_config)
         self.free_slots = list(range(control_slots(self.vllm_config)))
         self.conversations: dict[str, Conversation] = {}
         self.times = LookTimes()
@@ -55,7 +52,9 @@ class Looks:
         super().add_request(request)
 
     def _conversation(self, request: Request) -> Conversation:
-        shown = [f for f in request.mm_features if f.modality == IMAGE and f.data is not None and PIXELS in f.data]
+        # A list of its own: where there is one process, it is shared with the other answers of `n`.
+        request.mm_features = [named(each) if _has_pixels(each) else each for each in request.mm_features]
+        shown = [each for each in request.mm_features if _has_pixels(each)]
         image = (shown[-1].identifier, shown[-1].data[PIXELS].data) if shown else None
         notices: list[str] = []
         looks, max_looks = deque[list[int]](), 0
@@ -96,9 +95,17 @@ class Looks:
         # other for ever: the last one gives its blocks back.
         if self.starved:
             self._give_back()
+        self._keep_features()
         output = super().schedule(*args, **kwargs)
         self.starved = not output.total_num_scheduled_tokens and not self.running and bool(self.kv_holding_waiting)
         return output
+
+    def _keep_features(self) -> None:
+        """Let the encoder cache evict last what a live conversation may still need; its size stays vLLM's."""
+        unused = self.encoder_cache_manager.freeable
+        for name in (each.image[0] for each in self.conversations.values() if each.image and each.may_look):
+            if name in unused:
+                unused.move_to_end(name)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         while reset_running_requests and self._give_back():
@@ -142,11 +149,14 @@ class Looks:
             del request.block_hashes[request.num_tokens // self.hash_block_size :]
             request.status, request.stop_reason = RequestStatus.PREEMPTED, None
             return [], False
+        forced = conversation.is_forced
         answer = self._asked(conversation, tokens, request)
         if isinstance(answer, End):
-            request.status = _STATUS.get(answer, request.status)
+            # A forced turn ends where the model would go on; what was sampled is no part of it.
+            status = _STATUS.get(answer, request.status)
+            request.status = status if RequestStatus.is_finished(status) else RequestStatus.FINISHED_STOPPED
             request.resumable = False
-            return tokens, True
+            return [] if forced else tokens, True
         tokens[:] = answer.streamed
         conversation.streamed += len(tokens)
         # Not finished for the client: no finish reason leaves with these tokens.
@@ -177,12 +187,12 @@ class Looks:
             # Blocks behind `keep` may be in the prefix cache and must not be written to: all are given back, and those
             # before it are found again there.
             self._release(session)
-            session.mm_features[:] = [f for f in session.mm_features if f.mm_position.offset < keep]
+            session.mm_features = [f for f in session.mm_features if f.mm_position.offset < keep]
         del tokens[keep:], session.block_hashes[keep // self.hash_block_size :]
         session._output_token_ids.clear()
-        session.mm_features += map(feature, update.shown)
+        session.mm_features = [*session.mm_features, *map(feature, update.shown)]
         tokens += update.tokens
-        session.prompt_token_ids[:] = tokens
+        session.prompt_token_ids = tokens.copy()
         session.num_prompt_tokens = len(tokens)
         session.update_block_hashes()
         session.sampling_params = self._params(self.conversations[session.request_id], update.slot)
@@ -201,6 +211,10 @@ class Looks:
         if slot is not None:
             params.extra_args = {**(params.extra_args or {}), SLOT: slot}
         return params
+
+
+def _has_pixels(shown: Any) -> bool:
+    return shown.modality == IMAGE and shown.data is not None and PIXELS in shown.data
 
 
 class SyncLookScheduler(Looks, Scheduler):  # type: ignore[misc]
