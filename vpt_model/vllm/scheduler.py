@@ -214,7 +214,7 @@ class Looks:
 
 
 def _has_pixels(shown: Any) -> bool:
-    return shown.modality == IMAGE and shown.data is not None and PIXELS in shown.data
+    return bool(shown.modality == IMAGE and shown.data is not None and PIXELS in shown.data)
 
 
 class SyncLookScheduler(Looks, Scheduler):  # type: ignore[misc]
