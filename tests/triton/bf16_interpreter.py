@@ -75,6 +75,15 @@ def _refuse(name: str, original: Callable) -> Callable:
     return checked
 
 
+def _splat(original: Callable) -> Callable:
+    def splat(self, ret_ty, arg):
+        """Triton 3.9 makes a comparison's outcome, a truth value, an integer of what was compared."""
+        made = original(self, ret_ty, arg)
+        return TensorHandle(made.data.astype(np.bool_), made.dtype) if arg.data.dtype == np.bool_ else made
+
+    return splat
+
+
 def _apply(original: Callable) -> Callable:
     def apply(self, inputs):
         for tensor in inputs if isinstance(inputs, tuple) else (inputs,):
@@ -123,6 +132,7 @@ def install() -> None:
         return
     InterpreterBuilder.cast_impl = InterpreterBuilder.create_fp_to_fp = _cast
     InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
+    InterpreterBuilder.create_splat = _splat(InterpreterBuilder.create_splat)
     for name in ("binary_op", "ternary_op", "unary_op"):
         setattr(InterpreterBuilder, name, _refuse(name, getattr(InterpreterBuilder, name)))
     InterpretedFunction.__call__ = _call
