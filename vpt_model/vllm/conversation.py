@@ -180,6 +180,7 @@ class Conversation:
         """Go on behind the token whose state was captured; `token` was sampled behind it, at place `keep`."""
         ids, state, (_, slot) = self.perception.tokenizer.ids, self.state, self.slots[-1]
         self.state = State.ANSWERING
+        assert ids.kind_pad is not None and ids.action is not None, "states are captured for actions alone"
         if state is State.CAPTURING:
             tokens = action_round(ids, self._reencoded)
             first, (name, pixels) = tokens.index(ids.kind_pad), self._picture
@@ -214,9 +215,8 @@ class Conversation:
         starts = [i + 1 for i, token in enumerate(tokens) if token == perception.tokenizer.ids.vision_start]
         names = [f"{name}:{','.join(map(str, box))}" for box in boxes]
         places = zip(starts, counts, names, crops, grids, strict=True)
-        return self._look(
-            keep, tokens, tuple(Shown(keep + start, n, 0, *what) for start, n, *what in places), boxes, streamed
-        )
+        shown = tuple(Shown(keep + start, n, 0, own, crop, grid) for start, n, own, crop, grid in places)
+        return self._look(keep, tokens, shown, boxes, streamed)
 
     def _look(
         self,

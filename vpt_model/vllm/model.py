@@ -17,7 +17,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vpt_kernels import control_cross_attention_into, fold_patch_weight, plan_regions, roi_patch_embed
 from vpt_model.checkpoint.load import published_tensors
-from vpt_model.network.encoders import build_encoder
+from vpt_model.network.encoders import DinoEncoder, SamEncoder, build_encoder
 from vpt_model.network.model import build_projector
 from vpt_model.network.vision import MEAN, STD
 from vpt_model.vllm.capture import Controls
@@ -55,7 +55,7 @@ class VPTQwen2VL(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
         self.controls = Controls(vllm_config, self.shapes.hidden_size)
         # Held by the encoder cache of vLLM alone, which says what fits; what it evicts is computed again.
         self.features = WeakValueDictionary[tuple[int, ...], Tensor]()
-        self.encoder = None
+        self.encoder: DinoEncoder | SamEncoder | None = None
         self.own: dict[str, Tensor] = {}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -217,11 +217,11 @@ def _has_pixels(shown: Any) -> bool:
     return bool(shown.modality == IMAGE and shown.data is not None and PIXELS in shown.data)
 
 
-class SyncLookScheduler(Looks, Scheduler):  # type: ignore[misc]
+class SyncLookScheduler(Looks, Scheduler):
     """Steps that wait for the one before."""
 
 
-class AsyncLookScheduler(Looks, AsyncScheduler):  # type: ignore[misc]
+class AsyncLookScheduler(Looks, AsyncScheduler):
     """Steps that are planned ahead."""
 
 
