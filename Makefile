@@ -186,8 +186,9 @@ $(VENV)/wheel-tools/.ready: $(VENV)/.ready
 
 # The browser is the distribution's; the accessibility checker is fetched for the tests and is no part of the package.
 $(VENV)/browser/.ready: $(VENV)/.ready
-	command -v chromium >/dev/null && command -v chromedriver >/dev/null && command -v npm >/dev/null || { \
-		apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver npm; }
+	missing=$$(command -v chromium >/dev/null || echo chromium; command -v chromedriver >/dev/null || echo chromium-driver; \
+		command -v npm >/dev/null || echo npm); \
+	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
 	$(BIN)/python -m pip install -q --target $(VENV)/browser --upgrade $(BROWSER_TOOLS)
 	mkdir -p build/axe
 	cd build/axe && tar xzf "$$(npm pack --silent $(AXE))"
