@@ -9,6 +9,7 @@ import urllib.request
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -266,3 +267,37 @@ def test_looks_among_the_metrics(address, client):
         "region",
     }
     assert sum(metric(address, "vllm:vpt_look_seconds_sum").values()) > 0
+
+
+def test_what_comes_with_an_image_alone_is_a_400_without_one(client):
+    """The message says what was asked, what there is, and what to do; in every interface that takes the options."""
+    told = r"vpt_looks is .*clip.* 0 images .* needs 1: add an image .* or leave vpt_looks out"
+    model, forced = str(mini.FOLDER), {"vllm_xargs": {"vpt_looks": "clip"}}
+    text = Case(None, "What colour is it?")
+    with pytest.raises(openai.BadRequestError, match=told):
+        ask(client, text, xargs=forced["vllm_xargs"])
+    with pytest.raises(openai.BadRequestError, match=told):
+        ask(client, text, xargs={"vpt_looks": ["clip"]}, n=2, temperature=1.0)
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.completions.create(model=model, prompt="What colour?", max_tokens=4, extra_body=forced)
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.responses.create(model=model, input="What colour?", max_output_tokens=4, extra_body=forced)
+    assert ask(client, text, max_completion_tokens=4).choices and ask(client, CASES[0]).choices[0].message.content
+
+
+def test_in_a_stream_what_is_wrong_is_its_only_event(client):
+    """Its head with the status has left by then; the picture that came with it can be shown again."""
+    for case, xargs in ((CASES[0], {"vpt_looks": "sam"}), (Case(None, "What colour?"), {"vpt_looks": "clip"})):
+        with pytest.raises(openai.APIError, match="vpt_looks") as raised:
+            list(ask(client, case, xargs=xargs, stream=True))
+        assert raised.value.body["code"] == 400
+    assert ask(client, CASES[0]).choices[0].message.content
+
+
+def test_a_region_that_no_crop_can_be_made_of_is_told(client):
+    """A picture with fewer rows than the grid."""
+    case = Case(np.zeros((2, 300, 3), np.uint8), "What is it?")
+    told = ask(client, case, xargs={"vpt_looks": "region:x1,y0,x2,y0"}, max_completion_tokens=4)
+    assert told.kv_transfer_params["vpt_notices"][0].startswith("no second look:")
+    assert told.choices[0].finish_reason in ("stop", "length")
+    assert ask(client, CASES[0]).choices[0].message.content

@@ -60,6 +60,9 @@ class LookDefaults:
 
         if vllm_config.load_config.load_format != "dummy":
             Checkpoint.open(model_folder(model.model))
+        # vLLM's front end counts a picture as sent when it has read it: behind a request that is refused with its
+        # picture, every later one with the same picture would miss it and fail. What it would save is a copy of pixels.
+        model.get_multimodal_config().mm_processor_cache_gb = 0
         capture = CAPTURES[perception_of(model).encoder]
         scheduler.scheduler_cls = SCHEDULER
         others = [each for each in model.logits_processors or () if each != capture]
