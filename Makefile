@@ -94,7 +94,7 @@ test-pythons: dist
 	$(BIN)/python -m pytest tests/wheel/pythons.py $(TEST_ARGS)
 
 evidence: $(VENV)/.ready
-	$(BIN)/python -m tests.evidence $(EVIDENCE_ARGS); status=$$?; $(BIN)/python docs/generate.py; exit $$status
+	$(BIN)/python -m tests.evidence $(EVIDENCE_ARGS); status=$$?; $(BIN)/python docs/generate.py && exit $$status
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -124,6 +124,7 @@ ENGINE = {
     "loop": {"executor", "graphs", "scheduler", "engine", "chat", "store"},
     "conversation": {"perception", "requests", "loop", "executor", "graphs", "scheduler", "engine", "chat", "store"},
     "executor": {"loop", "scheduler", "engine", "chat", "store"},
+    "decoding": {"perception", "loop", "executor", "scheduler", "engine", "chat", "store"},
     "scheduler": {"conversation", "perception", "loop", "graphs", "engine", "chat", "store"},
 }
 """What each part of the engine knows nothing of; docs/architecture.md says it in words."""

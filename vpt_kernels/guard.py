@@ -49,7 +49,7 @@ def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str 
         found = found if found != kind.__name__ else f"{type(part).__module__}.{found}"
         return f"its {name} is a {found}, not a plain {kind.__name__}"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-        return f"its {name} has hooks, which one GEMM would skip"
+        return f"its {name} has hooks, which would be skipped"
     own = part.__dict__
     held: dict[str, Any] = part._parameters
     if "_conv_forward" in own or "_call_impl" in own or ("forward" in own and not is_own_forward(part)):
@@ -99,8 +99,10 @@ def is_own_forward(module: nn.Module) -> bool:
 
 
 def keeps_outputs(part: Any) -> bool:
-    """Return whether a hook of the module, or one for all, may keep what its call returns."""
-    return bool(part._forward_hooks or _every._global_forward_hooks)
+    """Return whether a hook of the module, of one inside it, or one for all, may keep what its call returns."""
+    if part._forward_hooks or _every._global_forward_hooks:
+        return True
+    return bool(part._modules) and any(inner._forward_hooks for inner in part.modules())
 
 
 def why_every_module_is_called() -> str | None:

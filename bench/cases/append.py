@@ -197,14 +197,14 @@ def _contiguous(buffers: Buffers) -> str | None:
     return "knows no pages" if buffers.workload.page_size else absent("transformers")
 
 
-def _on_a_gpu(buffers: Buffers) -> str | None:
+def _plain_on_a_gpu(buffers: Buffers) -> str | None:
     if buffers.norms:
         return "has no norm of heads"
     return None if buffers.device == "cuda" else "needs a GPU"
 
 
 def _paged_on_a_gpu(buffers: Buffers) -> str | None:
-    return _on_a_gpu(buffers) if buffers.workload.page_size else "appends to pages"
+    return _plain_on_a_gpu(buffers) if buffers.workload.page_size else "appends to pages"
 
 
 def _never(buffers: Buffers) -> str:
@@ -242,7 +242,7 @@ ALTERNATIVES = (
         "Liger M-RoPE + index_copy_",
         "liger_multimodal_rotary_pos_emb on contiguous copies, index_copy_",
         _liger,
-        _on_a_gpu,
+        _plain_on_a_gpu,
         peer="liger_kernel",
     ),
     Alternative("flash_attn_with_kvcache", "flash-attn's append inside its attention", lambda buffers: None, _never),

@@ -252,6 +252,45 @@ def test_what_a_hook_keeps_of_a_projection_stays(kind: str) -> None:
 
 
 @each_family
+def test_a_norm_that_changes_unseen_is_the_changed_one(kind: str) -> None:
+    """Trainers and loaders write through `.data`, which autograd does not count."""
+    model = text(kind)
+    with patch(model):
+        run(model, 0)
+        attention(model).q_norm.weight.data.mul_(1.5)
+        found = run(model, 0)
+    torch.testing.assert_close(found, run(model, 0), rtol=1e-5, atol=1e-5)
+
+
+class Wrapper(nn.Module):
+    """An adapter that is switched off: it returns what the layer inside it does."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
+@pytest.mark.parametrize("watched", ["q_norm", "a layer inside q_proj"])
+@torch.no_grad()
+def test_what_a_hook_keeps_on_the_way_to_the_rotation_stays(watched: str) -> None:
+    model = text("qwen3_vl") if watched == "q_norm" else foreign.qwen("qwen2_vl").model.language_model
+    part = attention(model)
+    if watched == "q_norm":
+        kind = part.q_norm
+    else:
+        kind, part.q_proj = part.q_proj, Wrapper(part.q_proj)
+    kept: list[Tensor] = []
+    kind.register_forward_hook(lambda _, __, out: kept.extend((out, out.clone())))
+    with patch(model) as report:
+        model(inputs_embeds=normal(1, 5, 64, key="kept"), past_key_values=DynamicCache(config=model.config))
+    assert sum(served(report).values()) == 2
+    assert_same_bits(*kept)
+
+
+@each_family
 @torch.no_grad()
 def test_copies_and_compiled_models_have_their_own_norms(kind: str) -> None:
     """A copy is not patched; compiled code runs the attention's own forward and is compiled once."""

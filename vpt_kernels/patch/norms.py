@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from vpt_kernels.guard import part_of, why_called
-from vpt_kernels.patch.rules import folded
 from vpt_kernels.patch.supported import CENTRED_NORMS, HEAD_NORMS
 
 NORMS = ("q_norm", "k_norm")
@@ -46,7 +45,7 @@ def head_norms(module: Any, x: Tensor) -> tuple[dict[str, Any], str | None]:
     if type(norms[0]) is not type(norms[1]) or _eps(norms[0]) != _eps(norms[1]):
         return {}, "its q_norm and k_norm are of two classes, or have two eps"
     if type(norms[0]).__name__ in CENTRED_NORMS:
-        weights = folded(module, weights, lambda: [1.0 + weight for weight in weights])
+        weights = [1.0 + weight for weight in weights]
     return dict(zip(NORMS, weights)) | {"norm_eps": _eps(norms[0])}, None
 
 

@@ -48,7 +48,7 @@ class HeldQuery:
         self.query: Tensor | None = None
         self.sections: tuple[int, ...] | None = None
         self.kept = kept
-        """Somebody may keep what they see of the projection of q: it is not rotated in place."""
+        """Somebody may keep what they see of q before it is rotated: it is not rotated in place."""
 
     def take(self) -> Tensor:
         """Return the query, which is held for one update of the cache."""
@@ -185,7 +185,8 @@ def _make(original: Forward) -> Serve:
         name = next((name for name in CACHES if name in given), "")
         layer = _served(function, hidden, given, name, module.layer_idx)
         norms, own = head_norms(module, hidden) if fuses else ({}, None)
-        held, cache = HeldQuery(keeps_outputs(module.q_proj)), given[name]
+        makers = module.q_proj, module._modules.get("q_norm")
+        held, cache = HeldQuery(any(map(keeps_outputs, filter(None, makers)))), given[name]
         append = AppendingCache(cache, layer, angles_of(*given["position_embeddings"]), held, norms)
         exchanged = without if norms else with_norms
         output = exchanged(module, *inputs, **given | {name: append, "position_embeddings": (held, held)})

@@ -199,7 +199,7 @@ class Turn:
         self.unprinted.clear()
         return text
 
-    def unfed(self, conversation: Conversation) -> list[int]:
+    def pending(self, conversation: Conversation) -> list[int]:
         """Return what was generated and not fed yet."""
         return self.ids[conversation.length - self.begin :]
 
@@ -273,7 +273,7 @@ class Question:
         The token that ended the answer goes, and so does the beginning of a look that was not taken.
         """
         endings = (*ids.stop, ids.action_start, ids.action)
-        return tuple(token for token in self.turns[-1].unfed(conversation) if token not in endings)
+        return tuple(token for token in self.turns[-1].pending(conversation) if token not in endings)
 
     def summary(self, decode: Callable[[list[int]], str], timings: list[Stage], keep_prefix: bool) -> Answer:
         """Return what has come of the question."""

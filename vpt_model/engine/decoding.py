@@ -4,8 +4,9 @@
     device   [ step n  ][ step n + 1 ]                  [ step n + 2 ]
 
 A decode step leaves its bucket's integers as the next one needs them (`StepMetadata.follow`), so that the next replay
-takes nothing from the host. If the token that the host then reads ends the round, one step was too much: what it wrote
-lies behind the tokens that the cache counts, where nothing is read before it is overwritten.
+takes nothing from the host but the draw of a sampled row, for which nobody waits. If the token that the host then reads
+ends the round, one step was too much: what it wrote lies behind the tokens that the cache counts, where nothing is read
+before it is overwritten.
 """
 
 from __future__ import annotations

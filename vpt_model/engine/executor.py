@@ -1,4 +1,4 @@
-"""What runs requests: the only place where tokens pass the model and a cache is advanced."""
+"""What runs requests: caches are advanced here alone, and but for a step ahead (`decoding`) all tokens pass here."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Loop:
                 turn.end = "action"
             elif len(turn.ids) + 1 >= question.max_new_tokens and not turn.forced:
                 turn.end = "length"
-            elif conversation.length + len(turn.unfed(conversation)) == conversation.capacity:
+            elif conversation.length + len(turn.pending(conversation)) == conversation.capacity:
                 turn.end = "capacity"
             elif self.ids.action is not None and output.fed == self.ids.action_start:
                 token = self.ids.action  # the models never learned to predict it
@@ -108,7 +108,7 @@ class Loop:
                 embeds = output.hidden if token == self.ids.action else None
                 sampler = None if turn.forced else question.sampler
                 ahead = 0 if turn.forced else question.max_new_tokens - len(turn.ids) - 1
-                tokens = turn.unfed(conversation)
+                tokens = turn.pending(conversation)
                 output = yield Decode(
                     conversation=conversation, tokens=tokens, embeds=embeds, sampler=sampler, ahead=ahead
                 )
@@ -168,7 +168,7 @@ class Loop:
         plan = perception.plan(self.vision, picture.kept, boxes, self.policy, conversation.clock)
         answer = turn.ids[:-1] if turn.end == "stop" else turn.ids
         again = self.tokenizer.encode(self.tokenizer.decode(answer))
-        unfed = answer[len(turn.ids) - len(turn.unfed(conversation)) :]
+        unfed = answer[len(turn.ids) - len(turn.pending(conversation)) :]
         if again != answer:
             # The second round reads the answer's text, and that text has other ids than were generated.
             conversation.truncate(question.round_start)

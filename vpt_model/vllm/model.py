@@ -71,6 +71,7 @@ class VPTQwen2VL(Qwen2VLForConditionalGeneration):  # type: ignore[misc]
                     yield name, tensor
 
         loaded: set[str] = super().load_weights(others())
+        self.features.clear()  # other weights may see something else
         if changed:
             self.own |= changed
             self.projector = build_projector(kind, self.own)
