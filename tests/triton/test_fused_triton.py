@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from vpt_model.network import decode, fused
 from vpt_model.network.fused import reference
 
 EPS = 1e-6
+FEW, DRAWS = 100, 24
+"""Errors of fewer numbers than these are judged over several draws: a handful says nothing of a root mean square."""
 
 
 @pytest.fixture(autouse=True)
@@ -19,28 +23,37 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "on_gpu", lambda x: True)
 
 
-def check(function, composition, *arguments: Tensor | float | None) -> list[Tensor]:
-    """One launch, and every result within twice the error of PyTorch's composition."""
+def check(function, composition, inputs: Callable[[int], Sequence[Tensor | float | None]]) -> list[Tensor]:
+    """One launch a call, and every result within twice the error of PyTorch's composition; those of the first draw.
 
-    def results(function, dtype: torch.dtype | None = None) -> list[Tensor]:
+    inputs: the arguments of a draw.
+    """
+    draws = [inputs(0)]
+    draws += [inputs(draw) for draw in range(1, DRAWS)] if draws[0][0].numel() < FEW else []
+
+    def results(function, arguments, dtype: torch.dtype | None = None) -> list[Tensor]:
         found = function(*(x.to(dtype, copy=True) if isinstance(x, Tensor) else x for x in arguments))
         return [found] if isinstance(found, Tensor) else list(found)
 
     with Launches() as launches:
-        ours = results(function)
-    assert len(launches.grids) == 1
-    for one, eager, oracle in zip(ours, results(composition), results(composition, torch.float64), strict=True):
-        assert_twice_as_good(one, eager, oracle)
-    return ours
+        ours = [results(function, arguments) for arguments in draws]
+    assert len(launches.grids) == len(draws)
+    eager, oracle = ([results(composition, each, dtype) for each in draws] for dtype in (None, torch.float64))
+    for found in zip(*(map(torch.stack, zip(*each, strict=True)) for each in (ours, eager, oracle)), strict=True):
+        assert_twice_as_good(*found)
+    return ours[0]
 
 
 @each_dtype
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("rows, columns", [(5, 1536), (3, 130), (1, 7)])
 def test_add_rms_norm(dtype, added, rows, columns):
-    x, weight = normal(rows, columns, key="x", dtype=dtype), normal(columns, key="w", dtype=dtype)
-    delta = normal(rows, columns, key="d", dtype=dtype) if added else None
-    total, _ = check(fused.add_rms_norm, reference.add_rms_norm, x, delta, weight, EPS)
+    def inputs(draw: int) -> tuple[Tensor, Tensor | None, Tensor, float]:
+        x, delta = (normal(rows, columns, key=(name, draw), dtype=dtype) for name in "xd")
+        return x, delta if added else None, normal(columns, key=("w", draw), dtype=dtype), EPS
+
+    total, _ = check(fused.add_rms_norm, reference.add_rms_norm, inputs)
+    x, delta, *_ = inputs(0)
     assert_same_bits(total, x + delta if added else x, "the sum")
 
 
@@ -49,23 +62,29 @@ def test_add_rms_norm(dtype, added, rows, columns):
 @pytest.mark.parametrize("rows, columns", [(5, 1280), (3, 130), (1, 7)])
 def test_add_layer_norm(dtype, added, rows, columns):
     """Behind a mean that is large against the deviations, whose squares must not cancel."""
-    x, weight = normal(rows, columns, key="x", dtype=dtype) + 8, normal(columns, key="w", dtype=dtype)
-    delta, bias = normal(rows, columns, key="d", dtype=dtype) if added else None, normal(columns, key="b", dtype=dtype)
-    total, _ = check(fused.add_layer_norm, reference.add_layer_norm, x, delta, weight, bias, EPS)
+
+    def inputs(draw: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+        x, delta = (normal(rows, columns, key=(name, draw), dtype=dtype) for name in "xd")
+        weight, bias = (normal(columns, key=(name, draw), dtype=dtype) for name in "wb")
+        return x + 8, delta if added else None, weight, bias, EPS
+
+    total, _ = check(fused.add_layer_norm, reference.add_layer_norm, inputs)
+    x, delta, *_ = inputs(0)
     assert_same_bits(total, x + delta if added else x, "the sum")
 
 
 @each_dtype
 @pytest.mark.parametrize("rows, columns", [(4, 1100), (1, 3)])
 def test_silu_mul(dtype, rows, columns):
-    packed = normal(rows, 2 * columns, key="p", dtype=dtype, scale=4)
-    check(fused.silu_mul, reference.silu_mul, packed)
+    size = {"dtype": dtype, "scale": 4}
+    check(fused.silu_mul, reference.silu_mul, lambda draw: (normal(rows, 2 * columns, key=("p", draw), **size),))
 
 
 @each_dtype
 @pytest.mark.parametrize("rows, columns", [(4, 1100), (1, 3)])
 def test_quick_gelu(dtype, rows, columns):
-    check(fused.quick_gelu, reference.quick_gelu, normal(rows, columns, key="x", dtype=dtype, scale=4))
+    size = {"dtype": dtype, "scale": 4}
+    check(fused.quick_gelu, reference.quick_gelu, lambda draw: (normal(rows, columns, key=("x", draw), **size),))
 
 
 @each_dtype

@@ -133,6 +133,7 @@ def head(x: Tensor, weight: Tensor, tickets: Tensor) -> tuple[Tensor, Tensor]:
             programs,
             TILES=TILES,
             MERGED=MERGED,
+            enable_fp_fusion=True,
             **launch.options(x),
         )
     return logits, tokens

@@ -111,6 +111,7 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, tickets: Tensor) -> 
             outputs,
             share,
             splits,
+            enable_fp_fusion=True,
             **launch.options(x),
         )
     return out

@@ -75,6 +75,7 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
             rows,
             columns,
             outputs,
+            enable_fp_fusion=True,
             **launch.options(x),
         )
     return out

@@ -77,6 +77,7 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
             rows,
             columns,
             outputs,
+            enable_fp_fusion=True,
             **launch.options(x),
         )
     return out

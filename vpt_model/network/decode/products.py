@@ -29,7 +29,7 @@ class Launch(NamedTuple):
         """Return what the kernel of a product of rows like x is told beside its tensors and sizes."""
         pdl = overlaps(x)
         blocks = {"PDL": pdl, "ROWS": self.rows, "BLOCK_N": self.outputs, "BLOCK_K": self.step}
-        how = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, "launch_pdl": pdl}
+        how = {"num_warps": self.warps, "num_stages": self.stages, "launch_pdl": pdl}
         return blocks | how
 
 
