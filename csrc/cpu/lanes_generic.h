@@ -12,9 +12,9 @@ struct Lanes {
   };
   static constexpr int kLanes = 16;
 
-  template <typename F>
-  static Float each(F&& value) {
-    Float v;
+  template <typename Vector = Float, typename F>
+  static Vector each(F&& value) {
+    Vector v;
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) v.lane[i] = value(i);
     return v;

@@ -26,22 +26,15 @@ struct Vector : Lanes {
   struct Int {
     int32_t lane[kPanel];
   };
-  template <typename F>
-  static Int each_int(F&& value) {
-    Int v;
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = value(i);
-    return v;
-  }
   static Int zero_int() { return broadcast_int(0); }
   static Int broadcast_int(int32_t x) {
-    return each_int([=](int) { return x; });
+    return each<Int>([=](int) { return x; });
   }
   static Int add_int(const Int& a, const Int& b) {
-    return each_int([&](int i) { return a.lane[i] + b.lane[i]; });
+    return each<Int>([&](int i) { return a.lane[i] + b.lane[i]; });
   }
   static Int dot(const Int& sum, const Int& a, const Int& b) {
-    return each_int([&](int i) {
+    return each<Int>([&](int i) {
       const int32_t low = static_cast<int16_t>(a.lane[i]) * static_cast<int16_t>(b.lane[i]);
       return sum.lane[i] + low + (a.lane[i] >> 16) * (b.lane[i] >> 16);
     });
@@ -50,7 +43,7 @@ struct Vector : Lanes {
     return each([&](int i) { return static_cast<float>(x.lane[i]); });
   }
   static void load_words(const Int8* pair, Int* words) {
-    *words = each_int([=](int i) {
+    *words = each<Int>([=](int i) {
       return (pair[2 * i].value & 0xFFFF) | static_cast<int32_t>(static_cast<uint32_t>(pair[2 * i + 1].value) << 16);
     });
   }
