@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_same_bits, assert_twice_as_good, each_dtype, normal
+from tests.model.inputs import tiny_model
 from tests.triton.watch import Launches
 from vpt_model.network import decode, fused
 from vpt_model.network.fused import reference
@@ -97,6 +98,22 @@ def test_rotate_packed(dtype, heads, dim):
     for ours, expected in zip(found, reference.rotate_packed(before, angles.cos(), angles.sin())):
         assert_same_bits(ours, expected)
     assert all(x.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr() for x in found)
+
+
+@pytest.mark.parametrize("kind", ["detection", "seg"])
+def test_the_blocks_of_a_re_encoder(kind):
+    """A norm and the sum before it are one launch, as often as there are norms; SAM's last sum has none behind it."""
+    encoder = tiny_model(kind).encoder
+    patches = normal(encoder.grid[0] * encoder.grid[1], encoder.width, key=kind)
+    with torch.inference_mode():
+        with Launches() as launches:
+            found = encoder(patches)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "on_gpu", decode.on_gpu)
+            expected = encoder(patches)
+    assert (found - expected).abs().max() <= 1e-4 and expected.std() > 0.5
+    norms = 2 * len(encoder.encoder.layer) + 1 if kind == "detection" else 2 * len(encoder.layers)
+    assert [name for name, _ in launches.grids] == norms * ["add_layer_norm_kernel"]
 
 
 def test_no_rows():

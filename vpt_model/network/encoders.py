@@ -1,13 +1,15 @@
 """The re-encoders DINOv2 and SAM: uint8 images and boxes in, the features that the conditioned projector reads out.
 
-The blocks are transformers' own modules under their own parameter names, but for SAM's attention. What stands before
-them there, the image processor and the patch convolution, is one `roi_patch_embed`.
+The parts of the blocks are transformers' own modules under their own parameter names, but for SAM's attention; sums and
+the norms behind them are `vpt_model.network.fused`'s. What stands before the blocks there, the image processor and the
+patch convolution, is one `roi_patch_embed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from vpt_kernels import (
 )
 from vpt_model.checkpoint.encoder_names import state_for
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig
+from vpt_model.network import fused
 from vpt_model.network.linear import linear
 from vpt_model.network.sam_attention import SamAttention
 
@@ -109,6 +112,20 @@ class _Encoder(nn.Module):
         patches = F.conv2d(pixels, convolution.weight, convolution.bias, stride=self.patch_size)
         return patches.flatten(2).transpose(1, 2).flatten(0, 1)
 
+    def _through(self, layers: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what x [n, ..., D] is behind the layers, as two summands: the second is still to be added, if any."""
+        delta: Tensor | None = None
+        for layer in layers:
+            if _is_watched(layer):
+                x, delta = layer(x if delta is None else x + delta), None
+            else:
+                x, delta = self._block(layer, x, delta)
+        return x, delta
+
+    def _block(self, layer: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Do what the layer does with x + delta, and leave its last sum to whoever reads it next."""
+        raise NotImplementedError
+
     @property
     def width(self) -> int:
         """Channels of a patch embedding."""
@@ -154,9 +171,16 @@ class DinoEncoder(_Encoder):
         """Patch embeddings `[n * patches, D]` → `[n, patches, D]` behind the final norm, row-major, no class token."""
         x = patch_embeds.unflatten(0, (-1, self.tokens)) + self._positions
         x = torch.cat([self._first.expand(len(x), -1, -1), x], dim=1)
-        for layer in self.encoder.layer:
-            x = layer(x)
-        return self.layernorm(x)[:, 1:]
+        x, delta = self._through(self.encoder.layer, x)
+        return _add_norm(x, delta, self.layernorm)[1][:, 1:]
+
+    def _block(self, layer: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, normed = _add_norm(x, delta, layer.norm1)
+        attended = layer.attention(normed)
+        # From transformers 5.24 on its weights come with it.
+        attended = attended[0] if isinstance(attended, tuple) else attended
+        x, normed = _add_norm(x, layer.layer_scale1(attended), layer.norm2)
+        return x, layer.layer_scale2(layer.mlp(normed))
 
     @property
     def _convolution(self) -> nn.Conv2d:
@@ -190,14 +214,40 @@ class SamEncoder(_Encoder):
     def forward(self, patch_embeds: Tensor) -> Tensor:
         """Patch embeddings `[n * patches, D]` → `[n, C, h, w]` behind the neck, h and w in patches."""
         x = patch_embeds.unflatten(0, (-1, *self.grid)) + self.pos_embed
-        for layer in self.layers:
-            x = layer(x)
+        x, delta = self._through(self.layers, x)
         with ieee_convolutions():
-            return self.neck(x)
+            return self.neck(x if delta is None else x + delta)
+
+    def _block(self, layer: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, normed = _add_norm(x, delta, layer.layer_norm1)
+        x, normed = _add_norm(x, self._attend(layer, normed), layer.layer_norm2)
+        return x, layer.mlp(normed)
+
+    def _attend(self, layer: Any, x: Tensor) -> Tensor:
+        """Return the attention of [n, h, w, D], within windows where the layer has them."""
+        if not layer.window_size:
+            return layer.attn(x)[0]
+        windows, padded = layer.window_partition(x, layer.window_size)
+        return layer.window_unpartition(layer.attn(windows)[0], layer.window_size, padded, self.grid)
 
     @property
     def _convolution(self) -> nn.Conv2d:
         return self.patch_embed.projection
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Return whether calling the part does more than transformers wrote: it has hooks, or a forward of its own."""
+    return bool(part._forward_hooks or part._forward_pre_hooks) or "forward" in vars(part)
+
+
+def _add_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Return x + delta [..., D], or x without a delta, and its LayerNorm."""
+    if _is_watched(norm):
+        total = x if delta is None else x + delta
+        return total, norm(total)
+    rows = None if delta is None else delta.flatten(0, -2)
+    total, normed = fused.add_layer_norm(x.flatten(0, -2), rows, norm.weight, norm.bias, norm.eps)
+    return total.view_as(x), normed.view_as(x)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from tests.helpers import assert_same_bits, normal
 from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
 from vpt_model.checkpoint.encoder_names import state_for
 from vpt_model.config import ModelConfig
@@ -89,6 +90,56 @@ def test_bfloat16_weights_stay_bfloat16(kind):
         found, expected = (model(model.embed_regions([image], [box])) for model in (encoder, exact))
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).abs().mean() < 0.05 * expected.std()
+
+
+def layer_by_layer(kind: str, encoder, patches: torch.Tensor) -> torch.Tensor:
+    """What the encoder returns where transformers' layers are called one after the other."""
+    if kind == "detection":
+        x = patches.unflatten(0, (-1, encoder.tokens)) + encoder._positions
+        x = torch.cat([encoder._first.expand(len(x), -1, -1), x], dim=1)
+        for layer in encoder.encoder.layer:
+            x = layer(x)
+        return encoder.layernorm(x)[:, 1:]
+    x = patches.unflatten(0, (-1, *encoder.grid)) + encoder.pos_embed
+    for layer in encoder.layers:
+        x = layer(x)
+    return encoder.neck(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_that_wait_for_the_next_norm_are_the_same(kind, dtype):
+    """To the bit."""
+    encoder, prefix = build_encoder(kind, tiny_config(kind)), f"{kind}_model."
+    encoder.load({k.removeprefix(prefix): v.to(dtype) for k, v in tiny_state(kind).items() if k.startswith(prefix)})
+    patches = normal(2 * encoder.grid[0] * encoder.grid[1], encoder.width, key=kind, dtype=dtype)
+    with torch.inference_mode():
+        assert_same_bits(encoder(patches), layer_by_layer(kind, encoder, patches))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_and_replaced_forwards_meet_their_call(kind):
+    """On a layer and on norms, whose calls are otherwise not made; the others go on without."""
+    encoder, prefix = build_encoder(kind, tiny_config(kind)), f"{kind}_model."
+    encoder.load({k.removeprefix(prefix): v for k, v in tiny_state(kind).items() if k.startswith(prefix)})
+    layers, norm = (encoder.encoder.layer, "norm2") if kind == "detection" else (encoder.layers, "layer_norm2")
+    patches, seen = normal(encoder.grid[0] * encoder.grid[1], encoder.width, key=kind), []
+    with torch.inference_mode():
+        expected = encoder(patches)
+        handles = [
+            layers[0].register_forward_hook(lambda layer, given, x: seen.append(x.shape)),
+            getattr(layers[1], norm).register_forward_pre_hook(lambda norm, given: seen.append(given[0].shape)),
+        ]
+        if kind == "detection":
+            handles.append(encoder.layernorm.register_forward_hook(lambda norm, given, x: seen.append(x.shape)))
+        assert_same_bits(encoder(patches), expected)
+        assert len(seen) == len(handles) and len(set(seen)) == 1
+        for handle in handles:
+            handle.remove()
+        assert_same_bits(encoder(patches), expected)
+        assert len(seen) == len(handles)
+        layers[1].forward = lambda x: torch.zeros_like(x)
+        assert (encoder(patches) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(

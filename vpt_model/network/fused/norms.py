@@ -15,7 +15,7 @@ from torch import Tensor
 from vpt_model.network.capture import on_device
 
 WARPS = 8
-"""A row of 1,280 to 3,584 channels: 8 to 16 values a thread."""
+"""A row of 768 to 3,584 channels: 4 to 16 values a thread."""
 
 
 @triton.jit
