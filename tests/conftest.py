@@ -1,4 +1,4 @@
-"""The random seed in pytest's header, and poisoned memory in every test."""
+"""The random seed in pytest's header, poisoned memory in every test, and the mark of long cases."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import durations
 from tests.helpers import INTERPRETED, SEED
 
 
@@ -27,6 +28,11 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in durations.long(items, durations.MODES[INTERPRETED]):
+        item.add_marker(pytest.mark.long)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -49,7 +49,7 @@ SUBSET = (
     "tests/test_readme.py",
     "tests/aot",
 )
-FEW = ("-m", "not gpu and not slow", "--continue-on-collection-errors")
+WHOLE = "not gpu and not slow"
 SOURCES_ONLY = ("ruff", "clang-format")
 """What the project asks for to look at its sources: no test runs it, and a new one makes no new environment."""
 
@@ -171,16 +171,18 @@ def runs(kind: str, arguments: tuple[str, ...], tree: Path, hub: Path) -> list[t
     """Arguments of pytest and settings of each process, divided as `make test` and `make test-hub` divide them."""
     named = [*filter(None, os.environ.get("VPT_REQUIRE", "").split(",")), "triton", "ninja", *BESIDE[kind]]
     settings = {"VPT_REQUIRE": ",".join(named), "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(tree)}
+    cases = WHOLE
     with_hub = {"VPT_REQUIRE": ",".join((*named, HUB[0])), "PYTHONPATH": f"{tree}{os.pathsep}{hub}"}
     of_hub = (["tests/hub"], with_hub)
     if arguments == ("--subset",):
-        parts = [(list(SUBSET), {}), of_hub]
+        parts, cases = [(list(SUBSET), {}), of_hub], f"{WHOLE} and not long"
     elif arguments:
         parts = [(list(arguments), {})]
     else:
         parts = [([f"--ignore=tests/{name}" for name in ("triton", "hub", "serving", "browser")], {})]
         parts += [(["tests/triton"], {"TRITON_INTERPRET": "1"}), of_hub]
-    return [([*FEW, *chosen], settings | changes) for chosen, changes in parts]
+    common = ("-m", cases, "--continue-on-collection-errors")
+    return [([*common, *chosen], settings | changes) for chosen, changes in parts]
 
 
 def main(kind: str, *arguments: str) -> int:
