@@ -53,6 +53,7 @@ _UNREAD = {
     "tops",
     "choices",
     "tokens",
+    "tables",
     "k_cache",
     "v_cache",
     "table",
@@ -60,9 +61,9 @@ _UNREAD = {
 }
 """Parameters of our Triton kernels that are written, not read, where a kernel's own entry says nothing else; and the
 table of angles, of which a token reads three rows of 512 bytes."""
-_READ_BY = {"linear_add_kernel": {"partials"}}
-OPERATORS = {"append_visual_kv": 1, "control_cross_attention": 2, "roi_patches": 1, "roi_patch_embed": 2}
-"""Kernels of one call of our operators, with a control and few regions, on Triton and on CUDA alike (there the second
+_READ_BY = {"linear_add_kernel": {"partials"}, "resample_kernel": {"tables"}}
+OPERATORS = {"append_visual_kv": 1, "control_cross_attention": 2, "roi_patches": 2, "roi_patch_embed": 3}
+"""Kernels of one call of our operators, with a control and few regions, on Triton and on CUDA alike (there the third
 of `roi_patch_embed` is the library's product): so the count does not depend on which of them is installed."""
 
 

@@ -3,52 +3,18 @@
 // The axis that is resampled first is called a, the other b.
 #pragma once
 
-#include "../math/plan.h"
-#include "../math/resample.h"
 #include "../math/rounding.h"
-#include "kernel.h"
+#include "tables.cuh"
 
 namespace vpt::cuda {
 
-constexpr int kResampleThreads = 256, kAxisThreads = 128;
+constexpr int kResampleThreads = 256, kResampleBlocks = 4, kAxisThreads = 128;
 constexpr int kSharedBytes = 48 << 10;  // what every device grants without being asked
 constexpr int kLargestTile = 32, kSmallestTile = 8;
 constexpr int kRegionsPerLaunch = 24;  // as kernel parameters, within 4 KB
 constexpr int kPixelZero = 128;
 constexpr int kBiasParts = 3;  // a float32 bias as that many values of 8 bits or more
 constexpr int kBiasEntries = 64;
-
-// One axis of a region, in coordinates of the window: output i of the window is output offset + i of the axis.
-struct WindowAxis {
-  Axis axis;
-  int32_t offset, valid;  // outputs from `valid` on are padding
-  int32_t sizes[4];       // of the crop and after each NEAREST step
-
-  __host__ __device__ WindowAxis(const Region& r, bool vertical)
-      : axis(
-            vertical ? r.nearest[2].height : r.nearest[2].width, vertical ? r.resized.height : r.resized.width,
-            r.filter),
-        offset(vertical ? r.window_top : r.window_left),
-        valid(vertical ? r.valid_height() : r.valid_width()),
-        sizes{
-            vertical ? r.crop.height : r.crop.width, vertical ? r.nearest[0].height : r.nearest[0].width,
-            vertical ? r.nearest[1].height : r.nearest[1].width, vertical ? r.nearest[2].height : r.nearest[2].width} {}
-
-  // Taps of a window output: inputs [first, end). Without resampling there is one, of weight one.
-  VPT_HD int32_t first(int32_t i) const { return axis.identity() ? offset + i : axis.first(offset + i); }
-  VPT_HD int32_t end(int32_t i) const { return axis.identity() ? offset + i + 1 : axis.end(offset + i); }
-  VPT_HD double sum(int32_t i) const { return axis.identity() ? 1.0 : weight_sum(axis, offset + i); }
-  VPT_HD int32_t weight(int32_t i, int32_t tap, double sum) const {
-    return axis.identity() ? 1 << kPrecisionBits : fixed_weight(axis, offset + i, tap, sum);
-  }
-  // Where input i lies in the crop.
-  VPT_HD int32_t source(int32_t i) const {
-#pragma unroll
-    for (int step = 3; step > 0; --step)
-      if (sizes[step] != sizes[step - 1]) i = nearest_index(sizes[step - 1], sizes[step], i);
-    return i;
-  }
-};
 
 struct Pixels {
   const uint8_t* base;
@@ -59,6 +25,7 @@ struct Pixels {
 struct Work {
   Region region;
   Pixels image;
+  const int32_t* tables;
   int32_t row_begin, row_end;
   int32_t tile, tiles_across, first_block;
 
@@ -92,20 +59,20 @@ static_assert(sizeof(PatchParams) <= 4096, "the size of kernel parameters that e
 
 // How shared memory is divided for one tile; all counts are upper bounds.
 struct TileLayout {
-  int32_t taps_a, taps_b, span_a, span_b, tile;
+  int32_t row_a, row_b, span_a, span_b, tile;
   bool nearest;
 
-  __host__ __device__ TileLayout(const WindowAxis& a, const WindowAxis& b, int32_t tile_size, bool has_nearest)
-      : taps_a(a.axis.max_taps()),
-        taps_b(b.axis.max_taps()),
-        span_a(a.axis.identity() ? tile_size : a.axis.max_span(tile_size)),
-        span_b(b.axis.identity() ? tile_size : b.axis.max_span(tile_size)),
+  VPT_HD TileLayout(const WindowAxis& a, const WindowAxis& b, int32_t tile_size)
+      : row_a(a.row_words()),
+        row_b(b.row_words()),
+        span_a(a.max_span(tile_size)),
+        span_b(b.max_span(tile_size)),
         tile(tile_size),
-        nearest(has_nearest) {}
+        nearest(a.nearest() || b.nearest()) {}
 
-  // int32 words: first and count of both axes, their weights, NEAREST sources; then the bytes between the passes.
+  // int32 words: the tables' rows of both axes, NEAREST sources; then the bytes between the passes.
   VPT_HD int64_t words() const {
-    return tile * (4 + static_cast<int64_t>(taps_a) + taps_b) + (nearest ? span_a + span_b : 0);
+    return tile * (static_cast<int64_t>(row_a) + row_b) + (nearest ? span_a + span_b : 0);
   }
   VPT_HD int64_t bytes() const { return 4 * words() + 3 * static_cast<int64_t>(tile) * span_b; }
 };
@@ -149,23 +116,9 @@ __device__ __forceinline__ void put(
   }
 }
 
-// Taps of window outputs [begin, begin + n) of one axis.
-struct Taps {
-  int32_t* first;
-  int32_t* count;
-  int32_t* weights;
-  int32_t most;
-
-  __device__ void fill(const WindowAxis& axis, int32_t begin, int32_t n, int thread, int threads) const {
-    for (int32_t i = thread; i < n; i += threads) {
-      const int32_t from = axis.first(begin + i), taps = axis.end(begin + i) - from;
-      const double sum = axis.sum(begin + i);
-      first[i] = from;
-      count[i] = taps;
-      for (int32_t t = 0; t < taps; ++t) weights[i * most + t] = axis.weight(begin + i, t, sum);
-    }
-  }
-};
+__device__ __forceinline__ void copy(const int32_t* from, int32_t n, int32_t* to, int thread, int threads) {
+  for (int32_t i = thread; i < n; i += threads) to[i] = from[i];
+}
 
 // One tile of the window at (top, left): both passes.
 template <typename T>
@@ -173,7 +126,9 @@ __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t n
   const Region& r = work.region;
   const bool down_first = r.vertical_first != 0;
   const WindowAxis axis_a(r, down_first), axis_b(r, !down_first);
-  const TileLayout layout(axis_a, axis_b, work.tile, r.has_nearest());
+  const AxisTable table_a(axis_a, table_of(r, down_first, work.tables));
+  const AxisTable table_b(axis_b, table_of(r, !down_first, work.tables));
+  const TileLayout layout(axis_a, axis_b, work.tile);
   const int32_t top = work.row_begin + number / work.tiles_across * work.tile;
   const int32_t left = number % work.tiles_across * work.tile;
   const int32_t width = r.grid.width * r.patch_size;
@@ -185,27 +140,21 @@ __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t n
   const int32_t valid_b = (b1 < axis_b.valid ? b1 : axis_b.valid) - b0;
   const int thread = threadIdx.x, threads = blockDim.x;
 
-  int32_t* words = reinterpret_cast<int32_t*>(shared);
-  const Taps taps_a{words, words + layout.tile, words + 4 * layout.tile, layout.taps_a};
-  const Taps taps_b{
-      words + 2 * layout.tile, words + 3 * layout.tile, taps_a.weights + layout.tile * layout.taps_a, layout.taps_b};
-  int32_t* source_a = taps_b.weights + layout.tile * layout.taps_b;
+  int32_t* rows_a = reinterpret_cast<int32_t*>(shared);
+  int32_t* rows_b = rows_a + layout.tile * layout.row_a;
+  int32_t* source_a = rows_b + layout.tile * layout.row_b;
   int32_t* source_b = source_a + (layout.nearest ? layout.span_a : 0);
   uint8_t* middle = shared + 4 * layout.words();  // [inputs of b, tile] pixels
 
   if (valid_a > 0 && valid_b > 0) {
-    // Half of the threads to each axis: the weights are the longest chain of dependent operations here.
-    const int part = thread % 2, half = threads / 2;
-    if (part == 0)
-      taps_a.fill(axis_a, a0, valid_a, thread / 2, half);
-    else
-      taps_b.fill(axis_b, b0, valid_b, thread / 2, half);
-    const int32_t low_a = axis_a.first(a0), low_b = axis_b.first(b0);
-    const int32_t lines = axis_b.end(b0 + valid_b - 1) - low_b;
+    copy(table_a.row(a0), valid_a * layout.row_a, rows_a, thread, threads);
+    copy(table_b.row(b0), valid_b * layout.row_b, rows_b, thread, threads);
+    const int32_t low_a = table_a.first(a0), low_b = table_b.first(b0);
+    const int32_t lines = table_b.end(b0 + valid_b - 1) - low_b;
     if (layout.nearest) {
-      const int32_t span_a = axis_a.end(a0 + valid_a - 1) - low_a;
-      for (int32_t i = thread; i < span_a; i += threads) source_a[i] = axis_a.source(low_a + i);
-      for (int32_t i = thread; i < lines; i += threads) source_b[i] = axis_b.source(low_b + i);
+      const int32_t span_a = table_a.end(a0 + valid_a - 1) - low_a;
+      for (int32_t i = thread; i < span_a; i += threads) source_a[i] = table_a.source(low_a + i);
+      for (int32_t i = thread; i < lines; i += threads) source_b[i] = table_b.source(low_b + i);
     }
     __syncthreads();
 
@@ -216,10 +165,11 @@ __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t n
     for (int32_t i = thread; i < lines * valid_a; i += threads) {
       const int32_t line = i / valid_a, a = i - line * valid_a;
       const uint8_t* in = crop + (layout.nearest ? source_b[line] : low_b + line) * stride_b;
-      const int32_t first = taps_a.first[a];
-      const int32_t* weights = taps_a.weights + a * layout.taps_a;
+      const int32_t* row = rows_a + a * layout.row_a;
+      const int32_t first = row[0], count = row[1];
+      const int32_t* weights = row + 2;
       int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};
-      for (int32_t t = 0; t < taps_a.count[a]; ++t) {
+      for (int32_t t = 0; t < count; ++t) {
         const uint8_t* pixel = in + (layout.nearest ? source_a[first - low_a + t] : first + t) * stride_a;
         for (int c = 0; c < 3; ++c) sums[c] += weights[t] * pixel[c * channel];
       }
@@ -232,10 +182,12 @@ __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t n
       // Neighbouring threads write neighbouring pixels of the window.
       const int32_t n = down_first ? valid_b : valid_a, slow = i / n, fast = i - slow * n;
       const int32_t a = down_first ? slow : fast, b = down_first ? fast : slow;
-      const uint8_t* in = middle + 3 * ((taps_b.first[b] - low_b) * layout.tile + a);
-      const int32_t* weights = taps_b.weights + b * layout.taps_b;
+      const int32_t* row = rows_b + b * layout.row_b;
+      const int32_t first = row[0], count = row[1];
+      const int32_t* weights = row + 2;
+      const uint8_t* in = middle + 3 * ((first - low_b) * layout.tile + a);
       int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};
-      for (int32_t t = 0; t < taps_b.count[b]; ++t, in += 3 * layout.tile)
+      for (int32_t t = 0; t < count; ++t, in += 3 * layout.tile)
         for (int c = 0; c < 3; ++c) sums[c] += weights[t] * in[c];
       const int32_t rgb[3] = {clip8(sums[0]), clip8(sums[1]), clip8(sums[2])};
       put<T>(rows, r, down_first ? a0 + a : b0 + b, down_first ? b0 + b : a0 + a, rgb);
@@ -284,8 +236,9 @@ __device__ void write_bias_columns(const PatchRows& rows, const BiasColumns& bia
 
 // T: uint8 pixels, or (pixel − 128)/256 in the type of the weight.
 template <typename T>
-__global__ void __launch_bounds__(kResampleThreads) patch_kernel(const __grid_constant__ PatchParams p) {
+__global__ void __launch_bounds__(kResampleThreads, kResampleBlocks) patch_kernel(const __grid_constant__ PatchParams p) {
   VPT_DYNAMIC_SHARED(shared);
+  wait_for_kernel_before();
   const int32_t block = blockIdx.x;
   if (block >= p.blocks) {
     if constexpr (sizeof(T) > 1) write_bias_columns<T>(p.rows, p.bias, block - p.blocks);
@@ -301,6 +254,7 @@ __global__ void __launch_bounds__(kResampleThreads) patch_kernel(const __grid_co
 struct AxisParams {
   Region region;
   Pixels in;  // first pass: the image. last: what the first has written, [lines of b, outputs of a, 3]
+  const int32_t* tables;
   PatchRows rows;
   uint8_t* middle;  // written by the first pass
   bool vertical, last;
@@ -308,36 +262,36 @@ struct AxisParams {
   int32_t in_begin;  // last pass: the line of b that `in` begins with
 };
 
-// One block per output and kAxisThreads lines. The weights are made a chunk at a time, so that any number of taps fits.
+// One block per output and kAxisThreads lines. The weights are read a chunk at a time, so that any number of taps fits.
 template <typename T>
 __global__ void __launch_bounds__(kAxisThreads) axis_kernel(const __grid_constant__ AxisParams p) {
   __shared__ int32_t weights[kAxisThreads], sources[kAxisThreads];
-  __shared__ double total;
   allow_kernel_after();
   wait_for_kernel_before();
   const WindowAxis axis(p.region, p.vertical), other(p.region, !p.vertical);
+  const AxisTable table(axis, table_of(p.region, p.vertical, p.tables));
+  const AxisTable lines(other, table_of(p.region, !p.vertical, p.tables));
   const int32_t outputs = p.out_end - p.out_begin;
   const int32_t i = p.out_begin + static_cast<int32_t>(blockIdx.x % outputs);
   const int32_t line = p.line_begin + static_cast<int32_t>(blockIdx.x / outputs) * kAxisThreads + threadIdx.x;
   const bool mine = line < p.line_end, covered = i < axis.valid;
   const bool reads = mine && (!p.last || line < other.valid);
-  const int32_t first = covered ? axis.first(i) : 0, taps = covered ? axis.end(i) - first : 0;
-  if (threadIdx.x == 0 && covered) total = axis.sum(i);
-  __syncthreads();
+  const int32_t* row = table.row(i);
+  const int32_t first = covered ? row[0] : 0, taps = covered ? row[1] : 0;
   const int64_t along = p.vertical ? p.in.row_stride : p.in.pixel_stride;
   const int64_t across = p.vertical ? p.in.pixel_stride : p.in.row_stride;
   const uint8_t* in = p.in.base;
   if (p.last) {
     in += (line - p.line_begin) * across;
   } else if (reads) {
-    in += p.region.top * p.in.row_stride + p.region.left * p.in.pixel_stride + other.source(line) * across;
+    in += p.region.top * p.in.row_stride + p.region.left * p.in.pixel_stride + lines.source(line) * across;
   }
   int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};
   for (int32_t begin = 0; begin < taps; begin += kAxisThreads) {
     const int32_t n = taps - begin < kAxisThreads ? taps - begin : kAxisThreads, t = threadIdx.x;
     if (t < n) {
-      weights[t] = axis.weight(i, begin + t, total);
-      sources[t] = p.last ? first + begin + t - p.in_begin : axis.source(first + begin + t);
+      weights[t] = row[2 + begin + t];
+      sources[t] = p.last ? first + begin + t - p.in_begin : table.source(first + begin + t);
     }
     __syncthreads();
     for (int32_t k = 0; reads && k < n; ++k) {

@@ -1,7 +1,9 @@
-// `roi_patches`: one launch of `patch_kernel` per 24 regions. `roi_patch_embed`: the same into a matrix in the weight's
-// dtype, whose extra columns select the bias, then the library's GEMM, which so adds the bias to its float32 sums.
+// `roi_patches`: one launch of `table_kernel` per 36 regions, one of `patch_kernel` per 24. `roi_patch_embed`: the same
+// into a matrix in the weight's dtype, whose extra columns select the bias, then the library's GEMM, which so adds the
+// bias to its float32 sums.
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "../calls/roi_patch_embed.h"
 #include "../ops.h"
@@ -20,7 +22,7 @@ int32_t tile_size(const Region& r) {
   const WindowAxis a(r, r.vertical_first != 0), b(r, r.vertical_first == 0);
   const int32_t p = r.patch_size;
   for (int32_t tile = p <= kLargestTile ? kLargestTile / p * p : kLargestTile; tile >= kSmallestTile; tile /= 2)
-    if (TileLayout(a, b, tile, r.has_nearest()).bytes() <= kSharedBytes) return tile;
+    if (TileLayout(a, b, tile).bytes() <= kSharedBytes) return tile;
   return 0;
 }
 
@@ -33,8 +35,39 @@ int64_t first_patch(const Work& w) {
   return r.first_row + static_cast<int64_t>(w.row_begin) / r.patch_size * r.grid.width;
 }
 
+// The tables of the plan's regions, one after the other, and where each region's begin.
+struct Tables {
+  Tensor words;
+  std::vector<const int32_t*> of;
+};
+
+Tables make_tables(const Device& device, const Tensor& plan, const Tensor& like) {
+  const Region* regions = data<Region>(plan);
+  std::vector<int64_t> begins{0};
+  for (int64_t i = 0; i < plan.size(0); ++i)
+    begins.push_back(begins.back() + WindowAxis(regions[i], false).words() + WindowAxis(regions[i], true).words());
+  Tables tables{torch::stable::new_empty(like, {begins.back()}, ScalarType::Int), {}};
+  int32_t* words = mutable_data<int32_t>(tables.words);
+  TableParams p{};
+  int64_t blocks = 0;
+  auto launch = [&] {
+    device.launch(table_kernel, blocks, kTableThreads, 0, p);
+    p.regions = 0;
+    blocks = 0;
+  };
+  for (int64_t i = 0; i < plan.size(0); ++i) {
+    if (p.regions == kTablesPerLaunch) launch();
+    p.of[p.regions++] = {regions[i], words + begins[i], static_cast<int32_t>(blocks)};
+    blocks += WindowAxis(regions[i], false).blocks() + WindowAxis(regions[i], true).blocks();
+    tables.of.push_back(words + begins[i]);
+  }
+  launch();
+  return tables;
+}
+
 // The plan's regions, cut between rows of merge blocks where they have more than `limit` patches.
-std::vector<Work> split(const std::vector<Tensor>& images, const Tensor& plan, int64_t limit) {
+std::vector<Work> split(
+    const std::vector<Tensor>& images, const Tensor& plan, const Tables& tables, int64_t limit) {
   const Region* regions = data<Region>(plan);
   std::vector<Work> works;
   works.reserve(plan.size(0));
@@ -47,6 +80,7 @@ std::vector<Work> split(const std::vector<Tensor>& images, const Tensor& plan, i
       works.push_back(
           {r,
            {data<uint8_t>(image), image.stride(0), image.stride(1), image.stride(2)},
+           tables.of[i],
            begin * pixels,
            std::min(begin + step, r.block_rows()) * pixels,
            tile,
@@ -58,7 +92,8 @@ std::vector<Work> split(const std::vector<Tensor>& images, const Tensor& plan, i
 
 // Both passes of one piece through device memory.
 template <typename T>
-void resample_through_memory(const Device& device, const Work& w, const PatchRows& rows, const Tensor& like) {
+void resample_through_memory(
+    const Device& device, const Work& w, const PatchRows& rows, const Tensor& like, bool after_tables) {
   const Region& r = w.region;
   const bool down_first = r.vertical_first != 0;
   const WindowAxis a(r, down_first), b(r, !down_first);
@@ -66,8 +101,8 @@ void resample_through_memory(const Device& device, const Work& w, const PatchRow
   const int32_t a0 = down_first ? w.row_begin : 0, a1 = down_first ? w.row_end : width;
   const int32_t b0 = down_first ? 0 : w.row_begin, b1 = down_first ? width : w.row_end;
   const int32_t outputs = std::min(a1, a.valid) - a0, lines = std::min(b1, b.valid) - b0;
-  AxisParams first{r, w.image, rows, nullptr, down_first, false, a0, a0 + outputs, 0, 0, 0};
-  AxisParams last{r, {nullptr, 0, 0, 1}, rows, nullptr, !down_first, true, b0, b1, a0, a1, 0};
+  AxisParams first{r, w.image, w.tables, rows, nullptr, down_first, false, a0, a0 + outputs, 0, 0, 0};
+  AxisParams last{r, {nullptr, 0, 0, 1}, w.tables, rows, nullptr, !down_first, true, b0, b1, a0, a1, 0};
   auto launch = [&](const AxisParams& p, bool chained) {
     const int64_t chunks = (p.line_end - p.line_begin + kAxisThreads - 1) / kAxisThreads;
     device.launch(axis_kernel<T>, chunks * (p.out_end - p.out_begin), kAxisThreads, 0, p, chained);
@@ -80,19 +115,20 @@ void resample_through_memory(const Device& device, const Work& w, const PatchRow
     const int64_t count = first.line_end - first.line_begin;
     middle = torch::stable::new_empty(like, {count, outputs, 3}, ScalarType::Byte);
     first.middle = mutable_data<uint8_t>(*middle);
-    launch(first, false);
+    launch(first, after_tables);
     const int64_t line_stride = 3 * static_cast<int64_t>(outputs);
     last.in = {first.middle, down_first ? 3 : line_stride, down_first ? line_stride : 3, 1};
     last.in_begin = first.line_begin;
   }
-  launch(last, covered);
+  launch(last, covered || after_tables);
 }
 
-// The patches of works [begin, end) as rows, and the weight's bias columns if there is a weight.
+// The patches of works [begin, end) as rows, and the weight's bias columns if there is a weight. `after_tables`: the
+// launch before was that of `table_kernel`, to which the first one here is chained.
 template <typename T>
 void write_patches(
     const Device& device, const Work* begin, const Work* end, const PatchRows& rows, const BiasColumns* bias,
-    const Tensor& like) {
+    const Tensor& like, bool after_tables) {
   PatchParams p;
   p.rows = rows;
   p.works = p.blocks = 0;
@@ -100,7 +136,8 @@ void write_patches(
   auto launch = [&] {
     const int64_t extra = bias == nullptr ? 0 : bias->outputs;
     if (bias != nullptr) p.bias = *bias;
-    device.launch(patch_kernel<T>, p.blocks + extra, kResampleThreads, shared, p);
+    device.launch(
+        patch_kernel<T>, p.blocks + extra, kResampleThreads, shared, p, std::exchange(after_tables, false));
     p.works = p.blocks = 0;
     shared = 0;
     bias = nullptr;
@@ -110,14 +147,14 @@ void write_patches(
     if (p.works == kRegionsPerLaunch || w->tiles() > 0x7FFFFFFF - (1 << 24) - p.blocks) launch();
     const Region& r = w->region;
     const WindowAxis a(r, r.vertical_first != 0), b(r, r.vertical_first == 0);
-    shared = std::max(shared, static_cast<size_t>(TileLayout(a, b, w->tile, r.has_nearest()).bytes()));
+    shared = std::max(shared, static_cast<size_t>(TileLayout(a, b, w->tile).bytes()));
     p.work[p.works] = *w;
     p.work[p.works++].first_block = p.blocks;
     p.blocks += w->tiles();
   }
   if (p.works > 0 || bias != nullptr) launch();
   for (const Work* w = begin; w != end; ++w)
-    if (w->tile == 0) resample_through_memory<T>(device, *w, rows, like);
+    if (w->tile == 0) resample_through_memory<T>(device, *w, rows, like, std::exchange(after_tables, false));
 }
 
 // The entries of the bias table that the plan's patches use.
@@ -159,7 +196,9 @@ void embed_rows(
   const int64_t embed = weight.size(0), pixel_columns = weight.size(1);
   if (total == 0 || embed == 0) return;
   STD_TORCH_CHECK(images[0].device() == weight.device(), "roi_patch_embed: images and weight are on different devices");
-  const std::vector<Work> works = split(images, plan, kGroupRows);
+  const Device device(weight);
+  const Tables tables = make_tables(device, plan, weight);
+  const std::vector<Work> works = split(images, plan, tables, kGroupRows);
   std::vector<size_t> groups{0};
   int64_t group_rows = 0, most_rows = 0;
   for (size_t i = 0; i < works.size(); ++i) {
@@ -172,7 +211,6 @@ void embed_rows(
   }
   groups.push_back(works.size());
 
-  const Device device(weight);
   PatchRows target{};
   find_entries(plan, 2 * bias.size(1), target);
   const int64_t columns = pixel_columns + kBiasParts * target.entries;
@@ -190,7 +228,7 @@ void embed_rows(
     target.first_row = first_patch(*begin);
     const int64_t count = first_patch(end[-1]) + work_rows(end[-1]) - target.first_row;
     dispatch(weight.scalar_type(), "roi_patch_embed", [&](auto zero) {
-      write_patches<decltype(zero)>(device, begin, end, target, g == 0 ? &bias_columns : nullptr, weight);
+      write_patches<decltype(zero)>(device, begin, end, target, g == 0 ? &bias_columns : nullptr, weight, g == 0);
     });
     multiply(rows_of(out, row + target.first_row, count), rows_of(patches, 0, count), transposed);
   }
@@ -202,12 +240,14 @@ Tensor roi_patches(std::vector<Tensor> images, Tensor plan, int64_t rows, int64_
   check_plan(images, plan, rows, row_bytes);
   Tensor out = torch::stable::new_empty(images.empty() ? plan : images[0], {rows, row_bytes}, ScalarType::Byte);
   if (rows == 0) return out;
-  const std::vector<Work> works = split(images, plan, rows);
+  const Device device(images[0]);
+  const Tables tables = make_tables(device, plan, images[0]);
+  const std::vector<Work> works = split(images, plan, tables, rows);
   PatchRows target{};
   target.base = out.mutable_data_ptr();
   target.stride = row_bytes;
   target.pixel_columns = target.columns = static_cast<int32_t>(row_bytes);
-  write_patches<uint8_t>(Device(images[0]), works.data(), works.data() + works.size(), target, nullptr, images[0]);
+  write_patches<uint8_t>(device, works.data(), works.data() + works.size(), target, nullptr, images[0], true);
   return out;
 }
 

@@ -3,7 +3,8 @@
     python -m tests.aot.compile OUT.json
 
 writes, per variant and target: registers, spilled bytes, shared memory, the matrix instructions, whether products and
-sums were contracted, whether the kernel takes part in programmatic dependent launch, and its loads of 16 bytes.
+sums were contracted, whether anything is float64, whether the kernel takes part in programmatic dependent launch, and
+its loads of 16 bytes.
 Results are kept under build/aot by the hash of what they depend on.
 """
 
@@ -54,6 +55,7 @@ def compile_variant(variant: Variant, target: int) -> dict:
         "shared": compiled.metadata.shared,
         "matrix": sorted(set(MATRIX.findall(compiled.asm["ptx"]))),
         "contracted": re.search(r"\bfma\.rn\.f(32|64)\b", compiled.asm["ptx"]) is not None,
+        "double": ".f64" in compiled.asm["ptx"],
         "waits": "griddepcontrol" in compiled.asm["ptx"],
         "wide": len(WIDE.findall(compiled.asm["ptx"])),
     }

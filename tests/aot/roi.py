@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.aot.variant import Variant
 from vpt_kernels.roi_patch_embed import triton as roi
 from vpt_kernels.roi_patch_embed import triton_fused as fused
+from vpt_kernels.roi_patch_embed import triton_tables as tables
+from vpt_kernels.roi_patch_embed.triton_staging import FILL_OUTPUTS
 
 _TUNED = ("TILE", "CHUNK", "BM", "BN", "BK", "SIDE")
 _EXACT = {"enable_fp_fusion": False}
@@ -18,7 +20,7 @@ def _resample(name: str, entry: int | None) -> Variant:
         f"resample {name}",
         roi.resample_kernel,
         constants,
-        {"regions_ptr": "*i64", "out_ptr": "*u8"},
+        {"regions_ptr": "*i64", "tables_ptr": "*i32", "out_ptr": "*u8"},
         255,
         16 << 10,
         launch.warps,
@@ -26,6 +28,23 @@ def _resample(name: str, entry: int | None) -> Variant:
         unaligned=("count", "stride_out_row"),
         tensor_cores=True,
         tuned=_TUNED,
+        options=_EXACT,
+    )
+
+
+def _table() -> Variant:
+    constants = {"OUTPUTS": FILL_OUTPUTS, "TAPS": roi.FILL_TAPS, "PDL": False}
+    # One warp a block, and few blocks: nothing is to be hidden but the divisions' own latency.
+    return Variant(
+        "table",
+        tables.table_kernel,
+        constants,
+        {"regions_ptr": "*i64", "tables_ptr": "*i32"},
+        128,
+        1 << 10,
+        1,
+        1,
+        unaligned=("count",),
         options=_EXACT,
     )
 
@@ -84,6 +103,7 @@ def _strip(kind: str) -> Variant:
 
 
 VARIANTS = (
+    _table(),
     _resample("tokens", 588),
     _resample("pixels", None),
     _embed("few rows", "bf16", 168),

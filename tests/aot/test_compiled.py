@@ -71,6 +71,14 @@ def test_contraction(compiled, variant, target):
 
 
 @each_compilation
+def test_double_precision(compiled, variant, target):
+    """Coefficients are made in float64 once per axis: what resamples reads them. (One launch has no table to read.)"""
+    assert compiled[variant.name][str(target)]["double"] == (
+        variant.kernel.__name__ in ("table_kernel", "strip_kernel")
+    )
+
+
+@each_compilation
 def test_dependent_launch(compiled, variant, target):
     """Where a kernel waits for the one before it, it does so from sm_90 on, where the hardware can."""
     constants = variant.constants

@@ -32,7 +32,9 @@ def test_exemptions_are_of_something():
     assert set(EXEMPT) <= set(jit_functions()) and all(EXEMPT.values())
 
 
-@pytest.mark.parametrize("kernel, name", [("resample_kernel", "count"), ("embed_kernel", "rows")])
+@pytest.mark.parametrize(
+    "kernel, name", [("table_kernel", "count"), ("resample_kernel", "count"), ("embed_kernel", "rows")]
+)
 def test_numbers_that_change_from_look_to_look_are_not_specialised(kernel, name):
     """A count that happens to be 1 or a multiple of 16 would compile anew, inside that look."""
     from vpt_kernels.roi_patch_embed import triton

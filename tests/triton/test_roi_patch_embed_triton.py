@@ -221,10 +221,13 @@ class Counted:
 
 
 def test_launches_and_workspace(monkeypatch):
-    """`roi_patches` one launch; tokens two and one byte matrix, 592 bytes a patch; the other form one and nothing."""
+    """`roi_patches` two launches and a table of coefficients; tokens three, the table, and one byte matrix, 592 bytes a
+    patch; the other form one and nothing.
+    """
     images, plan, embed = embed_case(torch.bfloat16)
     grids: list = []
     for module, name in (
+        (two_launches, "table_kernel"),
         (two_launches, "resample_kernel"),
         (two_launches, "embed_kernel"),
         (triton_fused, "strip_kernel"),
@@ -233,12 +236,14 @@ def test_launches_and_workspace(monkeypatch):
     tokens = plan.rows * 21 * 2
     with Allocations() as made:
         two_launches.roi_patches(images, plan.table, plan.rows, 588)
-    assert [name for name, _ in grids] == ["resample_kernel"] and made.sizes == [plan.rows * 588]
+    # Windows of 56 × 28 and 56 × 56 pixels: a row of the table is 2 + 7 numbers of 4 bytes.
+    table = (56 + 28 + 56 + 56) * 9 * 4
+    assert grids == [("table_kernel", (8, 2)), ("resample_kernel", (8,))] and made.sizes == [plan.rows * 588, table]
     grids.clear()
     with Allocations() as made:
         two_launches.roi_patch_embed(images, plan.table, plan.rows, embed.weight, embed.bias)
-    assert [name for name, _ in grids] == ["resample_kernel", "embed_kernel"]
-    assert made.sizes == [tokens, plan.rows * 592]
+    assert [name for name, _ in grids] == ["table_kernel", "resample_kernel", "embed_kernel"]
+    assert made.sizes == [tokens, plan.rows * 592, table]
     grids.clear()
     with Allocations() as made:
         in_one_launch(images, plan, embed)

@@ -17,7 +17,7 @@ from tests.kernels.pillow_parity import Case, expected
 from vpt_kernels import RegionPolicy, plan_regions, qwen2_vl_policy, roi_patches, sam_policy
 from vpt_kernels.roi_patch_embed.geometry import Column
 from vpt_kernels.roi_patch_embed.reference import nearest_indices
-from vpt_kernels.roi_patch_embed.triton_resample import _nearest
+from vpt_kernels.roi_patch_embed.triton_tables import _nearest
 
 # Window and border of a geometry, the filter and the pass order go round; sizes, boxes and contents are random.
 KINDS = ("plain", "centre", "pad right", "pad bottom", "nearest", "pixel", "tall", "wide", "keep", "shrink")

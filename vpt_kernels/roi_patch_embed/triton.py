@@ -16,14 +16,12 @@ from vpt_kernels.roi_patch_embed.geometry import Column
 from vpt_kernels.roi_patch_embed.triton_resample import (
     ZERO,
     bias_entry,
-    field,
-    find_region,
     multiply,
     resample,
     row_part,
-    valid_size,
 )
-from vpt_kernels.roi_patch_embed.triton_staging import FIRST_TILE, PITCH, stage
+from vpt_kernels.roi_patch_embed.triton_staging import FILL_OUTPUTS, FIRST_TILE, PITCH, stage
+from vpt_kernels.roi_patch_embed.triton_tables import field, find_region, table_kernel, valid_size
 
 _GRID_WIDTH = tl.constexpr(int(Column.GRID_WIDTH))
 _PATCH_SIZE = tl.constexpr(int(Column.PATCH_SIZE))
@@ -43,6 +41,7 @@ def _place(region, axis, at, stride_out_row):
 def resample_kernel(
     regions_ptr,
     count,
+    tables_ptr,
     out_ptr,
     stride_out_row,
     ENTRY: tl.constexpr,
@@ -54,7 +53,7 @@ def resample_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
-    region = find_region(regions_ptr, count, tile)
+    region = find_region(regions_ptr, count, tile, FIRST_TILE)
     tile -= field(region, FIRST_TILE)
     patch = field(region, _PATCH_SIZE)
     outer_axis = 1 - field(region, _VERTICAL_FIRST)
@@ -68,8 +67,11 @@ def resample_kernel(
     end_i = tl.minimum(begin_i + field(region, PITCH + inner_axis), field(region, _GRID_WIDTH + inner_axis) * patch)
     valid_o, valid_i = valid_size(region, outer_axis), valid_size(region, inner_axis)
     outer, inner = begin_o + tl.arange(0, TILE), begin_i + tl.arange(0, TILE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     pixels = resample(
         region,
+        tables_ptr,
         outer_axis,
         outer,
         outer < tl.minimum(valid_o, end_o),
@@ -153,6 +155,8 @@ class Product(NamedTuple):
 
 
 RESAMPLING = Resampling(32, 32, 8)
+FILL_TAPS = 16
+"""Taps of an output whose coefficients a program that fills the table makes at once."""
 PRODUCTS = {
     "float32": Product(64, 64, 32, 4, 3),
     "few rows": Product(64, 64, 64, 4, 4),
@@ -162,13 +166,29 @@ FEW_ROWS = 4096
 
 
 def _resample(
-    images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, out: Tensor, entry: int | None, chained: bool
+    images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, out: Tensor, entry: int | None
 ) -> None:
+    """Write the plan's patches to `out`, and their bias entries at byte `entry`, by two launches."""
     launch = tuned(out, "resample_kernel", "all", RESAMPLING)
-    records, tiles = stage(images, plan, rows, row_bytes, launch.tile, in_patches=False)
-    resample_kernel[(tiles,)](
-        records,
+    staged = stage(images, plan, rows, row_bytes, launch.tile, in_patches=False)
+    tables = torch.empty(staged.words, dtype=torch.int32, device=out.device)
+    chained = capability(out) >= 90
+    options = {"launch_pdl": True} if chained else {}
+    table_kernel[(staged.fills, 2)](
+        staged.records,
         len(plan),
+        tables,
+        OUTPUTS=FILL_OUTPUTS,
+        TAPS=FILL_TAPS,
+        PDL=chained,
+        num_warps=1,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+    resample_kernel[(staged.tiles,)](
+        staged.records,
+        len(plan),
+        tables,
         out,
         out.stride(0),
         ENTRY=entry,
@@ -178,6 +198,7 @@ def _resample(
         num_warps=launch.warps,
         num_stages=1,
         enable_fp_fusion=False,
+        **options,
     )
 
 
@@ -186,7 +207,7 @@ def roi_patches(images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: in
     out = torch.empty((rows, row_bytes), dtype=torch.uint8, device=device)
     if len(plan):
         with on_device(out):
-            _resample(images, plan, rows, row_bytes, out, None, False)
+            _resample(images, plan, rows, row_bytes, out, None)
     return out
 
 
@@ -204,7 +225,7 @@ def _product(rows: int, weight: Tensor) -> Product:
 
 
 def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """Write the tokens of `plan` to `out` [rows, E] by two launches."""
+    """Write the tokens of `plan` to `out` [rows, E] by three launches."""
     embed, row_bytes = weight.shape
     if not weight.is_contiguous() or not bias.is_contiguous():
         raise ValueError("weight and bias must be contiguous, as fold_patch_weight returns them")
@@ -214,7 +235,7 @@ def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bi
     with on_device(weight):
         patches = torch.empty((rows, stride), dtype=torch.uint8, device=weight.device)
         chained = capability(weight) >= 90
-        _resample(images, plan, rows, row_bytes, patches, entry, chained)
+        _resample(images, plan, rows, row_bytes, patches, entry)
         block = _product(rows, weight)
         options = {"launch_pdl": True} if chained else {}
         embed_kernel[(triton.cdiv(rows, block.rows), triton.cdiv(embed, block.columns))](

@@ -13,14 +13,12 @@ from vpt_kernels.launch import tuned
 from vpt_kernels.roi_patch_embed.geometry import FILTERS, Column
 from vpt_kernels.roi_patch_embed.triton_resample import (
     bias_entry,
-    field,
-    find_region,
     multiply,
     resample,
     row_part,
-    valid_size,
 )
 from vpt_kernels.roi_patch_embed.triton_staging import FIRST_TILE, stage
+from vpt_kernels.roi_patch_embed.triton_tables import field, find_region, valid_size
 
 _GRID_WIDTH = tl.constexpr(int(Column.GRID_WIDTH))
 _VERTICAL_FIRST = tl.constexpr(int(Column.VERTICAL_FIRST))
@@ -63,7 +61,7 @@ def strip_kernel(
 ):
     """Turn a square of SIDE × SIDE patches of one region into their tokens, all columns."""
     tile = tl.program_id(0)
-    region = find_region(regions_ptr, count, tile)
+    region = find_region(regions_ptr, count, tile, FIRST_TILE)
     tile -= field(region, FIRST_TILE)
     outer_axis = 1 - field(region, _VERTICAL_FIRST)
     inner_axis = 1 - outer_axis
@@ -75,7 +73,7 @@ def strip_kernel(
     within = lane % _SLOT
     outer, inner = (patch_o + lane // _SLOT) * P + within, (patch_i + lane // _SLOT) * P + within
     inside_o, inside_i = (within < P) & (outer < valid_o), (within < P) & (inner < valid_i)
-    pixels = resample(region, outer_axis, outer, inside_o, inner, inside_i, CHUNK)
+    pixels = resample(region, None, outer_axis, outer, inside_o, inner, inside_i, CHUNK)
 
     # [channel, inner, outer] → [group, patch, k]: every warp owns the operand's share of one channel and half its rows
     # (outer), and the weight's; patches and pixels in (outer, inner) order.
@@ -117,7 +115,7 @@ def embed_in_one_launch(
     if patch > MAX_PATCH:
         raise ValueError(f"one launch: patch size {patch} exceeds {MAX_PATCH}; use two launches")
     launch = tuned(weight, "strip_kernel", "all", STRIP)
-    records, tiles = stage(images, plan, rows, row_bytes, launch.side, in_patches=True)
+    staged = stage(images, plan, rows, row_bytes, launch.side, in_patches=True)
     c = Column
     for region in plan.tolist():
         radius = 2 if FILTERS[region[c.FILTER]] == "bicubic" else 1
@@ -131,8 +129,8 @@ def embed_in_one_launch(
                 f"one launch: a reduction by {scale:.1f} needs {2 * radius * scale + 1:.0f} taps, the limit is "
                 f"{MAX_TAPS}; use two launches"
             )
-    strip_kernel[(tiles,)](
-        records,
+    strip_kernel[(staged.tiles,)](
+        staged.records,
         len(plan),
         weight,
         bias,

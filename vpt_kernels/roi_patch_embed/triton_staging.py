@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -15,37 +16,58 @@ FIRST_TILE = tl.constexpr(Column.COUNT + 0)
 PIXELS = tl.constexpr(Column.COUNT + 1)
 STRIDES = tl.constexpr(Column.COUNT + 2)
 PITCH = tl.constexpr(Column.COUNT + 5)
-RECORD = tl.constexpr(Column.COUNT + 7)
+TABLE = tl.constexpr(Column.COUNT + 7)
+ROW_WORDS = tl.constexpr(Column.COUNT + 9)
+SOURCES = tl.constexpr(Column.COUNT + 11)
+FIRST_FILL = tl.constexpr(Column.COUNT + 13)
+RECORD = tl.constexpr(Column.COUNT + 14)
 """A record is int64: the plan's columns, the region's first tile, its image's address and byte strides (x, y, channel),
-and the distance (x, y) of its tiles."""
+the distance (x, y) of its tiles; per axis where in the table its rows begin, the words of a row, where its NEAREST
+sources begin (−1: there are none); and its first program of the launch that fills the table."""
+
+FILL_OUTPUTS = 16
+"""Outputs, and NEAREST sources, of one program that fills the table: their taps are added one after the other."""
 
 Region = namedtuple("Region", [column.name.lower() for column in Column if column != Column.COUNT])
 """A row of the plan, its columns by their names."""
 
+
+class Staged(NamedTuple):
+    """What a call hands to its kernels.
+
+    Attributes:
+        records: int64 [regions, RECORD] on the images' device.
+        tiles, fills: programs that resample, and along the first grid axis those that fill the table.
+        words: int32 numbers of the table.
+    """
+
+    records: Tensor
+    tiles: int
+    fills: int
+    words: int
+
+
 _BICUBIC = FILTERS.index("bicubic")
 _CAPTURED: list[Tensor] = []
 """Pinned records that a CUDA graph's copy reads again in every replay. PyTorch does not say when a graph dies, and
-memory that is reused before then would send a replay to another call's addresses: about 250 bytes a region and
+memory that is reused before then would send a replay to another call's addresses: about 300 bytes a region and
 captured call stay with the process."""
 
 
-def stage(
-    images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, tile: int, in_patches: bool
-) -> tuple[Tensor, int]:
+def stage(images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, tile: int, in_patches: bool) -> Staged:
     """Check the plan and put it where the kernels read it.
 
     Args:
         images, plan, rows, row_bytes: as the operators get them; `rows` −1 accepts any number.
         tile: side of a square tile, in pixels, of which it may use fewer; or, if `in_patches`, in patches.
 
-    Returns:
-        (records int64 [regions, RECORD] on the images' device, number of tiles). Nothing waits for the device.
+    Nothing waits for the device.
 
     Raises:
         ValueError: the plan does not fit the images, the number of rows or the patch size.
     """
     records: list[int] = []
-    first_row = tiles = 0
+    first_row = tiles = fills = words = 0
     for number, row in enumerate(plan.tolist()):
         region = Region(*row)
         # The kernels follow the table without looking, so nothing may pass that leads beyond a tensor.
@@ -57,6 +79,9 @@ def stage(
         unit, pitch_x, pitch_y = (1, tile, tile) if in_patches else (region.patch_size, *_pitches(region, tile))
         records += row
         records += (tiles, image.data_ptr(), stride_x, stride_y, channel, pitch_x, pitch_y)
+        axes, most, words = _tables(region, words)
+        records += (*axes, fills)
+        fills += -(-most // FILL_OUTPUTS)
         tiles += -(-region.grid_width * unit // pitch_x) * -(-region.grid_height * unit // pitch_y)
         first_row += region.grid_width * region.grid_height
     if rows >= 0 and rows != first_row:
@@ -65,11 +90,11 @@ def stage(
         raise ValueError(f"the plan needs {tiles} blocks; the limit is 2^31 - 1: split the boxes over calls")
     device = images[0].device if images else torch.device("cpu")
     if device.type != "cuda":
-        return torch.tensor(records, dtype=torch.int64, device="cpu"), tiles
+        return Staged(torch.tensor(records, dtype=torch.int64, device="cpu"), tiles, fills, words)
     pinned = torch.tensor(records, dtype=torch.int64, device="cpu", pin_memory=True)
     if torch.cuda.is_current_stream_capturing():
         _CAPTURED.append(pinned)
-    return pinned.to(device, non_blocking=True), tiles
+    return Staged(pinned.to(device, non_blocking=True), tiles, fills, words)
 
 
 def _check_crop(number: int, region: Region, images: Sequence[Tensor]) -> None:
@@ -116,6 +141,30 @@ def _check_rows(number: int, region: Region, row_bytes: int, first_row: int) -> 
         raise ValueError(f"plan: row {number} has patches of {3 * patch * patch} bytes, the rows {row_bytes}")
     if region.first_row != first_row:
         raise ValueError(f"plan: row {number} begins at patch {region.first_row}, not {first_row}; use plan_regions")
+
+
+def _tables(region: Region, words: int) -> tuple[tuple[int, ...], int, int]:
+    """Lay out the tables of a region's axes behind `words` others.
+
+    Returns:
+        ((begin x, begin y, words of a row x, y, sources x, y), rows or sources of the longer axis, words in all).
+    """
+    begins, rows, sources, most = [], [], [], 0
+    for axis in (0, 1):
+        inputs, outputs = region[Column.NEAREST_WIDTH_3 + axis], region[Column.RESIZED_WIDTH + axis]
+        window = region[Column.GRID_WIDTH + axis] * region.patch_size
+        valid = min(outputs - region[Column.WINDOW_LEFT + axis], window)
+        radius = 2 if region.filter == _BICUBIC else 1
+        row = 2 + min(inputs, 2 * (radius * max(inputs, outputs) // outputs + 1) + 1)
+        begins.append(words)
+        rows.append(row)
+        words += valid * row
+        sizes = region[Column.WIDTH + axis : Column.NEAREST_WIDTH_3 + axis + 1 : 2]
+        steps = len(set(sizes)) > 1
+        sources.append(words if steps else -1)
+        words += inputs if steps else 0
+        most = max(most, valid, inputs if steps else 0)
+    return (*begins, *rows, *sources), most, words
 
 
 def _pitches(region: Region, tile: int) -> tuple[int, int]:
