@@ -60,6 +60,13 @@ def dinov2_layer() -> bool:
     return isinstance(found, torch.Tensor) and found.shape == x.shape
 
 
+def dinov2_sums() -> bool:
+    layer, x = dinov2().encoder.layer[0], torch.linspace(-1, 1, 80).view(1, 5, 16)
+    attended = layer.attention(layer.norm1(x))
+    middle = x + layer.layer_scale1(attended[0] if isinstance(attended, tuple) else attended)
+    return torch.equal(layer(x), middle + layer.layer_scale2(layer.mlp(layer.norm2(middle))))
+
+
 def dinov2_positions() -> bool:
     embeddings = dinov2().embeddings
     parts = has(embeddings, "cls_token", "position_embeddings") and has(embeddings.patch_embeddings, "projection")
@@ -90,6 +97,13 @@ def sam_parts() -> bool:
 def sam_layer() -> bool:
     found = sam().layers[0](torch.zeros(1, 4, 4, 16))
     return isinstance(found, torch.Tensor) and found.shape == (1, 4, 4, 16)
+
+
+def sam_sums() -> bool:
+    layer, x = sam().layers[0], torch.linspace(-1, 1, 400).view(1, 5, 5, 16)
+    windows, padded = layer.window_partition(layer.layer_norm1(x), layer.window_size)
+    middle = x + layer.window_unpartition(layer.attn(windows)[0], layer.window_size, padded, (5, 5))
+    return torch.equal(layer(x), middle + layer.mlp(layer.layer_norm2(middle)))
 
 
 def cache_layers() -> bool:
@@ -246,9 +260,11 @@ CONTRACTS = (
     Contract(f"Dinov2's attention or MLP has names that nobody maps: {_NAMES}", dinov2_names, "transformers"),
     Contract(f"Dinov2's SwiGLU has names that nobody maps: {_NAMES}", lambda: dinov2_names(True), "transformers"),
     Contract(f"A layer of Dinov2 no longer returns its tensor alone: {_ENCODERS}", dinov2_layer, "transformers"),
+    Contract(f"A layer of Dinov2 adds other parts or in another order: {_ENCODERS}", dinov2_sums, "transformers"),
     Contract(f"Dinov2's embeddings have other parts: {_ENCODERS}", dinov2_positions, "transformers"),
     Contract(f"SamVisionEncoder has other parts: {_ENCODERS}, sam_attention.py", sam_parts, "transformers"),
     Contract(f"A layer of SAM no longer returns its tensor alone: {_ENCODERS}", sam_layer, "transformers"),
+    Contract(f"A layer of SAM adds other parts or in another order: {_ENCODERS}", sam_sums, "transformers"),
     Contract(f"A DynamicLayer holds its keys and values otherwise: {_CACHES}", cache_layers, "transformers"),
     Contract(f"A StaticLayer counts its tokens otherwise: {_CACHES}", static_layer, "transformers"),
     Contract(

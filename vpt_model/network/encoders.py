@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _every
 
 from vpt_kernels import (
     PackedWeight,
@@ -236,13 +237,16 @@ class SamEncoder(_Encoder):
 
 
 def _is_watched(part: nn.Module) -> bool:
-    """Return whether calling the part does more than transformers wrote: it has hooks, or a forward of its own."""
-    return bool(part._forward_hooks or part._forward_pre_hooks) or "forward" in vars(part)
+    """Return whether calling the part does more than its class wrote: it has hooks, as all modules may, or a forward of
+    its own.
+    """
+    hooks = part._forward_hooks or part._forward_pre_hooks or _every._global_forward_hooks
+    return bool(hooks or _every._global_forward_pre_hooks) or "forward" in vars(part)
 
 
 def _add_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """Return x + delta [..., D], or x without a delta, and its LayerNorm."""
-    if _is_watched(norm):
+    if type(norm) is not nn.LayerNorm or _is_watched(norm):
         total = x if delta is None else x + delta
         return total, norm(total)
     rows = None if delta is None else delta.flatten(0, -2)

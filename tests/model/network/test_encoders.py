@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from tests.helpers import assert_same_bits, normal
 from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
@@ -119,7 +120,7 @@ def test_sums_that_wait_for_the_next_norm_are_the_same(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_and_replaced_forwards_meet_their_call(kind):
-    """On a layer and on norms, whose calls are otherwise not made; the others go on without."""
+    """On a layer, on norms and on all modules, whose calls are otherwise not made; and parts that were exchanged."""
     encoder, prefix = build_encoder(kind, tiny_config(kind)), f"{kind}_model."
     encoder.load({k.removeprefix(prefix): v for k, v in tiny_state(kind).items() if k.startswith(prefix)})
     layers, norm = (encoder.encoder.layer, "norm2") if kind == "detection" else (encoder.layers, "layer_norm2")
@@ -138,6 +139,13 @@ def test_hooks_and_replaced_forwards_meet_their_call(kind):
             handle.remove()
         assert_same_bits(encoder(patches), expected)
         assert len(seen) == len(handles)
+        seen.clear()
+        handle = register_module_forward_hook(lambda module, given, x: seen.append(module))
+        assert_same_bits(encoder(patches), expected)
+        handle.remove()
+        assert all(layer in seen and getattr(layer, norm) in seen for layer in layers)
+        setattr(layers[0], norm, torch.nn.Sequential(getattr(layers[0], norm), torch.nn.Identity()))
+        assert_same_bits(encoder(patches), expected)
         layers[1].forward = lambda x: torch.zeros_like(x)
         assert (encoder(patches) - expected).abs().max() > 0.1
 
