@@ -21,6 +21,7 @@
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       operators and engine against their alternatives on this machine, quick set, in 5 minutes where set-up allows
 # make bench-full  all workloads (40 minutes); both go on where an interrupted run stopped
+# make bench-peers  the language model beside llama.cpp over the same weights, in an environment of its own
 # make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python; within 570 seconds
 # make gpu-rehearsal  the same on a CPU: every part, tiny models, no number that means anything
 PYTHON ?= python3
@@ -31,6 +32,7 @@ QWEN_VOCABULARY ?= dashscope==2.0.2
 # Apart from the environment: transformers behaves differently where it finds this package.
 BROWSER_TOOLS ?= selenium==4.51.0
 AXE ?= axe-core@4.11.0
+PEERS ?= llama-cpp-python==0.3.36 gguf==0.19.0
 HUB_KERNELS ?= kernels==0.16.2 kernels-data==0.16.2 tomlkit==0.15.2
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -49,7 +51,7 @@ EVIDENCE_ARGS ?=
 
 .PHONY: help demo app test test-long test-page interpret test-full test-hub test-latest test-oldest test-vllm test-pythons evidence
 .PHONY: docs dist
-.PHONY: test-dist aarch64 sanitize types mutate bench bench-full gpu gpu-rehearsal lint clean
+.PHONY: test-dist aarch64 sanitize types mutate bench bench-full bench-peers gpu gpu-rehearsal lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -110,13 +112,16 @@ mutate: $(VENV)/.ready
 	$(BIN)/python -m tests.mutate
 
 # Large freed blocks stay with the process: otherwise every alternative pays for fresh pages on every call.
-bench bench-full: export MALLOC_MMAP_THRESHOLD_ = 268435456
-bench bench-full: export MALLOC_TRIM_THRESHOLD_ = 268435456
+bench bench-full bench-peers: export MALLOC_MMAP_THRESHOLD_ = 268435456
+bench bench-full bench-peers: export MALLOC_TRIM_THRESHOLD_ = 268435456
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench run $(BENCH_ARGS)
 
 bench-full: $(VENV)/.ready
 	$(BIN)/python -m bench run --full $(BENCH_ARGS)
+
+bench-peers: $(VENV)/peers/.ready
+	$(BIN)/python -m bench.peers $(BENCH_ARGS)
 
 gpu:
 	timeout -k 5 570 $(PYTHON) -m bench.gpu $(GPU_ARGS)
@@ -197,6 +202,12 @@ $(VENV)/browser/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --target $(VENV)/browser --upgrade $(BROWSER_TOOLS)
 	mkdir -p build/axe
 	cd build/axe && tar xzf "$$(npm pack --silent $(AXE))"
+	touch $@
+
+# Built for this processor from its source; that takes minutes.
+$(VENV)/peers/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install -q $(PEERS)
 	touch $@
 
 $(VENV)/hub-kernels/.ready: $(VENV)/.ready

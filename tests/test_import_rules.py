@@ -187,6 +187,7 @@ BENCH_RULES = {
     "cases": {"loops", "rooflines", "timers", "transformers_model", "workloads"},
     "gpu": {"cases", "environment", "transformers_model", "workloads"},
     "launches": {"nothing else of the benchmark"},
+    "peers": {"cases", "environment", "loops", "timers"},
     "site": {"alternatives", "gpu", "report"},
     "suite": {"budget", "cases", "environment", "report", "rooflines", "rows", "timers", "workloads"},
     "traces": {"workloads"},

@@ -1,0 +1,138 @@
+"""llama.cpp, driven line by line; runs in an environment that has llama-cpp-python and gguf, and nothing of ours.
+
+Every line of the input is a JSON list, a method of `Llama` and its arguments; the answer is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+
+
+def write(folder: str, target: str, form: str) -> int:
+    """Write the tensors of `folder` (float32 .npy files under GGUF's names, and config.json) as one file.
+
+    form: name of a `gguf.GGMLQuantizationType`, for matrices; vectors stay float32. Returns the bytes that a
+    token needs: all matrices, but of an untied embedding a row.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text())
+    kind, total = gguf.GGMLQuantizationType[form], 0
+    tied = not (Path(folder) / "output.weight.npy").exists()
+    writer = gguf.GGUFWriter(target, "qwen2")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+    for path in sorted(Path(folder).glob("*.npy")):
+        tensor = np.load(path, mmap_mode="r")
+        if tensor.ndim > 1:
+            quantized = gguf.quants.quantize(np.asarray(tensor), kind)
+            total += quantized.nbytes if tied or path.stem != "token_embd.weight" else 0
+            writer.add_tensor(path.stem, quantized, raw_dtype=kind)
+        else:
+            writer.add_tensor(path.stem, np.asarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return total
+
+
+class Llama:
+    """One model and one conversation at a time."""
+
+    def __init__(self) -> None:
+        self.model = self.context = None
+
+    def versions(self) -> dict[str, str]:
+        return {"llama-cpp-python": llama_cpp.__version__, "system": llama_cpp.llama_print_system_info().decode()}
+
+    def write(self, folder: str, target: str, form: str) -> int:
+        return write(folder, target, form)
+
+    def load(self, path: str, tokens: int, threads: int, cache: str) -> None:
+        """Load a file, for a conversation of `tokens` whose cache has the GGUF type `cache`.
+
+        Beside a float32 cache without flash attention, whose kernel for the CPU rounds to half precision all the same.
+        """
+        self.free()
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise ValueError(f"llama.cpp does not load {path}: its own message stands above")
+        params = llama_cpp.llama_context_default_params()
+        # More than is asked for, in the steps in which it keeps a cache.
+        params.n_ctx = params.n_batch = params.n_ubatch = -(-tokens // 256) * 256
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = gguf.GGMLQuantizationType[cache].value
+        if cache == "F32":
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise ValueError(f"llama.cpp makes no context of {tokens} tokens with a cache of {cache}")
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def free(self) -> None:
+        if self.context:
+            llama_cpp.llama_free(self.context)
+        if self.model:
+            llama_cpp.llama_model_free(self.model)
+        self.model = self.context = None
+
+    def append(self, ids: Sequence[int], behind: int) -> float:
+        """Return the seconds to append the ids behind the first `behind` tokens, logits of the last included."""
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, behind, -1)
+        begin = time.perf_counter()
+        self._step(ids)
+        return time.perf_counter() - begin
+
+    def decode(self, ids: Sequence[int], behind: int) -> float:
+        """Return the seconds a token of the ids fed one by one, each with the largest logit behind it."""
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, behind, -1)
+        begin = time.perf_counter()
+        for token in ids:
+            self._step([token]).argmax()
+        return (time.perf_counter() - begin) / len(ids)
+
+    def logits(self, path: str) -> None:
+        """Save those of the last token, float32 [vocab]."""
+        np.save(path, self._logits())
+
+    def _step(self, ids: Sequence[int]) -> np.ndarray:
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        if status := llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(tokens, len(ids))):
+            raise ValueError(f"llama_decode of {len(ids)} tokens returned {status}")
+        return self._logits()
+
+    def _logits(self) -> np.ndarray:
+        found = llama_cpp.llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(ctypes.cast(found, ctypes.POINTER(ctypes.c_float)), (self.vocabulary,))
+
+
+def main() -> None:
+    peer = Llama()
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        try:
+            answer: dict[str, Any] = {"result": getattr(peer, method)(*arguments)}
+        except Exception as error:  # noqa: BLE001  (whoever asked says what to do about it)
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The comparison with another engine, replaced here by one of ours: what is handed over, gated and timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.cases import WrongResult
+from bench.loops import Loops
+from bench.peers import FORMATS, Shape, measure
+from bench.peers.__main__ import cells
+from bench.peers.measure import LIMITS, compare
+from bench.peers.ours import Ours, named, save
+from bench.peers.process import Peer, PeerError
+from vpt_model.checkpoint import random_state
+from vpt_model.config import PRESETS
+
+CONFIG = PRESETS["tiny"]
+SHAPE = Shape(behind=9, append=7, decode=3)
+SCRIPT = """
+import json, os, sys
+print("a library says something", flush=True)
+for line in sys.stdin:
+    method, *arguments = json.loads(line)
+    if method == "die":
+        print("out of memory", file=sys.stderr)
+        os._exit(1)
+    failed = {"error": "ValueError: no such file"}
+    print(json.dumps(failed if method == "fail" else {"result": [method, *arguments]}), flush=True)
+"""
+
+
+class Twin:
+    """A peer in this process over the same weights; `off` is added to its logits, in standard deviations."""
+
+    def __init__(self, state, off: float = 0.0) -> None:
+        self.state, self.off, self.asked = state, off, []
+
+    def ask(self, method, *arguments):
+        self.asked.append(method)
+        return getattr(self, method)(*arguments)
+
+    def write(self, folder, file, form):
+        self.form = form
+        return 1000
+
+    def load(self, path, tokens, threads, cache):
+        self.model = Ours(self.state, CONFIG, "float32", tokens)
+        self.append, self.decode = self.model.append, self.model.decode
+
+    def logits(self, path):
+        logits = self.model.last
+        np.save(path, (logits + self.off * logits.std()).numpy())
+
+    def free(self):
+        self.model = None
+
+
+@pytest.fixture(scope="module")
+def state():
+    return random_state(CONFIG, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def loops():
+    return Loops.compiled()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_tensor_of_the_language_model_is_handed_over_once(tmp_path, tied):
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    state = random_state(config)
+    mine = {name for name in state if name.startswith(("model.", "lm_head"))} - ({"lm_head.weight"} if tied else set())
+    others = {name for name in mine if not name.startswith(("model.layers.", "model.embed", "model.norm", "lm_head"))}
+    found = list(named(state, config))
+    assert len(found) == len({name for name, _ in found}) == len(mine - others)
+    save(state, config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == config.hidden_size
+    for name, tensor in found:
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), tensor.numpy())
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_both_are_timed_in_turn_once_their_logits_agree(state, loops, tmp_path, weights):
+    peer = Twin(state)
+    row = compare(peer, state, CONFIG, weights, tmp_path, loops, 6, SHAPE)
+    assert peer.form == FORMATS[weights] == row.form and row.error <= LIMITS[weights]
+    assert peer.asked.count("decode") == 1 + 6 and peer.asked.count("append") == 2 + 6 and peer.asked[-1] == "free"
+    assert row.append_ratio.low <= row.append_ratio.ratio <= row.append_ratio.high
+    assert row.nbytes_peer == 1000 and row.read > 0 and len(cells(row)) == 9
+    assert json.dumps(row.as_dict())
+
+
+def test_our_bytes_are_those_of_every_matrix(state):
+    assert not CONFIG.tie_word_embeddings
+    matrices = [tensor for name, tensor in named(state, CONFIG) if tensor.ndim > 1 and name != "token_embd.weight"]
+    ours = Ours(state, CONFIG, "bfloat16", SHAPE.tokens)
+    # Panels are padded to whole tiles.
+    assert sum(tensor.nbytes for tensor in matrices) <= ours.nbytes <= 1.5 * sum(tensor.nbytes for tensor in matrices)
+
+
+def test_a_call_forgets_what_the_one_before_appended(state):
+    ours, anew = (Ours(state, CONFIG, "float32", SHAPE.tokens) for _ in range(2))
+    ours.append([1, 2, 3], 0)
+    ours.append([4, 5], 3)
+    ours.decode([6, 7, 8], 3)
+    ours.append([4, 5], 3)
+    anew.append([1, 2, 3], 0)
+    anew.append([4, 5], 3)
+    assert torch.equal(ours.last, anew.last)
+
+
+@pytest.mark.parametrize("off", [1.1, float("nan")])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_wrong_logits_are_not_timed(state, loops, tmp_path, weights, off, monkeypatch):
+    peer = Twin(state, off * LIMITS[weights] + (LIMITS[weights] if weights == "int8" else 0))
+    monkeypatch.setattr(measure, "paired_ratio", lambda *_: pytest.fail("timed"))
+    with pytest.raises(WrongResult, match=f"{weights} against {FORMATS[weights]}"):
+        compare(peer, state, CONFIG, weights, tmp_path, loops, 6, SHAPE)
+    assert peer.asked.count("decode") <= 1
+
+
+def test_a_peer_answers_fails_and_dies_in_words(tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text(SCRIPT)
+    with Peer(Path(sys.executable), script) as peer:
+        assert peer.ask("append", [1, 2], 3) == ["append", [1, 2], 3]
+        with pytest.raises(PeerError, match="fail: ValueError: no such file"):
+            peer.ask("fail")
+        assert peer.ask("free") == ["free"]
+        for _ in range(2):
+            with pytest.raises(PeerError, match="the process has ended; out of memory"):
+                peer.ask("die")
