@@ -64,6 +64,10 @@ class ControlProjector:
         )
 
 
+_PARTS = tuple(ControlProjector.__dataclass_fields__)
+"""Names of what `ControlProjector.tensors` returns."""
+
+
 def fold_projector(
     form: str,
     *,
@@ -316,7 +320,7 @@ def control_cross_attention_into(
     if rows.shape[0] != tokens:
         raise ValueError(f"rows has {rows.shape[0]} entries; the features give {tokens} tokens")
     given = {"features": features, "control": control, "cu_seqlens": cu_seqlens, "rows": rows}
-    require_disjoint({"out": out}, given | vars(projector))
+    require_disjoint({"out": out}, given | dict(zip(_PARTS, projector.tensors())))
     if CHECK_VALUES and not torch.compiler.is_compiling():
         require_slots("rows", rows, out.shape[0])
     op = bind(
