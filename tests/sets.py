@@ -50,6 +50,8 @@ SUBSET = (
     "tests/aot",
 )
 WHOLE = "not gpu and not slow"
+UNMADE = 75
+"""Exit status where pip could not make the environment (sysexits.h: may work another time); no test has run."""
 SOURCES_ONLY = ("ruff", "clang-format")
 """What the project asks for to look at its sources: no test runs it, and a new one makes no new environment."""
 
@@ -186,9 +188,14 @@ def runs(kind: str, arguments: tuple[str, ...], tree: Path, hub: Path) -> list[t
 
 
 def main(kind: str, *arguments: str) -> int:
-    """Run pytest in the set's environment; the worst exit status of its processes."""
+    """Run pytest in the set's environment; the worst exit status of its processes, or UNMADE."""
     with alone():
-        folder = environment(kind)
+        try:
+            folder = environment(kind)
+        except (subprocess.CalledProcessError, OSError) as error:
+            remove_all_but(KEPT, kind)
+            print(f"the {kind} set was not tested, its environment cannot be made here: {error}", file=sys.stderr)
+            return UNMADE
     python = folder / "bin" / "python"
     tree = copy_tree(kind, python)
     said = "import importlib.metadata as m; print('Python', sys.version.split()[0]); "

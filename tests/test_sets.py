@@ -165,3 +165,31 @@ def test_one_process_that_fails_fails_the_set(monkeypatch, tmp_path):
         subprocess, "run", lambda command, **_: SimpleNamespace(returncode=2 * ("tests/triton" in command))
     )
     assert sets.main("latest") == 2 and sets.main("latest", "--subset") == 0
+
+
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "pip"), OSError(28, "No space left on device")])
+def test_a_set_that_cannot_be_made_is_not_a_set_that_passed(monkeypatch, tmp_path, capsys, error):
+    def fails(kind):
+        (tmp_path / f"{kind}-half" / "lib").mkdir(parents=True)
+        raise error
+
+    monkeypatch.setattr(sets, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(sets, "environment", fails)
+    assert sets.main("oldest", "--subset") == sets.UNMADE
+    assert not list(tmp_path.glob("oldest-*"))
+    assert "the oldest set was not tested" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status, ends, says", [(0, 0, False), (75, 0, True), (124, 0, True), (1, 1, False)])
+def test_ci_names_a_set_that_was_not_tested_and_fails_with_one_that_failed(tmp_path, status, ends, says):
+    """The parts of `.ci/run`, each replaced by a line; `python3` and `timeout` are what the status comes from."""
+    script = (ROOT / ".ci" / "run").read_text().replace('cd "$(dirname "$0")/.."', "")
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, line in (("make", "true"), ("python3", f"exit {status}"), ("timeout", 'shift; "$@"')):
+        (bin_folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (bin_folder / name).chmod(0o755)
+    path = {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    found = subprocess.run(["bash", "-c", script], env=os.environ | path, capture_output=True, text=True, check=False)
+    assert found.returncode == ends
+    assert ("oldest: NOT TESTED" in found.stdout) == says == ("latest: NOT TESTED" in found.stdout)

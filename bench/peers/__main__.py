@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +59,12 @@ def main(
     config = replace(PRESETS["2b-slice"], num_hidden_layers=layers)
     # What bfloat16 holds exactly, all formats but the 8 bits hold as well.
     state = random_state(config, dtype=torch.bfloat16)
-    folder, console, shape, loops = ROOT / "build" / "peers", Console(), Shape(), Loops.compiled()
+    folder, console, shape, loops = (
+        ROOT / "build" / "peers",
+        Console(width=None if sys.stdout.isatty() else 200),
+        Shape(),
+        Loops.compiled(),
+    )
     shutil.rmtree(folder, ignore_errors=True)
     rows = []
     with Peer(python, Path(__file__).with_name("llama.py")) as peer, torch.inference_mode():
