@@ -41,11 +41,11 @@ class RoiPatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         with torch.no_grad():
-            folded = fold_patch_weight(weight, mean, std, bias)
+            embed = fold_patch_weight(weight, mean, std, bias)
         self.policy = policy
-        self.patch_size = folded.patch_size
-        self.register_buffer("weight", folded.weight)
-        self.register_buffer("bias", folded.bias)
+        self.patch_size = embed.patch_size
+        self.register_buffer("weight", embed.weight)
+        self.register_buffer("bias", embed.bias)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> RoiPatchEmbed:
         exact = self.bias
@@ -54,6 +54,7 @@ class RoiPatchEmbed(nn.Module):
         if self.bias.dtype != wide:
             # From before the conversion: rounding the bias and widening it again would lose its digits.
             self.bias = exact.to(self.bias.device, wide)
+        forget(self)
         return self
 
     def forward(
@@ -67,7 +68,8 @@ class RoiPatchEmbed(nn.Module):
         if boxes is None:
             boxes = [(i, 0, 0, width, height) for i, (height, width) in enumerate(sizes)]
         plan = plan_regions(sizes, boxes, self.policy)
-        embed = FoldedPatchEmbed(self.weight, self.bias, self.patch_size)
+        weights = [self.weight, self.bias]
+        embed = folded(self, weights, lambda: FoldedPatchEmbed(self.weight, self.bias, self.patch_size))
         return roi_patch_embed(images, plan, embed), plan.grids
 
 

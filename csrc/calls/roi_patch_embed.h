@@ -53,13 +53,23 @@ inline int64_t check_plan(const std::vector<Tensor>& images, const Tensor& plan,
   return first_row;
 }
 
+// The columns of the weight that meet pixels. Zeros may follow, up to a multiple of 16, so that rows can be read by 16
+// bytes.
+inline int64_t pixel_columns(const Tensor& weight, const Tensor& bias) {
+  STD_TORCH_CHECK(weight.dim() == 2 && bias.dim() == 3, "weight and bias must come from fold_patch_weight");
+  const int64_t p = bias.size(1) - 1, columns = 3 * p * p, padded = (columns + 15) / 16 * 16;
+  STD_TORCH_CHECK(
+      (weight.size(1) == columns || weight.size(1) == padded) && (weight.size(1) <= 1 || weight.stride(1) == 1),
+      "weight and bias must come from fold_patch_weight");
+  return columns;
+}
+
 // `total` rows of tokens fit into `out` from `row` on, in the weight's dtype.
 inline void check_embed(const Tensor& weight, const Tensor& bias, const Tensor& out, int64_t row, int64_t total) {
-  const int64_t embed = weight.size(0), columns = weight.size(1);
+  const int64_t embed = weight.size(0);
   STD_TORCH_CHECK(
-      weight.dim() == 2 && weight.is_contiguous() && bias.device() == weight.device() && bias.dim() == 3 &&
-          bias.is_contiguous() && bias.size(0) == 2 && bias.size(2) == embed &&
-          3 * (bias.size(1) - 1) * (bias.size(1) - 1) == columns && bias.scalar_type() == ScalarType::Float,
+      bias.device() == weight.device() && bias.is_contiguous() && bias.size(0) == 2 && bias.size(2) == embed &&
+          bias.scalar_type() == ScalarType::Float,
       "weight and bias must come from fold_patch_weight");
   STD_TORCH_CHECK(
       out.dim() == 2 && out.device() == weight.device() && out.size(1) == embed && (embed <= 1 || out.stride(1) == 1) &&

@@ -16,13 +16,14 @@ inline int64_t columns_with_bias(int64_t columns, int64_t biases) {
   return (columns + kBiasParts * biases + 31) / 32 * 32;
 }
 
-// weight [N, columns] followed by the parts of biases[b][0..N), as [N, columns_with_bias] in `out`.
+// weight [N, columns], rows `stride` apart, followed by the parts of biases[b][0..N), as [N, columns_with_bias] in `out`.
 inline void append_bias_columns(
-    const BFloat16* weight, int64_t rows, int64_t columns, const std::vector<const float*>& biases, BFloat16* out) {
+    const BFloat16* weight, int64_t stride, int64_t rows, int64_t columns, const std::vector<const float*>& biases,
+    BFloat16* out) {
   const int64_t count = static_cast<int64_t>(biases.size()), total = columns_with_bias(columns, count);
   torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      BFloat16* row = std::copy(weight + n * columns, weight + (n + 1) * columns, out + n * total);
+      BFloat16* row = std::copy_n(weight + n * stride, columns, out + n * total);
       for (const float* bias : biases) {
         float rest = bias[n];
         for (int64_t part = 0; part < kBiasParts; ++part, ++row) {

@@ -259,7 +259,7 @@ void project_native(const ControlCall& c, const Conditions& k, const Target& tar
   float* bias = bias_space.reserve<float>(hidden);
   loops<BFloat16>(simd()).widen(data<BFloat16>(*c.bias), hidden, bias);
   BFloat16* matrix = space.reserve<BFloat16>(hidden * total);
-  append_bias_columns(data<BFloat16>(*c.weight), hidden, columns, {bias}, matrix);
+  append_bias_columns(data<BFloat16>(*c.weight), columns, hidden, columns, {bias}, matrix);
   const Tensor with_bias = wrap(matrix, hidden, total, ScalarType::BFloat16, c.features);
   project_tiles<BFloat16>(c, k, target, BFloat16Gemm(with_bias, columns));
 }

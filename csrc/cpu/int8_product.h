@@ -13,16 +13,17 @@ namespace vpt::cpu {
 
 class Int8Weight {
  public:
-  // weight: contiguous float32 [rows, columns]. The slices live in per-thread buffers until the next call.
+  // weight: float32 [rows, columns], columns adjacent. The slices live in per-thread buffers until the next call.
   explicit Int8Weight(const Tensor& weight) : rows_(weight.size(0)), columns_(weight.size(1)) {
     static thread_local Workspace slice_space, scale_space;
     const float* w = data<float>(weight);
+    const int64_t stride = weight.stride(0);
     scales_ = scale_space.reserve<float>(rows_);
     std::atomic<bool> outliers{false};
     torch::stable::parallel_for(0, rows_, 64, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        scales_[r] = simd().largest(w + r * columns_, columns_);
-        const float square = simd().f32.dot(w + r * columns_, w + r * columns_, columns_);
+        scales_[r] = simd().largest(w + r * stride, columns_);
+        const float square = simd().f32.dot(w + r * stride, w + r * stride, columns_);
         if (square != square) scales_[r] = square;  // bytes cannot hold a NaN: let the scale carry it
         if (scales_[r] * scales_[r] * static_cast<float>(columns_) > kOutlier * kOutlier * square) outliers = true;
       }
@@ -34,7 +35,7 @@ class Int8Weight {
       for (int64_t r = begin; r < end; ++r) {
         const double unit = scales_[r] / top;
         const double inverse = unit > 0 ? 1.0 / unit : 0.0;
-        simd().int8_slices(w + r * columns_, columns_, inverse, slices_, out + r * columns_, rows_ * columns_);
+        simd().int8_slices(w + r * stride, columns_, inverse, slices_, out + r * columns_, rows_ * columns_);
         scales_[r] = static_cast<float>(unit / kPixelScale);
       }
     });

@@ -130,10 +130,11 @@ class Embedding {
       if constexpr (std::is_same_v<T, BFloat16>) native(strips);
     } else {
       static thread_local Workspace space;
-      const int64_t n = weight_.numel();
-      float* wide = space.reserve<float>(n);
-      torch::stable::parallel_for(0, n, 1 << 16, [&](int64_t begin, int64_t end) {
-        loops<T>(simd()).widen(data<T>(weight_) + begin, end - begin, wide + begin);
+      const int64_t columns = weight_.size(1), apart = weight_.stride(0);
+      float* wide = space.reserve<float>(weight_.numel());
+      torch::stable::parallel_for(0, weight_.size(0), 64, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n)
+          loops<T>(simd()).widen(data<T>(weight_) + n * apart, columns, wide + n * columns);
       });
       widened<T>(strips, wrap(wide, weight_.size(0), weight_.size(1), ScalarType::Float, weight_));
     }
@@ -224,7 +225,7 @@ class Embedding {
       });
     const int64_t total = columns_with_bias(columns, static_cast<int64_t>(used.size()));
     BFloat16* augmented = matrix_space.reserve<BFloat16>(embed * total);
-    append_bias_columns(data<BFloat16>(weight_), embed, columns, used, augmented);
+    append_bias_columns(data<BFloat16>(weight_), weight_.stride(0), embed, columns, used, augmented);
     const Tensor matrix = wrap(augmented, embed, total, ScalarType::BFloat16, weight_);
     tiles(strips, [&](const Strip* tile, size_t count, int64_t rows) {
       BFloat16* patches = space.reserve<BFloat16>(rows * total);
@@ -240,7 +241,7 @@ class Embedding {
     });
   }
 
-  const Tensor& weight_;
+  const Tensor weight_;  // [outputs, columns]; rows may lie farther apart
   const Tensor& bias_;
   const Tensor& out_;
   int64_t row_;
@@ -249,7 +250,7 @@ class Embedding {
 void embed_rows(
     const std::vector<Tensor>& images, const Tensor& plan, int64_t rows, const Tensor& weight, const Tensor& bias,
     const Tensor& out, int64_t row) {
-  const int64_t embed = weight.size(0), columns = weight.size(1);
+  const int64_t embed = weight.size(0), columns = pixel_columns(weight, bias);
   size_t count = 0;
   const std::vector<Resampler>& regions = prepare(images, plan, rows, columns, &count);
   int64_t total = 0;
@@ -258,7 +259,7 @@ void embed_rows(
   if (total == 0 || embed == 0) return;
   static thread_local std::vector<Strip> strips;
   split(regions, count, kTileRows / (2 * torch::stable::get_num_threads()), strips);
-  const Embedding embedding(weight, bias, out, row);
+  const Embedding embedding(torch::stable::narrow(const_cast<Tensor&>(weight), 1, 0, columns), bias, out, row);
   dispatch(weight.scalar_type(), "roi_patch_embed", [&](auto zero) { embedding.run<decltype(zero)>(strips); });
 }
 

@@ -43,10 +43,11 @@ struct PatchRows {
 
 // The folded weight followed by columns that hold the biases.
 struct BiasColumns {
-  const void* weight;  // [outputs, pixel_columns]
+  const void* weight;  // [outputs, pixel_columns], rows `stride` apart
   const float* biases;
   void* out;  // [outputs, columns]
-  int64_t outputs;
+  int64_t outputs, stride;
+  bool wide;  // rows of both begin at multiples of 16 bytes
 };
 
 struct PatchParams {
@@ -208,9 +209,13 @@ __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t n
 // comes first: a sum that runs along the row is then rounded at its full size only once more.
 template <typename T>
 __device__ void write_bias_columns(const PatchRows& rows, const BiasColumns& bias, int64_t output) {
-  const T* weight = static_cast<const T*>(bias.weight) + output * rows.pixel_columns;
+  constexpr int kVector = 16 / sizeof(T);
+  const T* weight = static_cast<const T*>(bias.weight) + output * bias.stride;
   T* out = static_cast<T*>(bias.out) + output * rows.columns;
-  for (int32_t i = threadIdx.x; i < rows.columns; i += blockDim.x) {
+  const int32_t vectors = bias.wide ? rows.pixel_columns / kVector : 0;
+  for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x)
+    store<T, kVector>(out + i * kVector, load<T, kVector>(weight + i * kVector));
+  for (int32_t i = vectors * kVector + threadIdx.x; i < rows.columns; i += blockDim.x) {
     const int32_t extra = i - rows.pixel_columns;
     if (extra < 0) {
       out[i] = weight[i];

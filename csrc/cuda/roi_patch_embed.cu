@@ -191,9 +191,9 @@ Tensor rows_of(Tensor t, int64_t first, int64_t count) {
 void embed_rows(
     const std::vector<Tensor>& images, const Tensor& plan, int64_t rows, const Tensor& weight, const Tensor& bias,
     const Tensor& out, int64_t row) {
-  const int64_t total = check_plan(images, plan, rows, weight.size(1));
+  const int64_t total = check_plan(images, plan, rows, pixel_columns(weight, bias));
   check_embed(weight, bias, out, row, total);
-  const int64_t embed = weight.size(0), pixel_columns = weight.size(1);
+  const int64_t embed = weight.size(0), pixels = pixel_columns(weight, bias);
   if (total == 0 || embed == 0) return;
   STD_TORCH_CHECK(images[0].device() == weight.device(), "roi_patch_embed: images and weight are on different devices");
   const Device device(weight);
@@ -213,15 +213,19 @@ void embed_rows(
 
   PatchRows target{};
   find_entries(plan, 2 * bias.size(1), target);
-  const int64_t columns = pixel_columns + kBiasParts * target.entries;
+  const int64_t columns = pixels + kBiasParts * target.entries;
   target.stride = (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
-  target.pixel_columns = static_cast<int32_t>(pixel_columns);
+  target.pixel_columns = static_cast<int32_t>(pixels);
   target.columns = static_cast<int32_t>(target.stride);
   const Tensor patches = torch::stable::new_empty(weight, {most_rows, target.stride});
   Tensor matrix = torch::stable::new_empty(weight, {embed, target.stride});
   const Tensor transposed = torch::stable::transpose(matrix, 0, 1);
   target.base = patches.mutable_data_ptr();
-  const BiasColumns bias_columns{weight.const_data_ptr(), data<float>(bias), matrix.mutable_data_ptr(), embed};
+  // Rows of the matrix begin at multiples of 16 bytes, in float32 as in the narrow types.
+  const int64_t row_bytes = weight.stride(0) * weight.element_size();
+  const bool wide = (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) | static_cast<uintptr_t>(row_bytes)) % 16 == 0;
+  const BiasColumns bias_columns{
+      weight.const_data_ptr(), data<float>(bias), matrix.mutable_data_ptr(), embed, weight.stride(0), wide};
   for (size_t g = 0; g + 1 < groups.size(); ++g) {
     const Work* begin = works.data() + groups[g];
     const Work* end = works.data() + groups[g + 1];

@@ -6,6 +6,7 @@ from tests.aot.variant import Variant
 from vpt_kernels.roi_patch_embed import triton as roi
 from vpt_kernels.roi_patch_embed import triton_fused as fused
 from vpt_kernels.roi_patch_embed import triton_tables as tables
+from vpt_kernels.roi_patch_embed.geometry import padded_columns
 from vpt_kernels.roi_patch_embed.triton_staging import FILL_OUTPUTS
 
 _TUNED = ("TILE", "CHUNK", "BM", "BN", "BK", "SIDE")
@@ -51,9 +52,10 @@ def _table() -> Variant:
 
 def _embed(size: str, kind: str, registers: int, patch: int = 14) -> Variant:
     block, row_bytes = roi.PRODUCTS[size], 3 * patch * patch
+    # As `fold_patch_weight` pads it: only so are rows of 588 numbers read by 16 bytes.
     stride, entry = roi.patch_row_layout(row_bytes)
     constants = {
-        "K": row_bytes,
+        "K": padded_columns(row_bytes),
         "STRIDE_ROW": stride,
         "ENTRY": entry,
         "BM": block.rows,
@@ -74,13 +76,20 @@ def _embed(size: str, kind: str, registers: int, patch: int = 14) -> Variant:
         block.stages,
         unaligned=("rows",),
         tensor_cores=True,
+        streams=True,
         tuned=_TUNED,
     )
 
 
 def _strip(kind: str) -> Variant:
     launch = fused.STRIP
-    constants = {"P": 14, "SIDE": launch.side, "CHUNK": launch.chunk, "BN": launch.columns}
+    constants = {
+        "P": 14,
+        "WEIGHT_ROW": padded_columns(588),
+        "SIDE": launch.side,
+        "CHUNK": launch.chunk,
+        "BN": launch.columns,
+    }
     types = {"regions_ptr": "*i64", "weight_ptr": f"*{kind}", "bias_ptr": "*fp32", "out_ptr": f"*{kind}"}
     # Sixteen patches' pixels stay in registers, which leaves too few for the prologue's addresses and coefficients:
     # up to 512 bytes a thread go through local memory. The weight's share of one step is what shared memory holds.

@@ -102,6 +102,13 @@ def test_wide_accesses():
         assert ("LDG.E.128" in body) == name.endswith("true>"), name
 
 
+@pytest.mark.parametrize("target", nvcc.TARGETS)
+def test_the_folded_weight_is_copied_by_16_bytes(target):
+    for name, body in nvcc.sass("roi_patch_embed", target).items():
+        if name.startswith("patch_kernel") and "unsigned char" not in name:
+            assert re.search(r"LDG\.E\.128", body) and re.search(r"STG\.E\.128", body), name
+
+
 @pytest.mark.parametrize(
     "source, waits, allows",
     (

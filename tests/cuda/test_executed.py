@@ -33,8 +33,8 @@ SUITES = {
         "",
     ),
     "tokens": (
-        "tests/kernels/test_roi_patch_embed.py",
-        "(into or padded_patch or patch_sizes or widths or sam_tokens_with_padding) and not float16",
+        "tests/kernels/test_roi_patch_embed.py tests/kernels/test_folded_weight.py",
+        "(changes or into or padded_patch or patch_sizes or widths or sam_tokens_with_padding) and not float16",
         "",
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from vpt_kernels.checks import (
     require_type,
     shown,
 )
-from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, PIXEL_ZERO, RegionPlan
+from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, PIXEL_ZERO, RegionPlan, padded_columns
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class FoldedPatchEmbed:
 
     Attributes:
         weight: [E, p·p·3], columns in (y, x, channel) order, W·256 / (255·std): it multiplies
-            (pixel − 128)/256.
+            (pixel − 128)/256. The kernels read a copy whose rows end in zeros, so that they begin at multiples of 16
+            bytes. It follows what is written into the weight, but for a change through `.data`, which leaves no trace.
         bias: float32 [2, p + 1, E]: the bias of a patch of which v rows (first index 0) or v columns (1) are image;
             [., p] is the ordinary one, [., 0] the convolution's own bias.
         patch_size: p.
@@ -37,6 +38,28 @@ class FoldedPatchEmbed:
     weight: Tensor
     bias: Tensor
     patch_size: int
+    _padded: tuple[int, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # What cannot be a weight stays as it is: the operators say what is wrong with it.
+        if isinstance(self.weight, Tensor) and self.weight.dim() == 2 and not self.weight.requires_grad:
+            self._rows()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.weight, self.bias, self.patch_size)
+
+    def _rows(self) -> Tensor:
+        """Return the weight as the kernels read it, padded to a multiple of 16 columns."""
+        weight = self.weight
+        columns = weight.shape[1]
+        if columns % 16 == 0 or torch.compiler.is_compiling() or weight.is_inference():
+            # Inference tensors have no version, by which a change in place is seen, and a graph would keep the copy.
+            return weight
+        known = self._padded
+        if known is None or known[0] != weight._version:
+            known = weight._version, torch.nn.functional.pad(weight, (0, padded_columns(columns) - columns))
+            object.__setattr__(self, "_padded", known)
+        return known[1]
 
 
 def fold_patch_weight(
@@ -93,8 +116,12 @@ def fold_patch_weight(
         biases[axis, 1:] = -shift.sum((other, 3)).cumsum(1).T
     if bias is not None:
         biases += bias.double()
+    folded = folded.reshape(embed, -1).contiguous()
+    if not torch.compiler.is_compiling() and folded.is_inference():
+        with torch.inference_mode(False):
+            folded = folded.clone()
     return FoldedPatchEmbed(
-        folded.reshape(embed, -1).contiguous(),
+        folded,
         biases.to(torch.float64 if dtype == torch.float64 else torch.float32),
         patch,
     )
@@ -198,7 +225,7 @@ def roi_patch_embed(
     device = _check_images(images, plan)
     _check_embed(embed, plan, device)
     op = bind("roi_patch_embed", "roi_patch_embed", backend, device, embed.weight.dtype)
-    return call(op, images, plan.table, plan.rows, embed.weight, embed.bias)
+    return call(op, images, plan.table, plan.rows, embed._rows(), embed.bias)
 
 
 def roi_patch_embed_into(
@@ -235,4 +262,4 @@ def roi_patch_embed_into(
     read = {"weight": embed.weight, "bias": embed.bias} | {f"image {i}": image for i, image in enumerate(images)}
     require_disjoint({"out": out[row : row + plan.rows]}, read)
     op = bind("roi_patch_embed", "roi_patch_embed_into", backend, device, embed.weight.dtype)
-    call(op, images, plan.table, embed.weight, embed.bias, out, row)
+    call(op, images, plan.table, embed._rows(), embed.bias, out, row)

@@ -26,6 +26,11 @@ PIXEL_ZERO, PIXEL_SCALE = 128, 256
 small, and of order one, which keeps float16 weights normal. Padded pixels are stored as 128 and contribute nothing."""
 
 
+def padded_columns(columns: int) -> int:
+    """Return the columns of a folded weight as the kernels read it, a multiple of 16: 592 of 588, with zeros behind."""
+    return -(-columns // 16) * 16
+
+
 class Column(IntEnum):
     """Columns of `RegionPlan.table` (int32, one row per region); the C++ reader is `csrc/math/plan.h`."""
 

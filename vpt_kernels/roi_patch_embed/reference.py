@@ -137,11 +137,12 @@ def _bias_rows(plan: Tensor, bias: Tensor) -> Tensor:
 
 
 def roi_patch_embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor) -> Tensor:
-    patches = roi_patches(images, plan, rows, weight.shape[1])
+    columns = 3 * (bias.shape[1] - 1) ** 2
+    patches = roi_patches(images, plan, rows, columns)
     # Product and bias cancel on flat images: rounding the product first would cost most of the result's bits.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     centred = (patches.to(wide) - PIXEL_ZERO) / PIXEL_SCALE
-    product = torch.nn.functional.linear(centred, weight.to(wide))
+    product = torch.nn.functional.linear(centred, weight[:, :columns].to(wide))
     return (product + _bias_rows(plan, bias)).to(weight.dtype)
 
 

@@ -20,7 +20,7 @@ from vpt_kernels.roi_patch_embed.triton_resample import (
     resample,
     row_part,
 )
-from vpt_kernels.roi_patch_embed.triton_staging import FILL_OUTPUTS, FIRST_TILE, PITCH, stage
+from vpt_kernels.roi_patch_embed.triton_staging import FILL_OUTPUTS, FIRST_TILE, PITCH, patch_bytes, stage
 from vpt_kernels.roi_patch_embed.triton_tables import field, find_region, table_kernel, valid_size
 
 _GRID_WIDTH = tl.constexpr(int(Column.GRID_WIDTH))
@@ -104,6 +104,7 @@ def embed_kernel(
     out_ptr,
     rows,
     embed,
+    stride_weight_row,
     stride_out_row,
     K: tl.constexpr,
     STRIDE_ROW: tl.constexpr,
@@ -113,7 +114,10 @@ def embed_kernel(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Turn rows of bytes into tokens: out = (bytes − 128)/256 · weightᵀ + bias[entry of the row], rounded once."""
+    """Turn rows of bytes into tokens: out = (bytes − 128)/256 · weightᵀ + bias[entry of the row], rounded once.
+
+    A weight that is padded to K columns multiplies what stands behind a row's pixels, its bias entry, by zero.
+    """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -121,7 +125,7 @@ def embed_kernel(
     row = tl.minimum(m, rows - 1).to(tl.int64)
     column = tl.minimum(n, embed - 1)
     a_ptr = patches_ptr + row[:, None] * STRIDE_ROW + k[None, :]
-    b_ptr = weight_ptr + column.to(tl.int64)[None, :] * K + k[:, None]
+    b_ptr = weight_ptr + column.to(tl.int64)[None, :] * stride_weight_row + k[:, None]
     total = tl.zeros([BM, BN], tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -226,9 +230,7 @@ def _product(rows: int, weight: Tensor) -> Product:
 
 def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """Write the tokens of `plan` to `out` [rows, E] by three launches."""
-    embed, row_bytes = weight.shape
-    if not weight.is_contiguous() or not bias.is_contiguous():
-        raise ValueError("weight and bias must be contiguous, as fold_patch_weight returns them")
+    embed, row_bytes = weight.shape[0], patch_bytes(weight, bias)
     if not len(plan) or not embed:
         return
     stride, entry = patch_row_layout(row_bytes)
@@ -245,8 +247,9 @@ def _embed(images: Sequence[Tensor], plan: Tensor, rows: int, weight: Tensor, bi
             out,
             rows,
             embed,
+            weight.stride(0),
             out.stride(0),
-            K=row_bytes,
+            K=weight.shape[1],
             STRIDE_ROW=stride,
             ENTRY=entry,
             BM=block.rows,

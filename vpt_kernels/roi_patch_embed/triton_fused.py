@@ -17,7 +17,7 @@ from vpt_kernels.roi_patch_embed.triton_resample import (
     resample,
     row_part,
 )
-from vpt_kernels.roi_patch_embed.triton_staging import FIRST_TILE, stage
+from vpt_kernels.roi_patch_embed.triton_staging import FIRST_TILE, patch_bytes, stage
 from vpt_kernels.roi_patch_embed.triton_tables import field, find_region, valid_size
 
 _GRID_WIDTH = tl.constexpr(int(Column.GRID_WIDTH))
@@ -55,6 +55,7 @@ def strip_kernel(
     embed,
     stride_out_row,
     P: tl.constexpr,
+    WEIGHT_ROW: tl.constexpr,
     SIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     BN: tl.constexpr,
@@ -95,7 +96,7 @@ def strip_kernel(
     weight_ptr += at[:, :, None]
     for start in range(0, embed, BN):
         n = start + tl.arange(0, BN)
-        part = tl.load(weight_ptr + n * (3 * P * P), mask=inside & (n < embed), other=0.0)
+        part = tl.load(weight_ptr + n * WEIGHT_ROW, mask=inside & (n < embed), other=0.0)
         total = tl.sum(multiply(pixels, part, tl.zeros([8, SIDE * SIDE, BN], tl.float32)), axis=0)
         mask = stored[:, None] & (n < embed)[None, :]
         total += tl.load(bias_ptr + entry[:, None] * embed + n[None, :], mask=mask, other=0.0)
@@ -110,7 +111,7 @@ def embed_in_one_launch(
     Raises:
         ValueError: patches are larger than 16 × 16, or an axis is reduced so much that it needs more than 33 taps.
     """
-    embed, row_bytes = weight.shape
+    embed, row_bytes = weight.shape[0], patch_bytes(weight, bias)
     patch = bias.shape[1] - 1
     if patch > MAX_PATCH:
         raise ValueError(f"one launch: patch size {patch} exceeds {MAX_PATCH}; use two launches")
@@ -138,6 +139,7 @@ def embed_in_one_launch(
         embed,
         out.stride(0),
         P=patch,
+        WEIGHT_ROW=weight.stride(0),
         SIDE=launch.side,
         CHUNK=launch.chunk,
         BN=launch.columns,

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from vpt_kernels.roi_patch_embed.geometry import FILTERS, MAX_SIZE, Column
+from vpt_kernels.roi_patch_embed.geometry import FILTERS, MAX_SIZE, Column, padded_columns
 
 FIRST_TILE = tl.constexpr(Column.COUNT + 0)
 PIXELS = tl.constexpr(Column.COUNT + 1)
@@ -95,6 +95,22 @@ def stage(images: Sequence[Tensor], plan: Tensor, rows: int, row_bytes: int, til
     if torch.cuda.is_current_stream_capturing():
         _CAPTURED.append(pinned)
     return Staged(pinned.to(device, non_blocking=True), tiles, fills, words)
+
+
+def patch_bytes(weight: Tensor, bias: Tensor) -> int:
+    """Return the bytes of a patch that a folded weight is for, and check that the kernels can read weight and bias.
+
+    Raises:
+        ValueError: they are not as `fold_patch_weight` makes them.
+    """
+    columns = 3 * (bias.shape[1] - 1) ** 2
+    if weight.shape[1] not in (columns, padded_columns(columns)) or weight.stride(1) != 1 or not bias.is_contiguous():
+        raise ValueError(
+            f"weight {tuple(weight.shape)} of strides {weight.stride()} and bias {tuple(bias.shape)} of strides "
+            f"{bias.stride()}: a bias [2, p + 1, E] without gaps needs rows of 3·p·p adjacent numbers; use "
+            "fold_patch_weight"
+        )
+    return columns
 
 
 def _check_crop(number: int, region: Region, images: Sequence[Tensor]) -> None:
