@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from operator import index
 from typing import Any
@@ -45,8 +45,12 @@ def require_tensor(
         raise ValueError(f"{name} has {tensor.dim()} dimensions {tuple(tensor.shape)}; it must have {dim}")
 
 
-def require_disjoint(written: Mapping[str, Tensor], read: Mapping[str, Tensor | None]) -> None:
+def require_disjoint(
+    written: Mapping[str, Tensor], read: Mapping[str, Tensor | None], itself: Collection[str] = ()
+) -> None:
     """Raise ValueError if a tensor that is written shares memory with another, or one of its elements with another.
+
+    itself: names of what is read element by element, and may be a tensor that is written.
 
     Views of one allocation that have no element in common pass: q, k and v of a packed projection, keys and values side
     by side in the pages of one pool. Addresses are compared, never followed; while a graph is traced there are none.
@@ -64,7 +68,11 @@ def require_disjoint(written: Mapping[str, Tensor], read: Mapping[str, Tensor | 
             end = begin + (tensor.nbytes if tensor.is_contiguous() else _reach(tensor))
             for first, last, target in targets:
                 # Spans that meet are rare, and only then the elements are compared.
-                if begin < last and first < end and share_memory(written[target], tensor):
+                if not (begin < last and first < end):
+                    continue
+                if name in itself and begin == first and tensor.stride() == written[target].stride():
+                    continue
+                if share_memory(written[target], tensor):
                     raise ValueError(
                         f"{name} and {target} share memory: rows would be overwritten before they are read; "
                         f"clone {name}"

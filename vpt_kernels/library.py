@@ -122,6 +122,27 @@ def _as_given(overload: torch._ops.OpOverload) -> Callable[..., Any]:
     return kernel
 
 
+def _written_as_they_lie(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    """Refuse to write through a view that stands for the negative of its memory; PyTorch's own way ends in an error of
+    its inside where an operator returns nothing.
+    """
+    written = [a.name if a.alias_info is not None and a.alias_info.is_write else "" for a in overload._schema.arguments]
+
+    def kernel(*arguments: Any) -> Any:
+        for name, argument in zip(written, arguments):
+            if name and argument.is_neg():
+                raise ValueError(f"{name} is a negated view, say the imaginary part of a conjugate; pass a clone")
+        return overload(*map(_resolved, arguments))
+
+    return kernel
+
+
+def _resolved(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return [_resolved(one) for one in argument]
+    return argument.resolve_neg() if isinstance(argument, Tensor) else argument
+
+
 for _name, _schema in SCHEMAS.items():
     OPS[_name] = {}
     for _backend in BACKENDS:
@@ -130,6 +151,8 @@ for _name, _schema in SCHEMAS.items():
         OPS[_name][_backend] = getattr(getattr(torch.ops.vpt_kernels, _name), _backend)
         for _key in _AUTOCASTS:
             _LIBRARY.impl(f"{_name}.{_backend}", _as_given(OPS[_name][_backend]), _key)
+        if "!" in _schema:
+            _LIBRARY.impl(f"{_name}.{_backend}", _written_as_they_lie(OPS[_name][_backend]), "Negative")
 
 
 def implement(name: str, backend: str, function: Callable[..., Any]) -> None:

@@ -259,6 +259,38 @@ def test_tokens_over_the_weight_or_the_picture_are_refused(backend):
     assert_same_bits(wide[: plan.rows], want)
 
 
+def negated(*shape: int) -> Tensor:
+    """As the imaginary part of a conjugate is: a view that stands for the negative of its memory."""
+    return torch._neg_view(torch.zeros(shape))
+
+
+@each_backend
+def test_what_is_written_is_no_negated_view(backend):
+    image = noise(56, 56, "picture")
+    plan = plan_regions([(56, 56)], [(0, 0, 0, 56, 56)], qwen2_vl_policy(min_pixels=56 * 56, max_pixels=56 * 56))
+    embed = fold_patch_weight(normal(8, 3, 14, 14, key="w"), (0.5,) * 3, (0.5,) * 3)
+    refused: dict[str, Callable[[Tensor], object]] = {
+        "k_cache": lambda out: replace(good(), k_cache=out.view(8, 2, 16)).run(backend),
+        "v_cache": lambda out: replace(good(), v_cache=out.view(8, 2, 16)).run_in_place(backend),
+        "q": lambda out: replace(good(), q=out.view(4, 4, 16)).run_in_place(backend),
+        "out": lambda out: roi_patch_embed_into([image], plan, embed, out[:128].view(16, 8), backend=backend),
+        "out ": lambda out: control(normal(5, 24, key="f"), out[:240].view(10, 24), torch.arange(5), backend),
+    }
+    for name, call in refused.items():
+        out = negated(256)
+        with pytest.raises(ValueError, match=rf"^{name.strip()} is a negated view.*clone"):
+            call(out)
+        assert not out.any()
+
+
+@each_backend
+def test_negated_views_are_read_as_what_they_stand_for(backend):
+    call, want = good(), good()
+    call = replace(call, k=torch._neg_view(-call.k), q=torch._neg_view(-call.q))
+    assert_same_bits(call.run(backend), want.run(backend))
+    assert_same_bits(call.k_cache, want.k_cache)
+
+
 def quantised() -> Call:
     caches = {name: torch.zeros(8, 2, 16).to(FP8) for name in ("k_cache", "v_cache")}
     return replace(good(), k_scale=torch.tensor([0.3, 0.7]), v_scale=torch.tensor(0.5), **caches)

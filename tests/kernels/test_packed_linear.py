@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -236,6 +237,42 @@ def test_out_may_be_the_residual(backend):
         want = packed_linear(x, packed, None, residual, backend=backend)
         assert packed_linear(x, packed, None, residual, out=residual, backend=backend) is residual
         assert_same_bits(residual, want)
+
+
+@each_backend
+def test_out_may_be_a_view_of_the_residual(backend):
+    """The same rows by another tensor, in one or two leading dimensions, in a wider buffer too."""
+    packed = pack_weight(normal(21, 50, key="w"), "int8")
+    x, residual = normal(6, 50, key="x"), normal(6, 21, key="r")
+    want = packed_linear(x, packed, None, residual, backend=backend)
+    for whole in (torch.zeros(6, 21), torch.zeros(6, 40)):
+        out = whole[:, :21].copy_(residual)
+        packed_linear(x, packed, None, whole[:, :21], out=out, backend=backend)
+        assert_same_bits(out.contiguous(), want)
+    out = residual.clone().view(2, 3, 21)
+    packed_linear(x.view(2, 3, 50), packed, None, out.view(2, 3, 21), out=out, backend=backend)
+    assert_same_bits(out.view(6, 21), want)
+
+
+@each_backend
+def test_out_over_anything_else_is_refused(backend):
+    """Whatever is read, the weight's own memory included, is what it was."""
+    packed = pack_weight(normal(21, 50, key="w"), "int8")
+    given = {"x": normal(6, 50, key="x"), "bias": normal(21, key="b"), "residual": normal(6, 21, key="r")}
+    for name in ("x", "bias", "residual", "data", "scales"):
+        tensor = given[name] if name in given else getattr(packed, name)
+        memory = torch.zeros(6 * 21 + tensor.numel())
+        inside = memory[-tensor.numel() :].view(tensor.dtype).flatten()[-tensor.numel() :].view(tensor.shape)
+        inside.copy_(tensor)
+        arguments, weight = dict(given), packed
+        if name in given:
+            arguments[name] = inside
+        else:
+            weight = replace(packed, **{name: inside})
+        out = memory[-6 * 21 - tensor.nbytes // 8 :][: 6 * 21].view(6, 21)
+        with pytest.raises(ValueError, match=f"{name} and out share memory"):
+            packed_linear(arguments.pop("x"), weight, **arguments, out=out, backend=backend)
+        assert_same_bits(inside, tensor)
 
 
 @each_backend

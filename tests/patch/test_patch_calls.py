@@ -209,6 +209,30 @@ def test_weights_that_change_are_folded_anew(kind, way) -> None:
     assert report.calls["control_cross_attention"] == (1 if way == "data" else 2)
 
 
+@pytest.mark.parametrize("inference", (False, True), ids=("no_grad", "inference_mode"))
+def test_angles_that_are_written_anew_are_read_anew(inference) -> None:
+    """The same two tensors in every step, as whoever captures the steps of a decoder keeps them."""
+
+    def steps() -> list[Tensor]:
+        cos, sin, cache = torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), DynamicCache()
+        found = []
+        for step in range(3):
+            angles = torch.arange(8.0).repeat(2) * (1 + step)
+            cos.copy_(angles.cos())
+            sin.copy_(angles.sin())
+            for layer in layers:
+                given = {"position_embeddings": (cos, sin), "past_key_values": cache, "attention_mask": None}
+                found.append(layer.self_attn(hidden_states=normal(1, 1, 64, key=step), **given)[0].clone())
+        return [*found, *(layer.keys.clone() for layer in cache.layers)]
+
+    layers = foreign.qwen("qwen3_vl").model.language_model.layers
+    with torch.inference_mode(inference), torch.no_grad():
+        want = steps()
+        with patch(layers) as report:
+            found = steps()
+    assert max(map(largest, found, want)) < BOUND and report.calls == {"append_visual_kv_": 6}
+
+
 def saved(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)

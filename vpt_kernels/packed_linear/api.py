@@ -73,8 +73,8 @@ def packed_linear(
             f"out has strides {out.stride()}; its rows must lie evenly apart: pass out.flatten(0, -2)"
         ) from None
     if op._overloadname == "reference":
-        others = {"x": x, "bias": bias, "residual": None if residual is out else residual, "data": weight.data}
-        require_disjoint({"out": out}, others)
+        read = {"x": rows, "bias": bias, "data": weight.data, "scales": weight.scales, "residual": added}
+        require_disjoint({"out": target}, read, itself=("residual",))
     call(op, *arguments, target)
     return out
 

@@ -18,6 +18,8 @@ class Angles:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         half = cos.shape[-1] // 2
         self.stamp = _stamp(cos, sin)
+        self.layer = -1
+        """The one that asked last."""
         self.sections = (half, 0, 0)
         """One position row: where the model mixes those of three axes, it has done so."""
         self._places = cos.shape[:-1]
@@ -48,6 +50,12 @@ class Angles:
         self._ahead = {id(own): (own, _stamp(own), batch, *place, row) for own, row in zip(alike, rows)}
         return self._ahead.pop(id(start))[-1]
 
+    def is_over(self, cos: Tensor, sin: Tensor, layer: int) -> bool:
+        """Return whether the tensors have changed, or may have, before this layer asks."""
+        if self.stamp != _stamp(cos, sin):
+            return True
+        return layer <= self.layer and (cos.is_inference() or sin.is_inference())
+
     def of(self, batch: int, count: int) -> tuple[Tensor, Tensor]:
         """Return the kernel's table, one row per angle, and the positions [3, batch · count] that read it.
 
@@ -77,10 +85,15 @@ def _stamp(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(0 if t.is_inference() else t._version for t in tensors)
 
 
-def angles_of(cos: Tensor, sin: Tensor) -> Angles:
-    """Return the angles of this very pair of tensors, remembered as long as cos lives."""
+def angles_of(cos: Tensor, sin: Tensor, layer: int) -> Angles:
+    """Return the angles of this very pair of tensors, remembered as long as cos lives.
+
+    layer: the number of the one that asks. Inference tensors do not say that they have changed: there the angles are
+    those of one forward call, which asks for its layers in turn.
+    """
     key = id(cos)
     known = _angles.get(key)
-    if known is None or known[0]() is not cos or known[1]() is not sin or known[2].stamp != _stamp(cos, sin):
+    if known is None or known[0]() is not cos or known[1]() is not sin or known[2].is_over(cos, sin, layer):
         known = _angles[key] = (ref(cos, lambda _: _angles.pop(key, None)), ref(sin), Angles(cos, sin))
+    known[2].layer = layer
     return known[2]

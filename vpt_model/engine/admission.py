@@ -45,7 +45,8 @@ def admit(
         raise ValueError(f"look {looks[0]!r} needs an image and there is none: pass an image or drop the look")
     is_new = picture is not None and picture.features is None
     user = loop.tokenizer.encode(loop.prompt.user_text(question, is_new))
-    if reserved := sorted(loop.ids.stop.intersection(user)):
+    # The action token has no embedding of its own: its input is a state of the model, which no question has.
+    if reserved := sorted({*loop.ids.stop, loop.ids.action}.intersection(user)):
         raise ValueError(f"the question contains special tokens (ids {reserved}): remove them from the text")
     for spec, answer in zip(looks, forced, strict=True):
         assert picture is not None, "looks without an image were refused"

@@ -174,12 +174,30 @@ class Loop:
             conversation.truncate(question.round_start)
             unfed = again
         counts = self._counts(plan.grids)
-        tokens = unfed + region_round(self.ids, counts, self.tokenizer.encode)
-        if not question.fits(conversation, len(tokens)):
+        shown = region_round(self.ids, counts, self.tokenizer.encode)
+        if not question.fits(conversation, len(unfed) + len(shown)):
             return None
+        tokens = [*(yield from self._feed_actions(conversation, unfed)), *shown]
         place = self._place(conversation, tokens, plan.grids) | {"picture": picture, "plan": plan}
         output = yield CropAndAppend(**place, pad=self.ids.image_pad, sampler=question.next_sampler)
         return Look("region", boxes, tuple(plan.grids), sum(counts), len(tokens)), output
+
+    def _feed_actions(self, conversation: Conversation, tokens: list[int]) -> Generator[Request, Output, list[int]]:
+        """Feed an answer's tokens up to the last action token among them, as `decode` feeds it; return those behind."""
+        action, state = self.ids.action, None
+        if tokens[:1] == [action]:
+            # Nobody has kept the state of the token before it, which is fed once more.
+            back = next(n for n, token in enumerate(reversed(conversation.tokens), 1) if token != action)
+            tokens, mark = [*conversation.tokens[-back:], *tokens], conversation.mark()
+            conversation.truncate(mark._replace(length=mark.length - back, next_position=mark.next_position - back))
+        while action in tokens:
+            at = tokens.index(action)
+            if at:
+                output = yield Append(**self._place(conversation, tokens[:at]), logits=False)
+                state = output.hidden
+            output = yield Append(**self._place(conversation, [action]), embeds=state, logits=False)
+            state, tokens = output.hidden, tokens[at + 1 :]
+        return tokens
 
     def _named_boxes(self, question: Question, turn: Turn, picture: Picture) -> tuple[Box, ...]:
         if turn.end == "nan":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.model.engine.scripts import scripted
+from tests.model.engine.scripts import answer_of, question_of, scripted
 from tests.model.inputs import random_image, tiny_config, tiny_model, tiny_state
 from tests.model.replay import Replay
 from vpt_model.config import ENCODERS
@@ -90,12 +90,15 @@ class Scripted:
 
 
 def script(encoder: str, *parts: str) -> list[int]:
-    """Ids of texts, of regions ("region:...") and of the "start" of an action."""
+    """Ids of texts, of regions ("region:..."), of the "start" of an action, of the "action" token, and a byte that is
+    "no character".
+    """
     tokens = tokenizer(encoder)
     ids: list[int] = []
+    single = {"start": tokens.ids.action_start, "action": tokens.ids.action, "no character": 0xFF}
     for part in parts:
-        if part == "start":
-            ids.append(tokens.ids.action_start)
+        if part in single:
+            ids.append(single[part])
         else:
             ids += parse_look(part, tokens.ids)[:-1] if part.startswith("region:") else tokens.encode(part)
     return ids
@@ -135,6 +138,29 @@ class TestFreeChoice:
         agrees(answer, published)
         assert [look.kind for look in answer.looks] == [encoder if look == "re-encode" else look for look in looks]
         assert len(answer.notices) == (1 if "no " in str(parts) or parts[-1].endswith("<|region_token_end|>") else 0)
+
+    @pytest.mark.parametrize("ended", [True, False], ids=["stop", "length"])
+    @pytest.mark.parametrize(
+        "parts",
+        [
+            [ONE, "action"],
+            [ONE, "action", " there"],
+            ["action", THREE],
+            ["no character", ONE, "action", " there"],
+            ["no character", "action", ONE],
+            ["action", "no character", ONE],
+        ],
+        ids=", ".join,
+    )
+    def test_a_region_beside_an_action_token_without_its_start(self, encoder, parts, ended):
+        """The second round reads the answer: there, too, the action token's input is the state of the token before."""
+        said = script(encoder, *parts)
+        model = Scripted(encoder, [*said, tokenizer(encoder).ids.im_end])
+        answer, published = model.compare(max_new_tokens=len(said) + ended)
+        assert published.rounds[0].ids[: len(said)] == said
+        # What the second round says may hold two action tokens in a row, which the published code takes otherwise.
+        assert (answer.logits[0] - published.logits[0]).abs().max() <= 1e-4
+        assert [box for look in answer.looks for box in look.boxes] == published.boxes != []
 
 
 def requests(encoder: str) -> dict[str, list]:
@@ -195,6 +221,24 @@ class TestBatch:
             next(together)
         together.close()
         assert [cache.length for cache in engine.pool.idle] == [0, 0]
+
+    def test_actions_without_their_start_beside_other_rows(self, encoder):
+        """In a row that is read again the action token's input is a state, and the rows beside it are as ever."""
+        engine = engine_of(encoder)
+        said = [
+            script(encoder, *parts) for parts in (["no character", "action", ONE, "action"], [ONE], ["a", "action"])
+        ]
+
+        def asked(row):
+            options = {"max_new_tokens": len(said[row]), "keep_logits": True}
+            return question_of(engine, QUESTION, IMAGE, [said[row]], **options)
+
+        together = {row: e.answer for row, e in engine.events([asked(0), asked(1), asked(2)]) if isinstance(e, Done)}
+        for row in range(3):
+            alone = answer_of(engine, asked(row))
+            assert (together[row].ids, together[row].looks) == (alone.ids, alone.looks)
+            assert (together[row].logits - alone.logits).abs().max() <= 1e-4
+        assert [len(together[row].looks) for row in range(3)] == [1, 1, 0]
 
 
 class TestStream:
@@ -288,3 +332,12 @@ def test_perception_tokens_do_not_end_a_round(encoder):
     engine = engine_of(encoder)
     answer = scripted(engine, "a", None, [[*plain, ids.im_end]], max_new_tokens=len(plain))
     assert answer.ids == [*plain, ids.im_end] and answer.finish_reason == "stop"
+
+
+def test_a_question_holds_no_action_token(encoder):
+    """Its input is a state of the model, never an embedding of its own, which a prompt would give it."""
+    engine, kind = engine_of(encoder), ENCODERS[encoder]
+    for ask in (engine.ask, lambda image, text: engine.chat(image).ask(text)):
+        with pytest.raises(ValueError, match=rf"special tokens \(ids \[{engine.ids.action}\]\): remove them"):
+            ask(IMAGE, f"what is <|{kind}_action|>?")
+    assert engine.ask(IMAGE, f"what is <|{kind}_action_end|>?", max_new_tokens=1).ids
