@@ -187,7 +187,8 @@ def _make(original: Forward) -> Serve:
         norms, own = head_norms(module, hidden) if fuses else ({}, None)
         makers = module.q_proj, module._modules.get("q_norm")
         held, cache = HeldQuery(any(map(keeps_outputs, filter(None, makers)))), given[name]
-        angles = angles_of(*given["position_embeddings"], module.layer_idx)
+        cos, sin = given["position_embeddings"]
+        angles = angles_of(cos, sin, module.layer_idx)
         append = AppendingCache(cache, layer, angles, held, norms)
         exchanged = without if norms else with_norms
         output = exchanged(module, *inputs, **given | {name: append, "position_embeddings": (held, held)})

@@ -46,7 +46,7 @@ def admit(
     is_new = picture is not None and picture.features is None
     user = loop.tokenizer.encode(loop.prompt.user_text(question, is_new))
     # The action token has no embedding of its own: its input is a state of the model, which no question has.
-    if reserved := sorted({*loop.ids.stop, loop.ids.action}.intersection(user)):
+    if reserved := sorted({token for token in user if token in loop.ids.stop or token == loop.ids.action}):
         raise ValueError(f"the question contains special tokens (ids {reserved}): remove them from the text")
     for spec, answer in zip(looks, forced, strict=True):
         assert picture is not None, "looks without an image were refused"

@@ -184,12 +184,15 @@ class Loop:
 
     def _feed_actions(self, conversation: Conversation, tokens: list[int]) -> Generator[Request, Output, list[int]]:
         """Feed an answer's tokens up to the last action token among them, as `decode` feeds it; return those behind."""
-        action, state = self.ids.action, None
-        if tokens[:1] == [action]:
+        action = self.ids.action
+        if action is None or action not in tokens:
+            return tokens
+        if tokens[0] == action:
             # Nobody has kept the state of the token before it, which is fed once more.
             back = next(n for n, token in enumerate(reversed(conversation.tokens), 1) if token != action)
             tokens, mark = [*conversation.tokens[-back:], *tokens], conversation.mark()
             conversation.truncate(mark._replace(length=mark.length - back, next_position=mark.next_position - back))
+        state: torch.Tensor | None = None
         while action in tokens:
             at = tokens.index(action)
             if at:
