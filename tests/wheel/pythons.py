@@ -53,7 +53,7 @@ def test_the_wheel_is_complete(version: str, tmp_path: Path, capsys: pytest.Capt
 
     environment.mkdir()
     run(PYTHONS[version], "-m", "venv", environment)
-    run(python, "-m", "pip", "install", "-q", "--no-cache-dir", f"{wheel}[demo]")
+    run(python, "-m", "pip", "install", "-q", "--no-cache-dir", f"{wheel}[demo,app]")
     shutil.copy(ROOT / "tests" / "wheel" / "installed.py", environment)
     try:
         assert run(python, "-I", "installed.py").rstrip().endswith(": complete")
