@@ -175,7 +175,7 @@ def _step(engine: Engine, bucket: Bucket) -> Any:
         return standing(step, step.graph.replay)
     from vpt_model.engine.graphs import Graphs
 
-    (step,) = Graphs(engine.model.language, 512, 1, [bucket]).steps.values()
+    (step,) = Graphs(engine.model, 512, 1, [bucket]).steps.values()
     step.upload(())
     return step.run
 

@@ -17,6 +17,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "launches.md"
 COLUMNS = {
     "kernels": "kernels",
     "replays": "graph replays",
+    "between": "launched between them",
     "waits": "host waits",
     "uploads": "copies to the device",
     "pageable": "of these pageable",
@@ -31,6 +32,7 @@ def totals(tally: Tally) -> Totals:
     return {
         "kernels": tally.kernels,
         "replays": tally.replays,
+        "between": tally.between,
         "waits": tally.waits.total(),
         "uploads": tally.uploads,
         "pageable": tally.pageable,
@@ -55,13 +57,20 @@ def page(budget: dict[str, dict[str, Totals]]) -> str:
         "shapes, on tensors that have no values. A kernel of ours counts where it is launched, an operator of torch",
         "by [a table](../bench/launches/kernels.py), a graph's replay as its kernels. A wait is a call at which the",
         "host may stand still until the device has caught up: a synchronised stream or event, or a value that is",
-        "read. Every kernel reads its inputs in full, of the caches what they hold. A look goes from its trigger token",
-        "to the first answer token. While the host waits for a decoded token, the device runs the step that feeds it.",
+        "read. Every kernel reads its inputs in full, of the caches what they hold. A look goes from the token that",
+        "ends the round before it, an action start or the end of the turn that names a region, to the first answer",
+        "token. Between replays there may be kernels and copies that are in no graph. While the host waits for a",
+        "decoded token, the device runs the step that feeds it.",
         "[A test](../tests/bench/test_launches.py) holds every number.",
         "",
     ]
     for preset, rows in budget.items():
-        lines += [f"## {preset.upper()}", "", "| | " + " | ".join(COLUMNS.values()) + " |", "|---" * 8 + "|"]
+        lines += [
+            f"## {preset.upper()}",
+            "",
+            "| | " + " | ".join(COLUMNS.values()) + " |",
+            "|---" * (1 + len(COLUMNS)) + "|",
+        ]
         lines += [f"| {name} | " + " | ".join(f"{row[key]:,}" for key in COLUMNS) + " |" for name, row in rows.items()]
         lines.append("")
     return "\n".join(lines)

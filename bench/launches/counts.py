@@ -33,7 +33,7 @@ def counts(preset: str) -> dict[str, Tally]:
     """Return for "image", "decoded token" and every look what it asked of the device.
 
     image: crop, embedding and tower, once its graph is there. decoded token: the second one behind a clip look. look:
-    from the trigger token to the first answer token. Everything in bfloat16, one conversation, 2,048 slots.
+    from the token that ends the round to the first answer token. Everything in bfloat16, one conversation, 2,048 slots.
     """
     found: dict[str, Tally] = {}
     for encoder, looks in LOOKS.items():
@@ -80,16 +80,13 @@ def _watch_caches(gpu: Pretended) -> None:
 
 
 def _marks(engine: Engine, gpu: Pretended, answer: str) -> list[Tally]:
-    """Return the tally at the trigger token, then at every answer token."""
-    triggers = {engine.ids.region_end, engine.ids.action_start}
+    """Return the tally at the token that ends the first round, then at every answer token."""
     marks: list[Tally] = []
     looked = False
     for event in _ask(engine, answer):
         looked |= isinstance(event, Look)
-        if isinstance(event, Token) and looked:
-            marks.append(gpu.tally.copy())
-        elif isinstance(event, Token) and event.id in triggers:
-            marks = [gpu.tally.copy()]
+        if isinstance(event, Token):
+            marks = [*(marks if looked else ()), gpu.tally.copy()]
     return marks
 
 

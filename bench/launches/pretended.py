@@ -30,6 +30,7 @@ from vpt_kernels.backends import _TRITON_MODULES
 from vpt_model.network import capture
 
 DEVICE = torch.device("cuda:0")
+REPLAY = "replay"
 READ = 7
 """The integer that every read from the device gives: as a token, an ordinary letter."""
 aten = torch.ops.aten
@@ -42,7 +43,8 @@ class Tally:
     launches: kernels by name, each once per launch. read: bytes that they read, of the caches what they hold. replays:
     of graphs, whose kernels are among the launches. waits: calls at which the host may wait for the device. uploads,
     downloads: copies from and to pinned memory that are not waited for. pageable: copies from memory that is not
-    pinned, for which the driver may wait. blocking copies to the host are waits.
+    pinned, for which the driver may wait. blocking copies to the host are waits. order: what the host launched, one
+    after the other: kernels that are in no graph, copies, and replays.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -52,16 +54,25 @@ class Tally:
     uploads: int = 0
     downloads: int = 0
     pageable: int = 0
+    order: list[str] = field(default_factory=list)
 
     @property
     def kernels(self) -> int:
         return self.launches.total()
 
+    @property
+    def between(self) -> int:
+        """Launches between the first and the last replay that are none themselves."""
+        places = [place for place, launched in enumerate(self.order) if launched == REPLAY]
+        return places[-1] - places[0] + 1 - len(places) if places else 0
+
     def copy(self) -> Tally:
-        return Tally(**{**vars(self), "launches": Counter(self.launches), "waits": Counter(self.waits)})
+        own = {"launches": Counter(self.launches), "waits": Counter(self.waits), "order": [*self.order]}
+        return Tally(**{**vars(self), **own})
 
     def __sub__(self, earlier: Tally) -> Tally:
-        return Tally(**{name: value - getattr(earlier, name) for name, value in vars(self).items()})
+        numbers = {name: value - getattr(earlier, name) for name, value in vars(self).items() if name != "order"}
+        return Tally(**numbers, order=self.order[len(earlier.order) :])
 
 
 @dataclass
@@ -120,6 +131,7 @@ class _Graph:
             with self.gpu.captured(self):
                 self.outputs += self.run()
         self.gpu.tally.replays += 1
+        self.gpu.tally.order.append(REPLAY)
         for launch in self.launches:
             self.gpu.add(launch)
 
@@ -164,6 +176,7 @@ class Pretended:
         if self._capturing is not None:
             self._capturing.append(one)
         else:
+            self.tally.order.append(name)
             self.add(one)
 
     def add(self, one: _Launch) -> None:
@@ -189,6 +202,7 @@ class Pretended:
 
     def copied(self, source: Tensor, target: torch.device, non_blocking: bool, host: Tensor | None = None) -> None:
         """Count a copy between the host and the device; `host`: the host's memory at a copy to it, if there before."""
+        self.tally.order.append("copy")
         if source.device.type == "cpu":
             self.tally.uploads += 1
             if not self.is_pinned(source):

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import launches
 from bench.launches import counts
-from bench.launches.pretended import DEVICE, Pretended
+from bench.launches.pretended import DEVICE, Pretended, Tally
 from vpt_kernels import append_visual_kv, rotary_table
 from vpt_model.checkpoint.load import expected_shapes
 from vpt_model.config import PRESETS
@@ -34,6 +34,15 @@ def test_budgets(preset):
     assert found == budgets, (
         "run `python -m bench launches --write` and give the CHANGELOG a row with what was before and after"
     )
+
+
+@pytest.mark.parametrize("preset", counts.PRESETS_COUNTED)
+def test_a_look_is_two_replays_behind_each_other(preset):
+    """The host launches nothing between them, and waits for nothing but the first token."""
+    looks = [row for name, row in BUDGETS[preset].items() if name.startswith("look")]
+    assert len(looks) == 5
+    for row in looks:
+        assert (row["replays"], row["between"], row["waits"], row["pageable"]) == (2, 0, 1, 0)
 
 
 def test_the_page_holds_the_budgets():
@@ -115,6 +124,11 @@ class TestPretended:
             with torch.cuda.graph(graph):
                 x.mul_(2).add_(x)
             assert gpu.tally.kernels == 0
+            graph.replay(), graph.replay()
+            assert gpu.tally.between == 0
+            x.add_(x), graph.replay(), x.add_(x)
+            assert gpu.tally.between == 1 and (gpu.tally - Tally(order=gpu.tally.order[:1])).between == 1
+            gpu.tally = Tally()
             graph.replay(), graph.replay()
             assert gpu.tally.replays == 2 and gpu.tally.launches == {"mul": 2, "add": 2} and gpu.tally.read == 2 * 48
             with pytest.raises(RuntimeError, match="waited while a graph was captured"), torch.cuda.graph(graph):

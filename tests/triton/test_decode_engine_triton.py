@@ -29,7 +29,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_recorded_answers(name):
     engine = RecordedEngine(name, "fwd", capacity=512)
     steps = [Bucket(1, 1, False), Bucket(1, 1, True)]
-    engine.use(engine.model, Graphs(engine.model.language, engine.capacity, 1, steps))
+    engine.use(engine.model, Graphs(engine.model, engine.capacity, 1, steps))
     engine.executor = Recorded(engine.executor, name, engine.model.vision)
     tokens = recorded(name, "gen")[0].shape[1]
     with Launches() as launches:
@@ -44,7 +44,7 @@ def test_the_recorded_answers(name):
 def test_rows_of_padding_reach_nobody():
     """Two of four conversations; what is given to the others is NaN, and so are all caches."""
     language = tiny_model().language
-    graphs = Graphs(language, 64, 4, [Bucket(4, 1, True)])
+    graphs = Graphs(tiny_model(), 64, 4, [Bucket(4, 1, True)])
     (step,) = graphs.steps.values()
     for buffer in graphs.slab:
         buffer.fill_(NAN)

@@ -14,8 +14,9 @@ from torch import Tensor
 from vpt_model.engine import perception
 from vpt_model.engine.decoding import Decoding
 from vpt_model.engine.graphs import Bucket, Graphs, Step, smallest
+from vpt_model.engine.looks import Look, Looks
 from vpt_model.engine.requests import Append, CropAndAppend, Decode, Output, ReencodeAndAppend, Request
-from vpt_model.network.capture import uploaded
+from vpt_model.network.capture import on_device, uploaded
 from vpt_model.network.model import Model
 
 _log = logging.getLogger(__name__)
@@ -36,17 +37,21 @@ class Executor(Protocol):
 class Fed:
     """What the language model says behind the last token that was fed: state [1, H], logits [vocab], their argmax.
 
-    chosen: the sampler's choice, where it has been made; −1 where it cannot be.
+    chosen: the sampler's choice, where it has been made; −1 where it cannot be. features: [n, H] of each region that
+    was looked at on the way.
     """
 
     hidden: Tensor
     logits: Tensor | None = None
     argmax_token: Tensor | None = None
     chosen: int | None = None
+    features: tuple[Tensor, ...] = ()
 
 
 Feed = Callable[[Sequence[Append]], list[Fed]]
 """Runs the language model over the tokens of different conversations, which it writes to their caches."""
+Prepare = Callable[[Request], tuple[Append, tuple[Tensor, ...]]]
+"""Says which tokens a request feeds first, and the features of what it looked at before."""
 
 
 class Eager:
@@ -59,15 +64,16 @@ class Eager:
         self.model = model
         self.speculate = speculate and model.encoder is not None and model.device.type == "cuda"
 
-    def run(self, requests: Sequence[Request], feed: Feed | None = None) -> list[Output | Request]:
-        """Do what `Executor.run` says. feed: runs the language model, where `Eager.feed` is not what shall do it."""
+    def run(
+        self, requests: Sequence[Request], feed: Feed | None = None, prepare: Prepare | None = None
+    ) -> list[Output | Request]:
+        """Do what `Executor.run` says; feed and prepare stand in for `Eager.feed` and `Eager.prepare`."""
         # Whoever calls under autocast has its own model in mind.
         with ExitStack() as timers, torch.autocast(self.model.device.type, enabled=False):
             appends, features = [], []
             for request in requests:
-                append, seen = self._prepare(request)
-                clock, count = append.conversation.clock, len(append.tokens)
-                timers.enter_context(clock(append.stage, tokens=count, lm_calls=1))
+                append, seen = (prepare or self.prepare)(request)
+                timers.enter_context(append.timed())
                 appends.append(append)
                 features.append(seen)
             for append in appends:
@@ -95,7 +101,7 @@ class Eager:
         hidden = self.model.language.forward(embeds, positions, caches, lengths)
         return list(hidden.split(lengths))
 
-    def _prepare(self, request: Request) -> tuple[Append, tuple[Tensor, ...]]:
+    def prepare(self, request: Request) -> tuple[Append, tuple[Tensor, ...]]:
         """Return the tokens that a request feeds first, and the features of what it looked at before."""
         if isinstance(request, Append):
             return request, ()
@@ -106,18 +112,23 @@ class Eager:
         return self._encode(request) if request.control is None else self._project(request, request.control)
 
     def _finish(self, request: Request, append: Append, features: tuple[Tensor, ...], fed: Fed) -> Output | Request:
-        if isinstance(request, ReencodeAndAppend) and request.control is None:
+        if isinstance(request, ReencodeAndAppend) and not append.logits:
             return replace(request, control=fed.hidden, features=features[0])
         sampler, logits, token = append.sampler, fed.logits, fed.chosen
         if token is None and sampler is not None and logits is not None:
             token = sampler(logits, fed.argmax_token)
+        features = features or fed.features
         return Output(append.tokens[-1], fed.hidden, logits, None if token == -1 else token, features)
+
+    def encode_ahead(self, request: Request) -> None:
+        """Begin to re-encode a picture beside what follows, where it may be asked for and the engine shall."""
+        if self.speculate and isinstance(request, CropAndAppend) and request.again:
+            request.picture.ahead = perception.Ahead(self.model, request.picture.kept)
 
     def _crop(self, request: CropAndAppend) -> tuple[Append, tuple[Tensor, ...]]:
         picture = request.picture
         features = perception.look(self.model, picture.kept, request.plan, request.conversation.clock)
-        if self.speculate and request.again:
-            picture.ahead = perception.Ahead(self.model, picture.kept)
+        self.encode_ahead(request)
         embeds = self._embed(request.tokens)
         pads = (torch.tensor(request.tokens, device="cpu") == request.pad).nonzero().flatten()
         embeds[uploaded(pads, embeds.device)] = torch.cat(features)
@@ -179,7 +190,15 @@ class Captured:
         self._told = False
 
     def run(self, requests: Sequence[Request]) -> list[Output | Request]:
-        return self.eager.run(requests, self.feed)
+        return self.eager.run(requests, self.feed, self.prepare)
+
+    def prepare(self, request: Request) -> tuple[Append, tuple[Tensor, ...]]:
+        """Return what `Eager.prepare` does, or a look that two replays take."""
+        look = Looks(self.eager.model, self.graphs).plan(request)
+        if look is None:
+            return self.eager.prepare(request)
+        self.eager.encode_ahead(request)
+        return look, ()
 
     def feed(self, appends: Sequence[Append]) -> list[Fed]:
         """Write tokens as `Eager.feed` does."""
@@ -194,11 +213,18 @@ class Captured:
             for place, row in enumerate(rows):
                 logits, argmax_token = (out[place] for out in sampled) if sampled else (None, None)
                 fed[row] = Fed(hidden[place : place + 1], logits, argmax_token)
+        fed |= {row: self._look(append) for row, append in enumerate(appends) if isinstance(append, Look)}
         left = [row for row in range(len(appends)) if row not in fed]
         if left:
             self.decoding.forget([appends[row] for row in left])
             fed |= zip(left, self.eager.feed([appends[row] for row in left]), strict=True)
         return [fed[row] for row in range(len(appends))]
+
+    def _look(self, look: Look) -> Fed:
+        self.decoding.forget([look])
+        with on_device(self.graphs.given):
+            (hidden, logits, argmax_token), features = look.launch()
+        return Fed(hidden, logits[0], argmax_token[0], features=features)
 
     def _decode(self, step: Step, appends: Sequence[Append], alone: bool) -> list[Fed]:
         flight, tokens = self.decoding.feed(step, appends, alone)
@@ -216,6 +242,7 @@ class Captured:
                 len(appends),
                 len(self.graphs.caches),
             )
+        inside = [row for row in inside if not isinstance(appends[row], Look)]
         decoding = [row for row in inside if len(appends[row].tokens) == 1 and appends[row].logits]
         widest = max((bucket.rows for bucket in self.graphs.steps if bucket.tokens == 1 and bucket.sample), default=0)
         groups = [decoding[begin : begin + widest] for begin in range(0, len(decoding), widest)] if widest else []

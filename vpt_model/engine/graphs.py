@@ -14,15 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_kernels import RegionPolicy
+from vpt_kernels import RegionPolicy, control_cross_attention_into
 from vpt_model.engine import perception
 from vpt_model.engine.requests import Append
 from vpt_model.network.attention import Padded
 from vpt_model.network.cache import KVCache
 from vpt_model.network.capture import on_device, record
+from vpt_model.network.encoders import DinoEncoder, SamEncoder
 from vpt_model.network.language import LanguageModel
 from vpt_model.network.model import Model
 from vpt_model.network.tower_graphs import captured
+
+Encoder = DinoEncoder | SamEncoder
 
 
 class Bucket(NamedTuple):
@@ -32,13 +35,18 @@ class Bucket(NamedTuple):
     tokens: int
     sample: bool
 
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.tokens} tokens{'' if self.sample else ', no logits'}"
 
+
+TRIGGER = Bucket(1, 1, False)
+"""The trigger token of a look that re-encodes, whose logits nobody reads."""
 BUCKETS = (
-    Bucket(1, 1, False),
+    TRIGGER,
     *(Bucket(rows, 1, True) for rows in (1, 2, 4, 8)),
     *(Bucket(1, tokens, True) for tokens in (16, 64, 72, 80, 96, 128, 192, 256, 272, 288, 320, 384, 448, 512)),
 )
-"""The trigger token of a look, whose logits nobody reads; decoding; a look, or a prompt, of one conversation."""
+"""A trigger; decoding; a look, or a prompt, of one conversation."""
 ROWS = 8
 """Conversations whose caches lie side by side; further ones run without graphs."""
 
@@ -54,14 +62,14 @@ class StepMetadata:
 
     tokens: [R · N], −1 where the embedding is given or the row is padding. positions: [3, R · N]. slots: [R · N], −1
     for padding. past, starts, counts: [R], as in `vpt_model.network.attention.attend`. Padding stands in front.
+    targets: rows of `given` to which what was seen is written, of a step that does (`vpt_model.engine.looks`).
     """
 
-    def __init__(self, bucket: Bucket, device: torch.device | str, pinned: bool = False) -> None:
+    def __init__(self, bucket: Bucket, device: torch.device | str, pinned: bool = False, targets: int = 0) -> None:
         self.bucket, rows, total = bucket, bucket.rows, bucket.rows * bucket.tokens
-        self.block = torch.zeros(5 * total + 3 * rows, dtype=torch.int32, device=device, pin_memory=pinned)
-        self.tokens, positions, self.slots, self.past, self.starts, self.counts = self.block.split(
-            [total, 3 * total, total, rows, rows, rows]
-        )
+        parts = [total, 3 * total, total, rows, rows, rows, targets]
+        self.block = torch.zeros(sum(parts), dtype=torch.int32, device=device, pin_memory=pinned)
+        self.tokens, positions, self.slots, self.past, self.starts, self.counts, self.targets = self.block.split(parts)
         self.positions = positions.view(3, total)
 
     def follow(self, chosen: Tensor) -> None:
@@ -74,8 +82,11 @@ class StepMetadata:
         # Positions, slots and past lie behind each other.
         self.block[rows : 6 * rows].view(5, rows).add_(self.counts)
 
-    def fill(self, appends: Sequence[Append]) -> list[slice]:
-        """Take the integers of `appends`, one per row; the rest is padding. Where each one's tokens are."""
+    def fill(self, appends: Sequence[Append], behind: int = 0) -> list[slice]:
+        """Take the integers of `appends`, one per row; the rest is padding. Where each one's tokens are.
+
+        behind: tokens that will have been fed first.
+        """
         self.block.zero_()
         self.tokens.fill_(-1)
         self.slots.fill_(-1)
@@ -87,23 +98,35 @@ class StepMetadata:
             if append.embeds is None:
                 self.tokens[place] = torch.tensor(append.tokens, device="cpu")
             self.positions[:, place] = append.positions
-            begin = cache.first + cache.length
-            self.slots[place] = torch.arange(begin, begin + count, device="cpu")
-            self.starts[row], self.past[row], self.counts[row] = cache.first, cache.length, count
+            past = cache.length + behind
+            self.slots[place] = torch.arange(cache.first + past, cache.first + past + count, device="cpu")
+            self.starts[row], self.past[row], self.counts[row] = cache.first, past, count
             places.append(place)
         return places
 
 
 class Step:
-    """One bucket over caches that lie side by side in `slab`: eager until it is captured."""
+    """One bucket over caches that lie side by side in `slab`: eager until it is captured.
 
-    def __init__(self, bucket: Bucket, language: LanguageModel, slab: tuple[Tensor, Tensor], capacity: int) -> None:
+    given: embeddings [≥ R · N, H] of tokens that have no id; the step reads the last R · N rows. Steps that share it
+    find there what another one has left.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        language: LanguageModel,
+        slab: tuple[Tensor, Tensor],
+        capacity: int,
+        given: Tensor | None = None,
+        targets: int = 0,
+    ) -> None:
         self.bucket, self.language, self.slab, self.capacity = bucket, language, slab, capacity
-        on_gpu = language.device.type == "cuda"
-        self.host, self.device = StepMetadata(bucket, "cpu", on_gpu), StepMetadata(bucket, language.device)
-        shape = (bucket.rows * bucket.tokens, language.config.hidden_size)
-        self.given = torch.zeros(shape, dtype=language.dtype, device=language.device)
-        tickets = max(language.config.hidden_size, shape[0] * language.config.num_attention_heads)
+        on_gpu, total = language.device.type == "cuda", bucket.rows * bucket.tokens
+        self.host = StepMetadata(bucket, "cpu", on_gpu, targets)
+        self.device = StepMetadata(bucket, language.device, targets=targets)
+        self.given = (embeddings(language, total) if given is None else given)[-total:]
+        tickets = max(language.config.hidden_size, total * language.config.num_attention_heads)
         self.tickets = torch.zeros(tickets, dtype=torch.int32, device=language.device)
         self.copied = torch.cuda.Event() if on_gpu else None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -124,16 +147,27 @@ class Step:
     def again(self) -> tuple[Tensor, ...]:
         """Feed what the integers on the device say: behind a step that decodes, what it chose."""
         with on_device(self.given):
-            if self.graph is None:
-                return self.run()
-            self.graph.replay()
-            return tuple(output.clone() for output in self.outputs)
+            outputs = self.replay()
+            return outputs if self.graph is None else tuple(output.clone() for output in outputs)
 
-    def upload(self, appends: Sequence[Append]) -> None:
+    def replay(self) -> tuple[Tensor, ...]:
+        """Do what `again` does, on the current stream; the next replay may write to what is returned."""
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.outputs
+
+    def upload(self, appends: Sequence[Append], behind: int = 0, targets: Tensor | None = None) -> None:
+        """Take integers, as `StepMetadata.fill` does, and embeddings to the device; nobody waits for the copies.
+
+        targets: of a step that has some, int32 on the host; without any it writes to the first row of `given`.
+        """
         if self.copied is not None and not self.copied.query():
             # The copy before this one may still be reading the pinned block, unless a token was read since.
             self.copied.synchronize()
-        places = self.host.fill(appends)
+        places = self.host.fill(appends, behind)
+        if targets is not None:
+            self.host.targets[: len(targets)] = targets
         self.device.block.copy_(self.host.block, non_blocking=True)
         if self.copied is not None:
             self.copied.record()
@@ -163,16 +197,67 @@ class Step:
         self.graph, self.outputs = record(self.run, pool)
 
 
-class Graphs:
-    """The language model's steps over `caches`, which lie side by side; what fits no bucket is left to the caller."""
+class Trigger(Step):
+    """The trigger token of a look that re-encodes, and the picture under the state that it leaves.
+
+    State and picture are written to the rows of `given` that the targets name, the state's first: where the step that
+    is replayed next reads the embeddings of its tokens. inputs: the picture as the projector reads it or, with an
+    encoder, its patch embeddings; what lies behind them has no target.
+    """
 
     def __init__(
-        self, language: LanguageModel, capacity: int, rows: int = ROWS, buckets: Sequence[Bucket] = BUCKETS
+        self, model: Model, slab: tuple[Tensor, Tensor], capacity: int, given: Tensor, encoder: Encoder | None = None
     ) -> None:
+        assert model.projector is not None, "a model without a projector has no action tokens"
+        self.projector, self.encoder, self.all_given = model.projector, encoder, given
+        if model.encoder is None:
+            self.inputs = embeddings(model.language, len(given) - 1)
+            room = len(self.inputs)
+        else:
+            room, side = model.encoder.tokens, model.encoder
+            patches = torch.zeros(side.grid[0] * side.grid[1], side.width, dtype=side.dtype, device=side.device)
+            # Its features have no other shape than it gives them.
+            self.inputs = patches if encoder is not None else torch.zeros_like(side(patches))
+        super().__init__(TRIGGER, model.language, slab, capacity, given, targets=1 + room)
+
+    def run(self) -> tuple[Tensor, ...]:
+        (hidden,) = super().run()
+        features = self.inputs if self.encoder is None else self.encoder(self.inputs)
+        rows = self.device.targets
+        self.all_given.index_copy_(0, rows[:1].long(), hidden)
+        control_cross_attention_into(features, hidden, self.projector, self.all_given, rows[1:])
+        return (hidden,)
+
+
+def embeddings(language: LanguageModel, rows: int) -> Tensor:
+    """Return [rows, H] for embeddings."""
+    return torch.zeros(rows, language.config.hidden_size, dtype=language.dtype, device=language.device)
+
+
+class Graphs:
+    """The language model's steps over `caches`, which lie side by side; what fits no bucket is left to the caller.
+
+    given: embeddings that all steps share, behind a row that none reads. encoding: the trigger's step with a re-encoder
+    in it, where the model has one.
+    """
+
+    def __init__(self, model: Model, capacity: int, rows: int = ROWS, buckets: Sequence[Bucket] = BUCKETS) -> None:
+        language = model.language
         self.caches = KVCache.side_by_side(rows, language.config, capacity, language.dtype, language.device)
         self.slab = self.caches[0].slab
         fitting = [bucket for bucket in buckets if bucket.rows <= rows and bucket.tokens <= capacity]
-        self.steps = {bucket: Step(bucket, language, self.slab, capacity) for bucket in fitting}
+        self.given = embeddings(language, 1 + max(bucket.rows * bucket.tokens for bucket in fitting))
+        place = self.slab, capacity, self.given
+        self.steps = {bucket: Step(bucket, language, *place) for bucket in fitting if bucket != TRIGGER}
+        self.encoding: Trigger | None = None
+        if TRIGGER in fitting and model.projector is not None:
+            self.steps[TRIGGER] = Trigger(model, *place)
+            self.encoding = Trigger(model, *place, model.encoder) if model.encoder is not None else None
+
+    def named(self) -> dict[str, Step]:
+        """Return all steps by what they take."""
+        named = {str(bucket): step for bucket, step in self.steps.items()}
+        return named if self.encoding is None else named | {f"{TRIGGER}, re-encoder": self.encoding}
 
     def capture(self) -> dict[str, float]:
         """Record every step, the largest first so that the others reuse its memory; seconds of each.
@@ -186,12 +271,11 @@ class Graphs:
                 f"call torch.cuda.set_device({device.index}) first, or move the model"
             )
         pool, seconds = torch.cuda.graph_pool_handle(), {}
-        for bucket, step in sorted(self.steps.items(), key=lambda item: -item[0].rows * item[0].tokens):
+        for name, step in sorted(self.named().items(), key=lambda item: -item[1].bucket.rows * item[1].bucket.tokens):
             begin = time.perf_counter()
             step.capture(pool)
             torch.cuda.current_stream().synchronize()
-            sampled = "" if bucket.sample else ", no logits"
-            seconds[f"{bucket.rows} x {bucket.tokens} tokens{sampled}"] = time.perf_counter() - begin
+            seconds[name] = time.perf_counter() - begin
         return seconds
 
 
@@ -201,9 +285,9 @@ def warmed(model: Model, capacity: int, policy: RegionPolicy) -> tuple[Model, Gr
     What is in no graph is run once. Raises ValueError as `Graphs.capture` does.
     """
     with torch.inference_mode():
-        graphs = Graphs(model.language, capacity)
+        graphs = Graphs(model, capacity)
         seconds = graphs.capture()
-        model, towers = captured(model)
+        model, towers = captured(model, graphs.given)
         begin = time.perf_counter()
         perception.rehearse(model, policy)
         torch.cuda.current_stream().synchronize()

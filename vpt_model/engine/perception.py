@@ -66,7 +66,7 @@ class Ahead:
         self.stream = torch.cuda.Stream(image.device)
         self.stream.wait_stream(torch.cuda.current_stream(image.device))
         with torch.cuda.stream(self.stream):
-            self.features = _encoder(model)(_whole(model, image))
+            self.features = _encoder(model)(whole(model, image))
         # Freed on another stream, the image's memory could be given out again while it is still read here.
         image.record_stream(self.stream)
 
@@ -94,7 +94,7 @@ def reencode(
             return ahead()
     assert image is not None, "a look at pixels that were dropped is refused before"
     with clock("crop+embed", images=1):
-        patches = _whole(model, image)
+        patches = whole(model, image)
     with clock("ViT", images=1, vit_patches=len(patches), vit_calls=1):
         return model.encoder(patches)
 
@@ -109,7 +109,8 @@ def _projector(model: Model) -> ControlProjector:
     return model.projector
 
 
-def _whole(model: Model, image: Tensor) -> Tensor:
+def whole(model: Model, image: Tensor) -> Tensor:
+    """Return the patch embeddings of all of an image as the re-encoder reads them."""
     height, width, _ = image.shape
     return _encoder(model).embed_regions([image], [(0, 0, 0, width, height)])
 
@@ -144,7 +145,7 @@ def rehearse(model: Model, policy: RegionPolicy) -> None:
     if model.projector is None:
         return
     if model.encoder is not None:
-        features = model.encoder(_whole(model, image))
+        features = model.encoder(whole(model, image))
     count = len(features) if model.encoder is None else model.encoder.tokens
     embeds = torch.zeros(count, model.config.hidden_size, dtype=model.dtype, device=model.device)
     reencode_into(model, features, torch.zeros_like(embeds[:1]), embeds, 0, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +31,10 @@ class Append:
     sampler: Sampler | None = None
     ahead: int = 0
     stage: str = "append"
+
+    def timed(self) -> AbstractContextManager[None]:
+        """Return a context whose time is counted as the append's."""
+        return self.conversation.clock(self.stage, tokens=len(self.tokens), lm_calls=1)
 
 
 @dataclass(frozen=True, kw_only=True)

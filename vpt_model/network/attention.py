@@ -170,16 +170,18 @@ def within(x: Tensor, lengths: Sequence[int], head_dim: int) -> Within:
 
 
 def within_padded(x: Tensor, ends: Tensor, head_dim: int) -> Within:
-    """Return attention within one image of ends[1] patches that are followed by padding; the host reads nothing.
+    """Return attention within images that are followed by padding; the host reads nothing.
 
-    x: [N, E], the patches. ends: int32 [3], 0, the image's patches and N. What stands in the rows of padding is finite,
-    if padding is, and without meaning.
+    x: [N, E], the patches. ends: int32 [images + 2], 0, the end of each image, an end twice where there is none, and N.
+    What stands in the rows of padding is finite, if padding is, and without meaning.
     """
     if takes_ragged(x, head_dim):
         return partial(_ragged, ends=ends, longest=len(x))  # padding is an image of its own
-    bias = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    bias = bias.masked_fill_(torch.arange(len(x), device=x.device) >= ends[1], float("-inf"))
-    return partial(_masked, bias=bias[None, None, None])
+    place = torch.arange(len(x), dtype=torch.int32, device=x.device)
+    image = torch.searchsorted(ends[1:-1], place, right=True, out_int32=True)
+    bias = torch.zeros(len(x), len(x), dtype=x.dtype, device=x.device)
+    bias = bias.masked_fill_(image[:, None] != image, float("-inf"))
+    return partial(_masked, bias=bias[None, None])
 
 
 def takes_ragged(x: Tensor, head_dim: int) -> bool:

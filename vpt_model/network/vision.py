@@ -68,6 +68,9 @@ class VisionTower:
             for index in range(self.config.depth)
         ]
         self.merger_norm = norm("merger.ln_q")
+        quarter = self.config.head_dim // 4
+        frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32, device="cpu") / quarter)
+        self.frequencies = frequencies.to(self.device)
         self.merger_fc1, self.merger_fc2 = map(product, ("merger.mlp.0", "merger.mlp.2"))
 
     def look(
@@ -150,10 +153,12 @@ class VisionTower:
 
     def rotary(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin float32 [N, 1, head_dim / 2]: row angles in the first half, then column angles."""
-        quarter = self.config.head_dim // 4
-        frequencies = 1.0 / _ROPE_THETA ** (torch.arange(quarter, dtype=torch.float32, device="cpu") / quarter)
         coordinates = vision_positions(grids, self.config.spatial_merge_size)
-        angles = uploaded((coordinates[:, :, None] * frequencies).flatten(1), self.device)[:, None]
+        return self.angles(uploaded(coordinates, self.device))
+
+    def angles(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `rotary` does for rows and columns [N, 2] of patches on the device; the host reads nothing."""
+        angles = (coordinates[:, :, None] * self.frequencies).flatten(1)[:, None]
         return angles.cos(), angles.sin()
 
     def _attention(

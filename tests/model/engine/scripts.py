@@ -48,8 +48,8 @@ class Steps:
         self.patches = [
             mock.patch.object(language, "forward", self.noting(self.eager, language.forward, lambda *a: list(a[3]))),
             *(
-                mock.patch.object(step, "run", self.noting(self.buckets, step.run, lambda bucket=bucket: bucket))
-                for bucket, step in graphs.steps.items()
+                mock.patch.object(step, "run", self.noting(self.buckets, step.run, lambda step=step: step.bucket))
+                for step in graphs.named().values()
             ),
         ]
 

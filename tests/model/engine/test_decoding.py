@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.launches.pretended import Pretended
+from tests.model.engine.emulated import Watched
 from tests.model.engine.recorded import CASES, VARIANTS, RecordedEngine, image, matches, recorded
 from tests.model.engine.scripts import Wrapped
 from tests.model.inputs import (
@@ -23,9 +23,8 @@ from tests.model.inputs import (
 )
 from vpt_model.config import ENCODERS
 from vpt_model.engine import Done, Engine, Sampling, Token
-from vpt_model.engine.decoding import Flight
-from vpt_model.engine.graphs import Bucket, Graphs, Step, StepMetadata
-from vpt_model.engine.requests import Decode
+from vpt_model.engine.graphs import Bucket, StepMetadata
+from vpt_model.engine.requests import Decode, Output
 from vpt_model.engine.sampling import Sampler
 from vpt_model.network.model import Model
 from vpt_model.text.tokens import Tokenizer
@@ -34,11 +33,6 @@ IMAGE = random_image(150, 230, seed=3)
 QUESTION = "What is written on the sign?"
 REGION = "region:x2,y1,x5,y4"
 NAN = float("nan")
-BUCKETS = (
-    Bucket(1, 1, False),
-    *(Bucket(rows, 1, True) for rows in (1, 2, 4)),
-    *(Bucket(1, tokens, True) for tokens in (16, 64, 320)),
-)
 SAMPLINGS = {
     "greedy": None,
     "sampled": Sampling(1.5, seed=5),
@@ -46,51 +40,6 @@ SAMPLINGS = {
     "top-p": Sampling(1.2, top_p=0.9, seed=7),
 }
 each_sampling = pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-
-
-class Watched:
-    """An engine's steps as graphs that are replayed over the same buffers, and the order of what is done to them.
-
-    log: "upload n", "replay n" and "read" of steps that decode n rows; chunks are not in it.
-    """
-
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, rows: int = 4) -> None:
-        self.log: list[str] = []
-        self.graphs = Graphs(engine.model.language, engine.capacity, rows, BUCKETS)
-        for buffer in self.graphs.slab:
-            buffer.fill_(NAN)
-        for step in self.graphs.steps.values():
-            with torch.inference_mode():
-                self.capture(step)
-        engine.use(engine.model, self.graphs)
-        upload, tokens = Step.upload, Flight.tokens
-
-        def uploaded(step: Step, appends: Sequence[object]) -> None:
-            self.note(step, "upload")
-            upload(step, appends)
-
-        monkeypatch.setattr(Step, "upload", uploaded)
-        monkeypatch.setattr(Flight, "tokens", lambda flight: self.log.append("read") or tokens(flight))
-
-    def capture(self, step: Step) -> None:
-        """As `Step.capture`: outputs are the same memory in every replay, and the first ones are overwritten."""
-        step.upload(())
-        step.outputs = tuple(output.clone() for output in step.run())
-
-        def replay() -> None:
-            self.note(step, "replay")
-            for output, new in zip(step.outputs, step.run(), strict=True):
-                output.copy_(new)
-
-        step.graph = SimpleNamespace(replay=replay)
-
-    def note(self, step: Step, what: str) -> None:
-        if step.decodes:
-            self.log.append(f"{what} {step.bucket.rows}")
-
-    @property
-    def replays(self) -> int:
-        return sum("replay" in entry for entry in self.log)
 
 
 class Decodes(Wrapped):
@@ -117,7 +66,9 @@ class Decodes(Wrapped):
         decodes = [(r, out) for r, out in zip(requests, results) if isinstance(r, Decode)]
         self.count += len(decodes)
         self._open |= {r.conversation: -1 if out.token is None else out.token for r, out in decodes if r.ahead}
-        self.held.append([(r.conversation.length, list(r.conversation.tokens)) for r in requests])
+        # A look by re-encoding is two runs without graphs, and only the second one has an output.
+        done = [r.conversation for r, out in zip(requests, results) if isinstance(out, Output)]
+        self.held += [[(one.length, list(one.tokens)) for one in done]] if done else []
         return results
 
 

@@ -160,7 +160,7 @@ def test_towers_keep_to_their_device_s_stream(monkeypatch):
         tower.outputs, encoder.outputs = tower.run(), encoder.run()
         encoder.free = SimpleNamespace(record=lambda: note("record"))
         tower.graph = encoder.graph = SimpleNamespace(replay=lambda: note("replay"))
-        tower(torch.zeros(16, model.vision.config.embed_dim), (4, 4))
+        tower(torch.zeros(16, model.vision.config.embed_dim), [(4, 4)])
         encoder(encoder.patches.clone())
 
     assert watched(monkeypatch, tower_graphs, run) == ["replay inside", "replay inside", "record inside"]

@@ -15,7 +15,7 @@ from vpt_model.engine import Engine
 from vpt_model.engine import loop as loop_module
 from vpt_model.engine.conversation import Conversation
 from vpt_model.engine.events import Clock, Done
-from vpt_model.engine.graphs import Bucket, Graphs
+from vpt_model.engine.graphs import TRIGGER, Bucket, Graphs
 from vpt_model.engine.requests import Append, CropAndAppend, Decode, ReencodeAndAppend
 from vpt_model.engine.scheduler import Scheduler
 from vpt_model.network.cache import KVCache
@@ -92,7 +92,7 @@ def test_executors_alone_advance_caches(monkeypatch, graphs):
 
         monkeypatch.setattr(owner, "advance", watched)
     if graphs:
-        engine.use(engine.model, Graphs(engine.model.language, engine.capacity, 4, BUCKETS))
+        engine.use(engine.model, Graphs(engine.model, engine.capacity, 4, BUCKETS))
     engine.ask_batch([IMAGE] * 3, [QUESTION] * 3, looks=[[REGION], ["clip"], None], max_new_tokens=3)
     assert callers == {"vpt_model.engine.executor", "vpt_model.engine.conversation"}
 
@@ -139,7 +139,7 @@ def test_positions_are_computed_once_and_used_as_they_are(monkeypatch):
 class TestGraphs:
     def engine(self, rows: int = 4) -> Engine:
         engine = engine_of()
-        engine.use(engine.model, Graphs(engine.model.language, engine.capacity, rows, BUCKETS))
+        engine.use(engine.model, Graphs(engine.model, engine.capacity, rows, BUCKETS))
         return engine
 
     def test_decoding_rows_replay_while_another_appends(self):
@@ -152,7 +152,7 @@ class TestGraphs:
             assert [answer.ids for answer in engine.ask_batch(*requests, **options)] == expected
         assert steps.eager == [] and steps.buckets.count(Bucket(1, 320, True)) == 5
         look = max(i for i, bucket in enumerate(steps.buckets) if bucket == Bucket(1, 320, True))
-        assert steps.buckets[look - 1] == Bucket(4, 1, True), "the other rows' step of the same moment"
+        assert steps.buckets[look - 2 : look] == [Bucket(4, 1, True), TRIGGER], "the other rows decode first"
 
     def test_a_cache_outside_keeps_the_others_inside_and_is_told(self, caplog):
         engine = self.engine(rows=2)
@@ -173,7 +173,7 @@ class TestGraphs:
         engine = engine_of()
         stream = engine.stream(IMAGE, QUESTION, **options)
         next(stream)
-        engine.use(engine.model, Graphs(engine.model.language, engine.capacity, 2, BUCKETS))
+        engine.use(engine.model, Graphs(engine.model, engine.capacity, 2, BUCKETS))
         with Steps(engine) as steps:
             assert engine.ask(IMAGE, QUESTION, **options).ids == expected and steps.eager == []
         *_, done = stream

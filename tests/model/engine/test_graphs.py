@@ -193,7 +193,7 @@ def test_a_step_needs_no_values(bucket, monkeypatch):
 
 def on_steps(engine: Engine, rows: int = 4, buckets: Sequence[Bucket] = SMALL) -> Graphs:
     """Make the engine use its graphs' steps, which are eager here."""
-    engine.use(engine.model, Graphs(engine.model.language, engine.capacity, rows, buckets))
+    engine.use(engine.model, Graphs(engine.model, engine.capacity, rows, buckets))
     return engine.executor.graphs
 
 

@@ -37,8 +37,25 @@ def test_every_image_in_a_bucket_equals_the_unpadded_one():
         for width in range(2, 64 // height + 1, 2):
             step.x.fill_(NAN)
             given = embeds(height * width, height)
-            found = step(given, (height, width))
+            found = step(given, [(height, width)])
             torch.testing.assert_close(found, tower.forward(given, [(height, width)]), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_images_that_share_a_replay_do_not_see_each_other():
+    tower, given = tiny_model().vision, torch.zeros(40, tiny_model().config.hidden_size)
+    step = PatchStep(tower, 128, given)
+    step.x.fill_(NAN)
+    for grids in ([(4, 4), (2, 6), (8, 8)], [(2, 2)], [(2, 2)] * 8, [(8, 16)]):
+        count = sum(height * width for height, width in grids)
+        patches = embeds(count, len(grids))
+        expected = tower.forward(patches, grids)
+        torch.testing.assert_close(step(patches, grids), expected, rtol=1e-5, atol=1e-5)
+        given.fill_(NAN)
+        rows = torch.randperm(39)[: count // 4] + 1
+        step.upload(patches, grids, rows.to(torch.int32))
+        features = step.replay()[: count // 4]
+        assert torch.equal(given[rows], features) and int((~given[1:].isnan()).any(1).sum()) == count // 4
 
 
 @torch.inference_mode()
