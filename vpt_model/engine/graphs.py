@@ -237,8 +237,8 @@ def embeddings(language: LanguageModel, rows: int) -> Tensor:
 class Graphs:
     """The language model's steps over `caches`, which lie side by side; what fits no bucket is left to the caller.
 
-    given: embeddings that all steps share, behind a row that none reads. encoding: the trigger's step with a re-encoder
-    in it, where the model has one.
+    given: embeddings that all steps share, behind a row that none reads. trigger, encoding: the trigger's step, and the
+    one with a re-encoder in it, where the model has any.
     """
 
     def __init__(self, model: Model, capacity: int, rows: int = ROWS, buckets: Sequence[Bucket] = BUCKETS) -> None:
@@ -249,9 +249,10 @@ class Graphs:
         self.given = embeddings(language, 1 + max(bucket.rows * bucket.tokens for bucket in fitting))
         place = self.slab, capacity, self.given
         self.steps = {bucket: Step(bucket, language, *place) for bucket in fitting if bucket != TRIGGER}
+        self.trigger: Trigger | None = None
         self.encoding: Trigger | None = None
         if TRIGGER in fitting and model.projector is not None:
-            self.steps[TRIGGER] = Trigger(model, *place)
+            self.trigger = self.steps[TRIGGER] = Trigger(model, *place)
             self.encoding = Trigger(model, *place, model.encoder) if model.encoder is not None else None
 
     def named(self) -> dict[str, Step]:

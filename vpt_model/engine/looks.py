@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vpt_model.engine import perception
-from vpt_model.engine.graphs import TRIGGER, Graphs, Step, smallest
+from vpt_model.engine.graphs import Graphs, Step, smallest
 from vpt_model.engine.requests import Append, CropAndAppend, ReencodeAndAppend, Request
 from vpt_model.network.model import Model
 from vpt_model.network.tower_graphs import CapturedTower
@@ -61,7 +61,7 @@ class Looks:
     def _reencode(self, request: ReencodeAndAppend) -> Look | None:
         model, picture, clock = self.model, request.picture, request.conversation.clock
         encodes = model.encoder is not None and picture.ahead is None
-        trigger = self.graphs.encoding if encodes else self.graphs.steps.get(TRIGGER)
+        trigger = self.graphs.encoding if encodes else self.graphs.trigger
         tokens, count = [*request.tokens], request.tokens.count(request.pad)
         chunk = self._chunk(len(tokens) - 1)
         if chunk is None or trigger is None or count >= len(trigger.host.targets):
