@@ -68,11 +68,9 @@ def require_disjoint(
             end = begin + (tensor.nbytes if tensor.is_contiguous() else _reach(tensor))
             for first, last, target in targets:
                 # Spans that meet are rare, and only then the elements are compared.
-                if not (begin < last and first < end):
-                    continue
-                if name in itself and begin == first and tensor.stride() == written[target].stride():
-                    continue
-                if share_memory(written[target], tensor):
+                if begin < last and first < end and share_memory(written[target], tensor):
+                    if name in itself and begin == first and tensor.stride() == written[target].stride():
+                        continue
                     raise ValueError(
                         f"{name} and {target} share memory: rows would be overwritten before they are read; "
                         f"clone {name}"

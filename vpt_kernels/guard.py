@@ -43,6 +43,12 @@ def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str 
         name: what the reason calls it.
         x: its input, whose device the weights must share; None where that is checked elsewhere.
     """
+    reason = why_part_called(part, kind, name, x)
+    return reason if reason is not None or torch.compiler.is_compiling() else why_every_module_is_called()
+
+
+def why_part_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str | None:
+    """Do what `why_called` does but for what concerns all modules, which a call that reads several parts asks once."""
     if type(part) is not kind:
         # Adapters, parametrisations and sharding exchange the class; some keep its name.
         found = type(part).__name__
@@ -78,9 +84,7 @@ def why_called(part: Any, kind: Any, name: str, x: Tensor | None = None) -> str 
         replaced |= convolve is not None and kind._conv_forward is not convolve
     else:
         replaced = not (_is_defined_by(kind, "forward") and _is_defined_by(kind, "_norm"))
-    if replaced:
-        return f"the forward of every {kind.__name__} was replaced"
-    return why_every_module_is_called()
+    return f"the forward of every {kind.__name__} was replaced" if replaced else None
 
 
 def _is_defined_by(kind: Any, name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpt_kernels.guard import part_of, why_called
+from vpt_kernels.guard import part_of, why_every_module_is_called, why_part_called
 from vpt_kernels.patch.supported import CENTRED_NORMS, HEAD_NORMS
 
 NORMS = ("q_norm", "k_norm")
@@ -41,6 +41,8 @@ def head_norms(module: Any, x: Tensor) -> tuple[dict[str, Any], str | None]:
         reason = _why_called(module, name, norm, x)
         if reason is not None:
             return {}, reason
+    if (reason := why_every_module_is_called()) is not None:
+        return {}, reason
     weights = [norm._parameters["weight"] for norm in norms]
     if type(norms[0]) is not type(norms[1]) or _eps(norms[0]) != _eps(norms[1]):
         return {}, "its q_norm and k_norm are of two classes, or have two eps"
@@ -53,7 +55,7 @@ def _why_called(module: nn.Module, name: str, norm: Any, x: Tensor) -> str | Non
     kind = type(norm)
     if kind.__name__ not in HEAD_NORMS | CENTRED_NORMS or kind.__module__ != type(module).__module__:
         return f"its {name} is a {kind.__module__}.{kind.__name__}"
-    reason = why_called(norm, kind, name, x)
+    reason = why_part_called(norm, kind, name, x)
     if reason is not None:
         return reason
     weight, head_dim = norm._parameters["weight"], module.head_dim

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vpt_kernels.control_cross_attention.api import ControlProjector, control_cross_attention, fold_projector
-from vpt_kernels.guard import OwnForward, part_of, why_called
+from vpt_kernels.guard import OwnForward, part_of, why_called, why_every_module_is_called, why_part_called
 from vpt_kernels.patch.rules import Forward, Rule, Serve, folded, lacks, record
 from vpt_kernels.patch.supported import FORMS
 
@@ -57,12 +57,14 @@ def why_parts_called(module: Any, x: Tensor | None = None) -> str | None:
     """Return why a projector must call its layers, or None."""
     for name, kind in parts(module).items():
         part: Any = part_of(module, name)
-        reason = why_called(part, kind, name, x)
+        reason = why_part_called(part, kind, name, x)
         if reason is not None:
             return reason
         if part._parameters["bias"] is None or (kind is nn.LayerNorm and part.eps != _EPS):
             return f"its {name} has no weight, no bias or another eps than {_EPS}"
-    return None if module.projector_scale == 1 else f"its projector_scale is {module.projector_scale}"
+    if module.projector_scale != 1:
+        return f"its projector_scale is {module.projector_scale}"
+    return None if torch.compiler.is_compiling() else why_every_module_is_called()
 
 
 def fold(module: Any) -> ControlProjector:
