@@ -4,13 +4,17 @@
 #pragma once
 
 #include "../math/rounding.h"
+#include "staging.cuh"
 #include "tables.cuh"
 
 namespace vpt::cuda {
 
-constexpr int kResampleThreads = 256, kResampleBlocks = 4, kAxisThreads = 128;
+constexpr int kResampleThreads = 256, kResampleBlocks = 3, kAxisThreads = 128;
 constexpr int kSharedBytes = 48 << 10;  // what every device grants without being asked
 constexpr int kLargestTile = 32, kSmallestTile = 8;
+// Of source rows: a tile of 28x28 pixels at scale 3.5 takes 13 KB besides, of 100 KB that three blocks share.
+constexpr int kStageBytes = 10 << 10;
+constexpr int kLeastLines = 8;         // that are worth a stage, with 28 outputs each for 256 threads
 constexpr int kRegionsPerLaunch = 24;  // as kernel parameters, within 4 KB
 constexpr int kPixelZero = 128;
 constexpr int kBiasParts = 3;  // a float32 bias as that many values of 8 bits or more
@@ -61,21 +65,43 @@ static_assert(sizeof(PatchParams) <= 4096, "the size of kernel parameters that e
 // How shared memory is divided for one tile; all counts are upper bounds.
 struct TileLayout {
   int32_t row_a, row_b, span_a, span_b, tile;
-  bool nearest;
+  bool nearest, down_first;
+  bool packed;  // pixels of a row follow one another
 
-  VPT_HD TileLayout(const WindowAxis& a, const WindowAxis& b, int32_t tile_size)
+  VPT_HD TileLayout(
+      const WindowAxis& a, const WindowAxis& b, int32_t tile_size, const Pixels& image, bool vertical_first)
       : row_a(a.row_words()),
         row_b(b.row_words()),
         span_a(a.max_span(tile_size)),
         span_b(b.max_span(tile_size)),
         tile(tile_size),
-        nearest(a.nearest() || b.nearest()) {}
+        nearest(a.nearest() || b.nearest()),
+        down_first(vertical_first),
+        packed(image.pixel_stride == 3 && image.channel_stride == 1) {}
 
   // int32 words: the tables' rows of both axes, NEAREST sources; then the bytes between the passes.
   VPT_HD int64_t words() const {
     return tile * (static_cast<int64_t>(row_a) + row_b) + (nearest ? span_a + span_b : 0);
   }
   VPT_HD int64_t bytes() const { return 4 * words() + 3 * static_cast<int64_t>(tile) * span_b; }
+
+  // Behind them the stage for source rows, in what is left; what NEAREST steps skip is not worth the way there.
+  VPT_HD int64_t stage_begin() const { return (bytes() + Rectangle::kWide - 1) / Rectangle::kWide * Rectangle::kWide; }
+  VPT_HD int64_t stage_bytes() const {
+    if (nearest || !packed) return 0;
+    const int64_t all = down_first ? Rectangle::most(span_a, 3 * span_b) : Rectangle::most(span_b, 3 * span_a);
+    const int64_t left = kSharedBytes - stage_begin(), most = left < kStageBytes ? left : kStageBytes;
+    return all < most ? all : most;
+  }
+  // Lines of `span` inputs, that a stage holds at once, or 0 if these are too few.
+  VPT_HD int32_t staged_lines(int32_t span, int32_t lines) const {
+    const int64_t left = stage_bytes() - (Rectangle::kWide - 1), gap = Rectangle::kWide - 1;
+    const int64_t fit = left <= 0 ? 0
+        : down_first              ? (left / span - gap) / 3
+                                  : left / (3 * static_cast<int64_t>(span) + gap);
+    return fit >= lines ? lines : fit >= kLeastLines ? static_cast<int32_t>(fit) : 0;
+  }
+  VPT_HD int64_t shared() const { return stage_bytes() > 0 ? stage_begin() + stage_bytes() : bytes(); }
 };
 
 __device__ __forceinline__ uint8_t clip8(int32_t sum) {
@@ -121,6 +147,31 @@ __device__ __forceinline__ void copy(const int32_t* from, int32_t n, int32_t* to
   for (int32_t i = thread; i < n; i += threads) to[i] = from[i];
 }
 
+// The first pass of `lines` lines, as bytes [lines, tile] pixels. `in` is where the first line's inputs begin, or with
+// NEAREST sources the crop.
+template <typename Stride>
+__device__ __forceinline__ void first_pass(
+    const uint8_t* in, Stride along, Stride across, Stride channel, const int32_t* source_a, const int32_t* source_b,
+    const int32_t* rows_a, const TileLayout& layout, int32_t outputs, int32_t lines, uint8_t* middle) {
+  const int32_t low = rows_a[0];
+  for (int32_t i = threadIdx.x; i < lines * outputs; i += blockDim.x) {
+    const int32_t line = i / outputs, a = i - line * outputs;
+    const uint8_t* from = in + (source_b == nullptr ? line : source_b[line]) * across;
+    const int32_t* row = rows_a + a * layout.row_a;
+    const int32_t first = row[0] - low, count = row[1];
+    const int32_t* weights = row + 2;
+    int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};
+    // Unrolled further, 64-bit addresses of taps and their channels take more registers than three blocks have.
+#pragma unroll 2
+    for (int32_t t = 0; t < count; ++t) {
+      const uint8_t* pixel = from + (source_a == nullptr ? first + t : source_a[first + t]) * along;
+      for (int c = 0; c < 3; ++c) sums[c] += weights[t] * pixel[c * channel];
+    }
+    uint8_t* out = middle + 3 * (line * layout.tile + a);
+    for (int c = 0; c < 3; ++c) out[c] = clip8(sums[c]);
+  }
+}
+
 // One tile of the window at (top, left): both passes.
 template <typename T>
 __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t number, unsigned char* shared) {
@@ -129,7 +180,7 @@ __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t n
   const WindowAxis axis_a(r, down_first), axis_b(r, !down_first);
   const AxisTable table_a(axis_a, table_of(r, down_first, work.tables));
   const AxisTable table_b(axis_b, table_of(r, !down_first, work.tables));
-  const TileLayout layout(axis_a, axis_b, work.tile);
+  const TileLayout layout(axis_a, axis_b, work.tile, work.image, down_first);
   const int32_t top = work.row_begin + number / work.tiles_across * work.tile;
   const int32_t left = number % work.tiles_across * work.tile;
   const int32_t width = r.grid.width * r.patch_size;
@@ -151,33 +202,36 @@ __device__ void resample_tile(const Work& work, const PatchRows& rows, int32_t n
     copy(table_a.row(a0), valid_a * layout.row_a, rows_a, thread, threads);
     copy(table_b.row(b0), valid_b * layout.row_b, rows_b, thread, threads);
     const int32_t low_a = table_a.first(a0), low_b = table_b.first(b0);
-    const int32_t lines = table_b.end(b0 + valid_b - 1) - low_b;
+    const int32_t lines = table_b.end(b0 + valid_b - 1) - low_b, span_a = table_a.end(a0 + valid_a - 1) - low_a;
     if (layout.nearest) {
-      const int32_t span_a = table_a.end(a0 + valid_a - 1) - low_a;
       for (int32_t i = thread; i < span_a; i += threads) source_a[i] = table_a.source(low_a + i);
       for (int32_t i = thread; i < lines; i += threads) source_b[i] = table_b.source(low_b + i);
     }
-    __syncthreads();
-
     const int64_t stride_a = down_first ? work.image.row_stride : work.image.pixel_stride;
     const int64_t stride_b = down_first ? work.image.pixel_stride : work.image.row_stride;
-    const int64_t channel = work.image.channel_stride;
     const uint8_t* crop = work.image.base + r.top * work.image.row_stride + r.left * work.image.pixel_stride;
-    for (int32_t i = thread; i < lines * valid_a; i += threads) {
-      const int32_t line = i / valid_a, a = i - line * valid_a;
-      const uint8_t* in = crop + (layout.nearest ? source_b[line] : low_b + line) * stride_b;
-      const int32_t* row = rows_a + a * layout.row_a;
-      const int32_t first = row[0], count = row[1];
-      const int32_t* weights = row + 2;
-      int32_t sums[3] = {1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1), 1 << (kPrecisionBits - 1)};
-      for (int32_t t = 0; t < count; ++t) {
-        const uint8_t* pixel = in + (layout.nearest ? source_a[first - low_a + t] : first + t) * stride_a;
-        for (int c = 0; c < 3; ++c) sums[c] += weights[t] * pixel[c * channel];
-      }
-      uint8_t* out = middle + 3 * (line * layout.tile + a);
-      for (int c = 0; c < 3; ++c) out[c] = clip8(sums[c]);
+    const uint8_t* in = crop + low_a * stride_a + low_b * stride_b;
+    const int32_t at_once = layout.staged_lines(span_a, lines);
+    if (at_once == 0) {
+      __syncthreads();
+      first_pass<int64_t>(
+          layout.nearest ? crop : in, stride_a, stride_b, work.image.channel_stride,
+          layout.nearest ? source_a : nullptr, layout.nearest ? source_b : nullptr, rows_a, layout, valid_a, lines,
+          middle);
+      __syncthreads();
     }
-    __syncthreads();
+    for (int32_t begin = 0; at_once > 0 && begin < lines; begin += at_once) {
+      const int32_t n = lines - begin < at_once ? lines - begin : at_once;
+      const Rectangle source{
+          in + begin * stride_b, work.image.row_stride, down_first ? span_a : n, 3 * (down_first ? n : span_a)};
+      const uint8_t* staged = source.bring(shared + layout.stage_begin(), thread, threads);
+      __syncthreads();
+      const int32_t apart = source.pitch();
+      first_pass<int32_t>(
+          staged, down_first ? apart : 3, down_first ? 3 : apart, 1, nullptr, nullptr, rows_a, layout, valid_a, n,
+          middle + 3 * begin * layout.tile);
+      __syncthreads();
+    }
 
     for (int32_t i = thread; i < valid_a * valid_b; i += threads) {
       // Neighbouring threads write neighbouring pixels of the window.
@@ -241,7 +295,8 @@ __device__ void write_bias_columns(const PatchRows& rows, const BiasColumns& bia
 
 // T: uint8 pixels, or (pixel − 128)/256 in the type of the weight.
 template <typename T>
-__global__ void __launch_bounds__(kResampleThreads, kResampleBlocks) patch_kernel(const __grid_constant__ PatchParams p) {
+__global__ void __launch_bounds__(kResampleThreads, kResampleBlocks)
+    patch_kernel(const __grid_constant__ PatchParams p) {
   VPT_DYNAMIC_SHARED(shared);
   wait_for_kernel_before();
   const int32_t block = blockIdx.x;

@@ -18,11 +18,11 @@ constexpr int64_t kGroupRows = 1 << 14;
 constexpr int64_t kColumnMultiple = 8;  // 16 bytes in the narrow types, as tensor cores want their rows
 
 // The side of the region's tiles, or 0 if even the smallest needs more shared memory than there is.
-int32_t tile_size(const Region& r) {
+int32_t tile_size(const Region& r, const Pixels& image) {
   const WindowAxis a(r, r.vertical_first != 0), b(r, r.vertical_first == 0);
   const int32_t p = r.patch_size;
   for (int32_t tile = p <= kLargestTile ? kLargestTile / p * p : kLargestTile; tile >= kSmallestTile; tile /= 2)
-    if (TileLayout(a, b, tile).bytes() <= kSharedBytes) return tile;
+    if (TileLayout(a, b, tile, image, r.vertical_first != 0).bytes() <= kSharedBytes) return tile;
   return 0;
 }
 
@@ -66,8 +66,7 @@ Tables make_tables(const Device& device, const Tensor& plan, const Tensor& like)
 }
 
 // The plan's regions, cut between rows of merge blocks where they have more than `limit` patches.
-std::vector<Work> split(
-    const std::vector<Tensor>& images, const Tensor& plan, const Tables& tables, int64_t limit) {
+std::vector<Work> split(const std::vector<Tensor>& images, const Tensor& plan, const Tables& tables, int64_t limit) {
   const Region* regions = data<Region>(plan);
   std::vector<Work> works;
   works.reserve(plan.size(0));
@@ -75,17 +74,13 @@ std::vector<Work> split(
     const Region& r = regions[i];
     const Tensor& image = images[r.image];
     const int32_t step = static_cast<int32_t>(std::clamp<int64_t>(limit / r.rows_per_block_row(), 1, r.block_rows()));
-    const int32_t tile = tile_size(r), pixels = r.merge_size * r.patch_size, width = r.grid.width * r.patch_size;
+    const Pixels pixels_of{data<uint8_t>(image), image.stride(0), image.stride(1), image.stride(2)};
+    const int32_t tile = tile_size(r, pixels_of), pixels = r.merge_size * r.patch_size,
+                  width = r.grid.width * r.patch_size;
     for (int32_t begin = 0; begin < r.block_rows(); begin += step)
       works.push_back(
-          {r,
-           {data<uint8_t>(image), image.stride(0), image.stride(1), image.stride(2)},
-           tables.of[i],
-           begin * pixels,
-           std::min(begin + step, r.block_rows()) * pixels,
-           tile,
-           tile == 0 ? 0 : (width + tile - 1) / tile,
-           0});
+          {r, pixels_of, tables.of[i], begin * pixels, std::min(begin + step, r.block_rows()) * pixels, tile,
+           tile == 0 ? 0 : (width + tile - 1) / tile, 0});
   }
   return works;
 }
@@ -136,8 +131,7 @@ void write_patches(
   auto launch = [&] {
     const int64_t extra = bias == nullptr ? 0 : bias->outputs;
     if (bias != nullptr) p.bias = *bias;
-    device.launch(
-        patch_kernel<T>, p.blocks + extra, kResampleThreads, shared, p, std::exchange(after_tables, false));
+    device.launch(patch_kernel<T>, p.blocks + extra, kResampleThreads, shared, p, std::exchange(after_tables, false));
     p.works = p.blocks = 0;
     shared = 0;
     bias = nullptr;
@@ -147,7 +141,7 @@ void write_patches(
     if (p.works == kRegionsPerLaunch || w->tiles() > 0x7FFFFFFF - (1 << 24) - p.blocks) launch();
     const Region& r = w->region;
     const WindowAxis a(r, r.vertical_first != 0), b(r, r.vertical_first == 0);
-    shared = std::max(shared, static_cast<size_t>(TileLayout(a, b, w->tile).bytes()));
+    shared = std::max(shared, static_cast<size_t>(TileLayout(a, b, w->tile, w->image, r.vertical_first != 0).shared()));
     p.work[p.works] = *w;
     p.work[p.works++].first_block = p.blocks;
     p.blocks += w->tiles();
@@ -223,7 +217,8 @@ void embed_rows(
   target.base = patches.mutable_data_ptr();
   // Rows of the matrix begin at multiples of 16 bytes, in float32 as in the narrow types.
   const int64_t row_bytes = weight.stride(0) * weight.element_size();
-  const bool wide = (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) | static_cast<uintptr_t>(row_bytes)) % 16 == 0;
+  const bool wide =
+      (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) | static_cast<uintptr_t>(row_bytes)) % 16 == 0;
   const BiasColumns bias_columns{
       weight.const_data_ptr(), data<float>(bias), matrix.mutable_data_ptr(), embed, weight.stride(0), wide};
   for (size_t g = 0; g + 1 < groups.size(); ++g) {

@@ -8,7 +8,7 @@
 namespace vpt::cuda {
 
 constexpr int kTableThreads = 128;
-constexpr int kTableOutputs = 16;  // of one block: their weights are added up one after the other
+constexpr int kTableOutputs = 16;     // of one block: their weights are added up one after the other
 constexpr int kTablesPerLaunch = 36;  // as kernel parameters, within 4 KB
 
 // One axis of a region, in coordinates of the window: output i of the window is output offset + i of the axis.

@@ -139,6 +139,25 @@ def test_tiles_too_large_for_shared_memory(resample, size, fit, vertical_first, 
 
 
 @pytest.mark.parametrize("vertical_first", (False, True), ids=("hv", "vh"))
+@pytest.mark.parametrize("size, fit", (((61, 83), (84, 112)), ((141, 203), (42, 56)), ((300, 290), (28, 28))))
+def test_staged_rows_of_any_alignment(size, fit, vertical_first):
+    """Rows begin at any address modulo 16; one chunk of lines, several, too few to be staged; or no packed rows."""
+    height, width = size
+    policy = RegionPolicy(lambda h, w: fit, 14, 1)
+    plan = plan_regions([(height, width)], [(0, 3, 2, width - 1, height)], policy)
+    plan.table[:, Column.VERTICAL_FIRST] = int(vertical_first)
+    image = noise(height, width, "staged")
+    want = roi_patches([image], plan, backend="cpp")
+    for stride, offset in ((3 * width, 0), (3 * width, 5), (3 * width + 13, 15), ((3 * width + 15) // 16 * 16, 0)):
+        storage = torch.full((offset + height * stride,), 255, dtype=torch.uint8)
+        view = storage.as_strided((height, width, 3), (stride, 3, 1), offset)
+        view.copy_(image)
+        assert_same_bits(roi_patches([view], plan, backend="cuda"), want, f"{stride=} {offset=}")
+    planes = image.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert_same_bits(roi_patches([planes], plan, backend="cuda"), want)
+
+
+@pytest.mark.parametrize("vertical_first", (False, True), ids=("hv", "vh"))
 def test_window_inside_what_passes_through_device_memory(vertical_first):
     """The second pass begins in the middle of the source, so its lines are counted from the first one that it needs."""
     size, fit = ((12000, 9), (56, 28)) if not vertical_first else ((9, 12000), (28, 56))

@@ -18,6 +18,7 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{TORCH / 'include
 PROGRAMS = {
     # name: sources and flags beside its own
     "nearest_check": [],
+    "staging_check": [],
     "simd_check": sorted(SOURCES.glob("simd_*.cpp")),
     "threads_check": [*sorted(SOURCES.glob("*.cpp")), *STABLE_ABI, *LIBRARIES],
 }
