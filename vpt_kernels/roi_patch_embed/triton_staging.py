@@ -165,9 +165,13 @@ def _tables(region: Region, words: int) -> tuple[tuple[int, ...], int, int]:
     Returns:
         ((begin x, begin y, words of a row x, y, sources x, y), rows or sources of the longer axis, words in all).
     """
-    begins, rows, sources, most = [], [], [], 0
+    begins: list[int] = []
+    rows: list[int] = []
+    sources: list[int] = []
+    most = 0
     for axis in (0, 1):
-        inputs, outputs = region[Column.NEAREST_WIDTH_3 + axis], region[Column.RESIZED_WIDTH + axis]
+        inputs: int = region[Column.NEAREST_WIDTH_3 + axis]
+        outputs: int = region[Column.RESIZED_WIDTH + axis]
         window = region[Column.GRID_WIDTH + axis] * region.patch_size
         valid = min(outputs - region[Column.WINDOW_LEFT + axis], window)
         radius = 2 if region.filter == _BICUBIC else 1
