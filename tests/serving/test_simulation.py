@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from tests.helpers import SEED
 from tests.serving.folders import folder_of
-from tests.serving.simulation import Setting, assert_right, simulate
+from tests.serving.simulation import (
+    Setting,
+    assert_right,
+    look_scheduler_of,
+    requests_of,
+    simulate,
+    write_script,
+)
 
 pytestmark = pytest.mark.unpoisoned
 MEMORY = {"ample": (400, 2048, 8), "scarce": (80, 300, 6), "one conversation's": (66, 1100, 4)}
@@ -41,3 +51,14 @@ def test_every_token_passes_the_model_once(folder, ahead):
     )
     ahead_of = sum(len(script.turns) for script in scripts) if ahead else 0
     assert outcome.worker.fed <= tokens + rewound + ahead_of
+
+
+@pytest.mark.parametrize("acts", [False, True])
+def test_a_prompt_with_an_action_token_is_told(folder, acts):
+    """Its embedding is a state of the model, which no prompt has."""
+    scheduler = look_scheduler_of(folder, Setting(SEED, False, False))
+    script = write_script(0, scheduler.perception, random.Random(SEED))
+    prompt = [*script.prompt, *([scheduler.perception.tokenizer.ids.action] if acts else [])]
+    scheduler.add_request(requests_of([replace(script, prompt=prompt)], scheduler.perception)[0])
+    found = scheduler.conversations[script.name].notices
+    assert any("the prompt holds an action token" in notice for notice in found) == acts

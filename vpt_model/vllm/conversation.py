@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -150,11 +150,23 @@ class Conversation:
             return ()
         height, width, _ = self.image[1].shape
         try:
-            return self.perception.boxes(height, width, turn)
+            boxes = self.perception.boxes(height, width, turn)
+            if boxes and self.perception.tokenizer.ids.action in turn and self._read_again(turn[:-1]) != turn[:-1]:
+                # The engine feeds such an answer anew, state by state; its places hold one state each here.
+                raise ValueError(
+                    "the answer's text has other ids than were generated, and among them is an action token, whose "
+                    "embedding is the state before it: that state is not kept"
+                )
+            return boxes
         except ValueError as error:
             if not silent:
                 self.notices.append(f"no second look: {error}")
             return ()
+
+    def _read_again(self, answer: list[int]) -> list[int]:
+        """Return the ids of an answer's text, which a second round reads."""
+        tokenizer = self.perception.tokenizer
+        return tokenizer.encode(tokenizer.decode(answer))
 
     def _capture(self, all_token_ids: Sequence[int], streamed: list[int]) -> Append | End:
         """Feed a token alone; the state behind it goes to a slot, and the token sampled behind it may not be used."""
@@ -199,17 +211,15 @@ class Conversation:
         self, boxes: tuple[Box, ...], all_token_ids: Sequence[int], streamed: list[int], forced: bool
     ) -> Append | End:
         perception, keep, (name, pixels) = self.perception, len(all_token_ids) - 1, self._picture
-        encode: Callable[[str], list[int]] = perception.tokenizer.encode
         answer = self.turn[:-1]
-        again = encode(perception.tokenizer.decode(answer))
+        again = self._read_again(answer)
         unfed = answer if forced else []
         if again != answer:
-            # The second round reads the answer's text, and that text has other ids than were generated.
             keep, unfed = self.round_start, again
         crops = [pixels[top:bottom, left:right].contiguous() for left, top, right, bottom in boxes]
         grids = [image_grid(perception.config, *crop.shape[:2]) for crop in crops]
         counts = [rows * columns // perception.config.vision.spatial_merge_size**2 for rows, columns in grids]
-        tokens = unfed + region_round(perception.tokenizer.ids, counts, encode)
+        tokens = unfed + region_round(perception.tokenizer.ids, counts, perception.tokenizer.encode)
         if not self._fits(keep + len(tokens)):
             return End.FULL
         starts = [i + 1 for i, token in enumerate(tokens) if token == perception.tokenizer.ids.vision_start]

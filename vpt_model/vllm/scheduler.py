@@ -66,6 +66,11 @@ class Looks:
         if looks and image is None:
             looks.clear()
             notices.append("no second look: the request has no image")
+        if self.perception.tokenizer.ids.action in (request.prompt_token_ids or ()):
+            notices.append(
+                "the prompt holds an action token, which was read without the state that is its embedding: leave the "
+                "tokens of earlier looks out of it"
+            )
         conversation = Conversation(
             self.perception,
             request.sampling_params,
