@@ -38,7 +38,9 @@ int main(int, char** arguments) {
     wrong += expected != memory;
     for (int row = 0; row < rows; ++row)
       wrong += (reinterpret_cast<uintptr_t>(out + row * from.pitch()) -
-                reinterpret_cast<uintptr_t>(from.base + row * stride)) % 16 != 0;
+                reinterpret_cast<uintptr_t>(from.base + row * stride)) %
+              16 !=
+          0;
     wide += bytes >= 31;
   }
   std::printf("%lld wrong, %lld with a whole vector\n", static_cast<long long>(wrong), static_cast<long long>(wide));
