@@ -22,6 +22,17 @@ from vpt_kernels.checks import (
 from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, PIXEL_ZERO, RegionPlan, padded_columns
 
 
+class _Copy:
+    """A weight as the kernels read it, and the version of which it is."""
+
+    __slots__ = ("rows", "version")
+
+    def __init__(self, weight: Tensor) -> None:
+        columns = weight.shape[1]
+        self.version = weight._version
+        self.rows = torch.nn.functional.pad(weight, (0, padded_columns(columns) - columns))
+
+
 @dataclass(frozen=True)
 class FoldedPatchEmbed:
     """A patch embedding that reads uint8 pixels; made by `fold_patch_weight`.
@@ -38,7 +49,7 @@ class FoldedPatchEmbed:
     weight: Tensor
     bias: Tensor
     patch_size: int
-    _padded: tuple[int, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
+    _padded: _Copy | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # What cannot be a weight stays as it is: the operators say what is wrong with it.
@@ -51,15 +62,14 @@ class FoldedPatchEmbed:
     def _rows(self) -> Tensor:
         """Return the weight as the kernels read it, padded to a multiple of 16 columns."""
         weight = self.weight
-        columns = weight.shape[1]
-        if columns % 16 == 0 or torch.compiler.is_compiling() or weight.is_inference():
+        if weight.shape[1] % 16 == 0 or torch.compiler.is_compiling() or weight.is_inference():
             # Inference tensors have no version, by which a change in place is seen, and a graph would keep the copy.
             return weight
         known = self._padded
-        if known is None or known[0] != weight._version:
-            known = weight._version, torch.nn.functional.pad(weight, (0, padded_columns(columns) - columns))
+        if known is None or known.version != weight._version:
+            known = _Copy(weight)
             object.__setattr__(self, "_padded", known)
-        return known[1]
+        return known.rows
 
 
 def fold_patch_weight(
