@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 RECORD = Path(__file__).with_name("durations.txt")
-SHARE = 3.0
+SHARE = 2.0
 """Seconds for all cases of a function."""
 MODES = ("compiled", "interpreted")
 

@@ -16,7 +16,7 @@ LOG = """
 2.50s call     tests/a.py::test_many[x - 1]
 0.50s setup    tests/a.py::test_many[x - 1]
 1.00s call     tests/a.py::test_many[x - 2]
-2.90s call     tests/a.py::test_quick
+1.90s call     tests/a.py::test_quick
 = 3 passed in 9.00s =
 ============================= slowest durations ==============================
 7.00s call     tests/b.py::test_one
@@ -42,9 +42,9 @@ def test_the_log_of_several_runs_becomes_one_record(record, tmp_path):
     assert durations.recorded("compiled") == {"tests/a.py::test_many": 4.0}
 
 
-@pytest.mark.parametrize("seconds, kept", [(3.0, [0]), (3.01, []), (1.0, [0, 3, 6]), (0.3, list(range(10)))])
-def test_cases_that_stay_are_spread_and_take_no_longer_than_their_share(record, seconds, kept):
-    record.write_text(f"compiled {100 * seconds} 100 tests/a.py::test_many\n")
+@pytest.mark.parametrize("shares, kept", [(1, [0]), (1.01, []), (1 / 3, [0, 3, 6]), (0.1, list(range(10)))])
+def test_cases_that_stay_are_spread_and_take_no_longer_than_their_share(record, shares, kept):
+    record.write_text(f"compiled {100 * shares * durations.SHARE} 100 tests/a.py::test_many\n")
     found = items(*(f"tests/a.py::test_many[{index}]" for index in range(10)), "tests/a.py::test_many_others")
     left = durations.long(found, "compiled")
     assert [index for index in range(10) if found[index] not in left] == kept and found[10] not in left

@@ -17,6 +17,9 @@ import setup
 from tests.cuda import nvcc
 from tests.cuda.on_cpu import ROOT, SOURCES, TORCH
 
+# Whichever of them comes first waits for nvcc to compile everything.
+pytestmark = pytest.mark.long
+
 BUDGETS = {
     # kernel: registers, static shared bytes, bytes of spills; why
     # Three blocks of 256 threads and 80 registers fill an SM's 65,536 registers; a token needs one block. In the float8
