@@ -180,16 +180,23 @@ def test_a_set_that_cannot_be_made_is_not_a_set_that_passed(monkeypatch, tmp_pat
     assert "the oldest set was not tested" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("status, ends, says", [(0, 0, False), (75, 0, True), (124, 0, True), (1, 1, False)])
-def test_ci_names_a_set_that_was_not_tested_and_fails_with_one_that_failed(tmp_path, status, ends, says):
-    """The parts of `.ci/run`, each replaced by a line; `python3` and `timeout` are what the status comes from."""
+STATUSES = [(0, 0, 0), (75, 0, 0), (0, 124, 0), (75, 75, 0), (1, 0, 1), (0, 1, 1), (75, 1, 1)]
+
+
+@pytest.mark.parametrize("oldest, latest, ends", STATUSES)
+def test_ci_names_a_set_that_was_not_tested_and_fails_with_one_that_failed(tmp_path, oldest, latest, ends):
+    """The parts of `.ci/run`, each replaced by a line; `python3` is what the status of a set comes from."""
     script = (ROOT / ".ci" / "run").read_text().replace('cd "$(dirname "$0")/.."', "")
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    for name, line in (("make", "true"), ("python3", f"exit {status}"), ("timeout", 'shift; "$@"')):
-        (bin_folder / name).write_text(f"#!/bin/bash\n{line}\n")
-        (bin_folder / name).chmod(0o755)
-    path = {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-    found = subprocess.run(["bash", "-c", script], env=os.environ | path, capture_output=True, text=True, check=False)
-    assert found.returncode == ends
-    assert ("oldest: NOT TESTED" in found.stdout) == says == ("latest: NOT TESTED" in found.stdout)
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    of_set = f"echo tests of $3; case $3 in oldest) exit {oldest} ;; latest) exit {latest} ;; esac"
+    for name, line in (("make", "true"), ("python3", of_set), ("timeout", 'shift; "$@"')):
+        (commands / name).write_text(f"#!/bin/bash\n{line}\n")
+        (commands / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", "-c", script]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == ends and "tests of oldest\ntests of latest\n" in found.stdout
+    if not ends:
+        assert ("oldest: NOT TESTED" in found.stdout) == (oldest != 0)
+        assert ("newest: NOT TESTED" in found.stdout) == (latest != 0)
