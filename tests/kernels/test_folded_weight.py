@@ -84,6 +84,8 @@ def test_copies_and_changes(backend):
     with torch.inference_mode():
         embed.weight.mul_(2)
     assert_same_bits(call(backend, embed), want)
+    embed.weight.data = embed.weight.data * 0.5
+    assert_same_bits(call(backend, embed), half)
 
 
 def test_the_layer_follows_its_state():

@@ -23,14 +23,21 @@ from vpt_kernels.roi_patch_embed.geometry import PIXEL_SCALE, PIXEL_ZERO, Region
 
 
 class _Copy:
-    """A weight as the kernels read it, and the version of which it is."""
+    """A weight as the kernels read it, and of which state of it."""
 
-    __slots__ = ("rows", "version")
+    __slots__ = ("of", "rows", "version")
 
     def __init__(self, weight: Tensor) -> None:
         columns = weight.shape[1]
-        self.version = weight._version
+        # Kept so that its address is not given to another.
+        self.of, self.version = weight.detach(), weight._version
         self.rows = torch.nn.functional.pad(weight, (0, padded_columns(columns) - columns))
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Return whether the weight is what it was; its `.data` may have been exchanged, to move or convert it."""
+        of = self.of
+        same = self.version == weight._version and of.data_ptr() == weight.data_ptr()
+        return same and of.dtype == weight.dtype and of.device == weight.device
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class FoldedPatchEmbed:
     Attributes:
         weight: [E, p·p·3], columns in (y, x, channel) order, W·256 / (255·std): it multiplies
             (pixel − 128)/256. The kernels read a copy whose rows end in zeros, so that they begin at multiples of 16
-            bytes. It follows what is written into the weight, but for a change through `.data`, which leaves no trace.
+            bytes. It follows what is written into the weight, or put in its place; a change in place through `.data`
+            leaves no trace.
         bias: float32 [2, p + 1, E]: the bias of a patch of which v rows (first index 0) or v columns (1) are image;
             [., p] is the ordinary one, [., 0] the convolution's own bias.
         patch_size: p.
@@ -66,7 +74,7 @@ class FoldedPatchEmbed:
             # Inference tensors have no version, by which a change in place is seen, and a graph would keep the copy.
             return weight
         known = self._padded
-        if known is None or known.version != weight._version:
+        if known is None or not known.is_of(weight):
             known = _Copy(weight)
             object.__setattr__(self, "_padded", known)
         return known.rows
