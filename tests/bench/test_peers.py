@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.cases import WrongResult
+from bench.environment import ROOT
 from bench.loops import Loops
 from bench.peers import FORMATS, Shape, measure
 from bench.peers.__main__ import cells
@@ -137,3 +138,17 @@ def test_a_peer_answers_fails_and_dies_in_words(tmp_path):
         for _ in range(2):
             with pytest.raises(PeerError, match="the process has ended; out of memory"):
                 peer.ask("die")
+
+
+def test_the_page_says_what_was_recorded():
+    machine = ROOT / "bench" / "results" / "intel-r-xeon-r-processor-avx512-2-threads"
+    page = (ROOT / "docs" / "weights.md").read_text()
+    rows = json.loads((machine / "peers.json").read_text())["rows"]
+    assert [row["weights"] for row in rows] == list(FORMATS)
+    for row in rows:
+        told = f"| {row['weights']} / {row['form']} "
+        for what, digits in (("append", 0), ("decode", 1)):
+            ours, theirs, ratio = (row[f"{what}{end}"] for end in ("", "_peer", "_ratio"))
+            told += f"| {ours:,.{digits}f}, {theirs:,.{digits}f} "
+            told += f"| {ratio['ratio']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f}) "
+        assert told in page
