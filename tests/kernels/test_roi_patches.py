@@ -135,9 +135,31 @@ def test_offsets_beyond_32_bits(backend):
     far.copy_(image)
     plan = plan_regions([(3, 5)], [(0, 1, 0, 5, 3)], qwen2_vl_policy())
     assert_same_bits(roi_patches([far], plan, backend=backend), roi_patches([image], plan, backend=backend))
+    planar = storage.as_strided((3, 5, 3), (row, 1, 5))
+    planar.copy_(image)
+    assert_same_bits(roi_patches([planar], plan, backend=backend), roi_patches([image], plan, backend=backend))
     channel = storage.as_strided((3, 5, 3), (5, 1, row))
     channel.copy_(image)
     assert_same_bits(roi_patches([channel], plan, backend=backend), roi_patches([image], plan, backend=backend))
+
+
+@each_backend
+@pytest.mark.parametrize("transposed", (False, True), ids=("rows", "columns"))
+@pytest.mark.parametrize(
+    "lines, pixels, stride, most",
+    ((256, 5, (1 << 24) + 11, 1 << 20), (240, 240, (1 << 26) + 11, 56 * 56)),
+    ids=("tile", "lines at once"),
+)
+def test_tiles_that_begin_beyond_32_bits(backend, lines, pixels, stride, most, transposed):
+    """No line is so far from the next: it is where a tile begins that does not fit, or where its later lines do."""
+    image = noise(lines, pixels, "far tiles")
+    far = virtual_bytes((lines - 1) * stride + 3 * pixels).as_strided((lines, pixels, 3), (stride, 3, 1))
+    far.copy_(image)
+    if transposed:
+        image, far = image.transpose(0, 1).contiguous(), far.transpose(0, 1)
+    height, width = image.shape[:2]
+    plan = plan_regions([(height, width)], [(0, 0, 0, width, height)], qwen2_vl_policy(max_pixels=most))
+    assert_same_bits(roi_patches([far], plan, backend=backend), roi_patches([image], plan, backend=backend))
 
 
 @each_backend
