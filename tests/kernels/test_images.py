@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -88,6 +89,74 @@ def test_files_are_upright_and_what_is_in_memory_is_not_turned(orientation, tmp_
     for source in (opened, data, stored):
         decode_image(source, notices=told)
     assert len(told) == (orientation > 1) and all("exif_transpose" in notice for notice in told)
+
+
+def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of tags with type, count and the four bytes of their value, as no library would write it."""
+    rows = b"".join(struct.pack("<HHI", *head) + value for *head, value in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + rows + b"\0" * 68
+
+
+SIX = (0x0112, 3, 1, b"\6\0\0\0")
+"""The orientation of a photo that was taken with the camera upright."""
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "metadata, turned",
+    [
+        (b"Exif\0\0garbage", False),
+        (b"no EXIF at all", False),
+        (b"Exif\0\0II*\0\x08\0\0\0\xff\xff", False),
+        (exif((0x0112, 3, 1, b"\x0b\0\0\0")), False),
+        (exif((0x0112, 2, 2, b"6\0\0\0")), False),
+        (exif(SIX, (0x0100, 1, 1, b"\0" * 4)), True),
+        (exif((0x011A, 1, 1, b" \0\0\0"), SIX), True),
+    ],
+    ids=["no TIFF", "text", "cut short", "11", "text as orientation", "a width of bytes", "a resolution of bytes"],
+)
+def test_exif_that_cannot_be_read_or_written_spoils_no_picture(form, metadata, turned):
+    """The last two still say how the picture is turned, and Pillow's `exif_transpose` raises."""
+    data = saved(photo(), format=form, exif=metadata)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stored = np.array(Image.open(io.BytesIO(data)))
+        assert np.array_equal(decode_image(data), np.rot90(stored, -1) if turned else stored)
+        assert np.array_equal(decode_image(data, orient_files=False), stored)
+
+
+def test_a_tiff_turns_itself_and_nobody_is_told_otherwise():
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    data, told = saved(photo(), format="TIFF", exif=tags), list[str]()
+    upright = np.rot90(np.array(photo()), -1)
+    for source in (data, Image.open(io.BytesIO(data))):
+        assert np.array_equal(decode_image(source, notices=told), upright)
+    assert told == []
+
+
+def test_a_palette_with_degrees_of_transparency_warns_nobody():
+    data = saved(photo("P"), format="PNG", transparency=bytes(range(17)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(decode_image(data), np.array(photo("P").convert("RGB")))
+
+
+@pytest.mark.parametrize("address", ["https://a.b/c.png", "data:image/png;base64," + "iVBO" * 5000, "S3://a/b"])
+def test_an_address_is_refused_in_one_line_with_what_to_do(address):
+    with pytest.raises(ValueError, match="address: pass its bytes") as raised:
+        decode_image(address)
+    assert address[:50] in str(raised.value) and len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize("source", [b"", b"no picture", "x" * 5000, "missing.png"], ids=lambda source: source[:9])
+def test_messages_are_the_same_each_time_and_bounded(source):
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be read") as raised:
+            decode_image(source)
+        messages.add(str(raised.value))
+    assert len(messages) == 1 and len(messages.pop()) < 600
 
 
 def test_open_files_are_read_and_stay_open(tmp_path):
