@@ -28,18 +28,26 @@ void widen(const T* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]);
 }
 
-// Σ term(i), in float32 over short blocks and in double over the blocks: as accurate as a pairwise sum.
+// Σ term(i), in float32 over short blocks and in double over the blocks: as accurate as a pairwise sum. The partial sums
+// are written out, because a compiler that does not vectorise (under a sanitizer, say) would add a block one by one.
 template <int64_t kBlock = 128, typename Term>
 inline double sum(int64_t n, Term term) {
+  constexpr int kLanes = 16;
+  const int64_t whole = n / kLanes * kLanes;
   double total = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    float part = 0.f;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = begin; i < end; ++i) part = term(i, part);
-    total += part;
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+    const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
+    float part[kLanes] = {};
+    for (int64_t i = begin; i < end; i += kLanes)
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) part[lane] = term(i + lane, part[lane]);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+    total += part[0];
   }
-  return total;
+  float rest = 0.f;
+  for (int64_t i = whole; i < n; ++i) rest = term(i, rest);
+  return total + rest;
 }
 
 template <typename T>

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vpt_kernels.checks import require_flag, shown
 from vpt_kernels.images import decode_image
 from vpt_kernels.live.family import Family
-from vpt_kernels.live.fed import Fed
+from vpt_kernels.live.fed import Fed, Pending
 from vpt_kernels.live.messages import Messages, expanded
 from vpt_kernels.live.pictures import Pictures, box_in_pixels
 from vpt_kernels.live.shared import Shared
@@ -211,14 +211,11 @@ class LiveConversation:
         with self._alone():
             self._check(arguments)
             pending = [picture for picture in self._pictures if picture.span.start >= self.length]
-            names = ("pixel_values", "image_grid_thw") if pending else ()
             with self._shared.lock, self._open.undone_on_error(), torch.no_grad():
                 inputs = [picture.inputs or self._look.inputs(picture.pixels) for picture in pending]
+                names = ("pixel_values", "image_grid_thw") if pending else ()
                 pixels = {name: torch.cat([given[name] for given in inputs]) for name in names}
-                # Text behind the last picture is left to `generate`: one pass feeds it and samples behind it.
-                end = pending[-1].span.stop if pending else self.length
-                self._open.feed(self.ids[self.length : end], [picture.grid for picture in pending], pixels)
-                out = self._open.generate(self.ids, arguments)
+                out = self._open.generate(self.ids, arguments, Pending([picture.grid for picture in pending], pixels))
             self.ids += getattr(out, "sequences", out)[0, len(self.ids) :].tolist()
             for picture in pending:
                 picture.inputs = None

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpt_kernels.live.family import Family, cache_argument, cache_length, capacity_of, new_cache, truncate
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Pictures of a chunk: grids (frames, rows, columns) in patches, and the model's arguments for their pixels."""
+
+    grids: Sequence[Sequence[int]] = ()
+    pixels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def patches(self) -> int:
+        return sum(frames * rows * columns for frames, rows, columns in self.grids)
 
 
 class Fed:
@@ -33,24 +46,21 @@ class Fed:
     def next_position(self) -> int:
         return self._next[-1]
 
-    def feed(self, ids: Sequence[int], grids: Sequence[Sequence[int]], pixels: Mapping[str, Tensor]) -> None:
-        """Append a chunk and its images in one call: grids (frames, rows, columns), pixels the arguments for them."""
-        if not ids:
-            return
-        positions, behind = self._family.positions(ids, grids, self.next_position)
-        tokens = torch.tensor([list(ids)], device=positions.device)
-        given = {**pixels, **(self._family.kinds(tokens) if grids else {}), self._argument: self._cache}
-        self._model(tokens, position_ids=positions[:, None], logits_to_keep=1, **given)
-        self._advance(behind, sum(frames * rows * columns for frames, rows, columns in grids))
-
-    def generate(self, ids: Sequence[int], arguments: Mapping[str, Any]) -> Any:
-        """Run the model's `generate` behind all of `ids`; the last one or more, which are text, have not been fed."""
+    def generate(self, ids: Sequence[int], arguments: Mapping[str, Any], pictures: Pending) -> Any:
+        """Run the model's `generate` behind all of `ids`; those not fed yet, with their pictures, pass in one call."""
         tokens = torch.tensor([list(ids)], device=self._family.core.device)
         given = {"attention_mask": torch.ones_like(tokens), self._argument: self._cache, **arguments}
-        with self._family.deltas(self.next_position - self.length):
+        positions, behind = self._family.positions(ids[self.length :], pictures.grids, self.next_position)
+        new = {**self._family.kinds(tokens[:, self.length :]), **pictures.pixels} if pictures.grids else {}
+        exchanged: AbstractContextManager[None] = nullcontext()
+        if not self.length:
+            given |= new  # `generate` numbers a conversation from its beginning as `positions` does
+        elif new:
+            exchanged = _first_call(self._model, {**new, "position_ids": positions[:, None]})
+        with self._family.deltas(behind[-1] - len(ids)), exchanged:
             out = self._model.generate(input_ids=tokens, **given)
-        count = cache_length(self._cache) - self.length
-        self._advance(range(self.next_position + 1, self.next_position + 1 + count), 0)
+        more = cache_length(self._cache) - len(ids)
+        self._advance([*behind, *range(behind[-1] + 1, behind[-1] + 1 + more)], pictures.patches)
         return out
 
     def truncate(self, length: int) -> None:
@@ -93,3 +103,22 @@ class Fed:
         self._next += behind
         self.counts["tokens"] += len(behind)
         self.counts["patches"] += patches
+
+
+@contextmanager
+def _first_call(model: nn.Module, new: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the first call of the model inside these arguments, instead of those of their names.
+
+    `generate` would number a chunk's tokens as text is, and `position_ids` is read differently by every version of it.
+    """
+
+    def exchanged(model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        handle.remove()
+        named.pop("mm_encoder_outputs", None)  # from transformers 5.24 on: of the pictures `generate` was given, none
+        return arguments, {**named, **new}
+
+    handle = model.register_forward_pre_hook(exchanged, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
