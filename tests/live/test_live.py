@@ -405,6 +405,25 @@ def test_a_turn_is_one_pass_of_the_model(cache):
             assert len(passes) == 1
 
 
+def test_a_call_of_somebody_else_takes_no_pictures():
+    """The model may be called, by a hook or in another thread, before `generate` comes to call it."""
+    with opened() as chat:
+        chat.add(user("see", picture(60, 60)))
+        chat.generate(**GREEDY)
+        chat.add(user("and", picture(90, 60)))
+        plain, ids = deepcopy(chat.model), list(chat.ids)
+
+        def call(model, arguments):
+            handle.remove()
+            model(torch.tensor([[65, 66, 67]]), position_ids=torch.arange(3).expand(3, 1, 3))
+
+        handle = chat.model.register_forward_pre_hook(call)
+        ours = chat.generate(**GREEDY)
+        theirs = anew(plain, chat.processor, ids, [picture(60, 60), picture(90, 60)], **GREEDY)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert (steps(ours) - steps(theirs)).abs().max() <= 1e-4
+
+
 @each_cache
 def test_two_hundred_turns_leave_nothing_beside_the_cache(cache):
     short = SAY | {"do_sample": False, "max_new_tokens": 2, "min_new_tokens": 2}

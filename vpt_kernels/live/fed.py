@@ -56,7 +56,7 @@ class Fed:
         if not self.length:
             given |= new  # `generate` numbers a conversation from its beginning as `positions` does
         elif new:
-            exchanged = _first_call(self._model, {**new, "position_ids": positions[:, None]})
+            exchanged = self._first_call({**new, "position_ids": positions[:, None]})
         with self._family.deltas(behind[-1] - len(ids)), exchanged:
             out = self._model.generate(input_ids=tokens, **given)
         more = cache_length(self._cache) - len(ids)
@@ -99,26 +99,28 @@ class Fed:
             self.counts = counts
             raise
 
+    @contextmanager
+    def _first_call(self, new: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the first call of the model with this cache inside these arguments, instead of those of their names.
+
+        `generate` itself would number a chunk as text, and every version of it reads `position_ids` in another way.
+        """
+
+        def exchanged(model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            if named.get(self._argument) is not self._cache:  # of another thread
+                return arguments, named
+            handle.remove()
+            # From transformers 5.24 on: features of the pictures that `generate` was given, which are none.
+            named.pop("mm_encoder_outputs", None)
+            return arguments, {**named, **new}
+
+        handle = self._model.register_forward_pre_hook(exchanged, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def _advance(self, behind: Sequence[int], patches: int) -> None:
         self._next += behind
         self.counts["tokens"] += len(behind)
         self.counts["patches"] += patches
-
-
-@contextmanager
-def _first_call(model: nn.Module, new: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the first call of the model inside these arguments, instead of those of their names.
-
-    `generate` would number a chunk's tokens as text is, and `position_ids` is read differently by every version of it.
-    """
-
-    def exchanged(model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        handle.remove()
-        named.pop("mm_encoder_outputs", None)  # from transformers 5.24 on: of the pictures `generate` was given, none
-        return arguments, {**named, **new}
-
-    handle = model.register_forward_pre_hook(exchanged, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
