@@ -21,7 +21,7 @@
 # make mutate      one-line faults in the kernels, each of which the tests must catch
 # make bench       operators and engine against their alternatives on this machine, quick set, in 5 minutes where set-up allows
 # make bench-full  all workloads (40 minutes); both go on where an interrupted run stopped
-# make bench-peers  the language model beside llama.cpp over the same weights, in an environment of its own
+# make bench-peers  the language model beside llama.cpp and OpenVINO over the same weights, in an environment of its own
 # make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python; within 570 seconds
 # make gpu-rehearsal  the same on a CPU: every part, tiny models, no number that means anything
 PYTHON ?= python3
@@ -32,7 +32,7 @@ QWEN_VOCABULARY ?= dashscope==2.0.2
 # Apart from the environment: transformers behaves differently where it finds this package.
 BROWSER_TOOLS ?= selenium==4.51.0
 AXE ?= axe-core@4.11.0
-PEERS ?= llama-cpp-python==0.3.36 gguf==0.19.0
+PEERS ?= llama-cpp-python==0.3.36 gguf==0.19.0 openvino==2026.4.1
 HUB_KERNELS ?= kernels==0.16.2 kernels-data==0.16.2 tomlkit==0.15.2
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from bench.loops import Loops
 from bench.timers import Call, clock, prepare
-from bench.workloads import LMS, Append, Control
+from bench.workloads import LMS, Append, Control, Product
 
 SIZES = tuple(1 << exponent for exponent in range(16, 29, 2))
 """Bytes moved to learn the bandwidth of each level of the memory."""
@@ -69,6 +69,14 @@ def append_work(case: Append) -> Work:
     lm = LMS[case.lm]
     row = (lm.heads + 2 * lm.kv_heads) * lm.head_dim * itemsize(case.dtype)
     return Work(case.tokens * (2 * row + lm.head_dim * 4 + 4 * 8), 0, written=case.tokens * row)
+
+
+def product_work(case: Product) -> Work:
+    """Count the weight as it is kept and x as read, the result as written. x of 16 bits times 8: two byte products."""
+    size, result = itemsize(case.weights), case.rows * case.columns * 4
+    read = case.columns * case.features * size + case.rows * case.features * 4
+    flops = 2 * case.rows * case.columns * case.features
+    return Work(read + result, flops, 2 if case.weights == "int8" else 0, written=result)
 
 
 def _seconds(call: Call, device: str, rounds: int = 9) -> float:

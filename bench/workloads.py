@@ -14,15 +14,16 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Lm:
-    """The widths of a language model: hidden size, query heads, key/value heads, head dimension."""
+    """The widths of a language model: hidden size, query and key/value heads, head dimension, those of its MLP."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
+    intermediate: int
 
 
-LMS = {"2b": Lm(1536, 12, 2, 128), "7b": Lm(3584, 28, 4, 128)}
+LMS = {"2b": Lm(1536, 12, 2, 128, 8960), "7b": Lm(3584, 28, 4, 128, 18944)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,29 @@ class NormedAppend(Append):
     @property
     def shape(self) -> str:
         return f"{super().shape}, with norms of heads"
+
+
+@dataclass(frozen=True)
+class Product(Workload):
+    """`rows` of float32 times the largest weight of a layer, kept in the precision `weights`."""
+
+    rows: int
+    lm: str
+    weights: str
+    op: ClassVar[str] = "packed_linear"
+    dtype: ClassVar[str] = "float32"
+
+    @property
+    def features(self) -> int:
+        return LMS[self.lm].hidden
+
+    @property
+    def columns(self) -> int:
+        return LMS[self.lm].intermediate
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows} row{'s' * (self.rows > 1)} × {self.features} → {self.columns}, {self.weights} weights"
 
 
 @dataclass(frozen=True)
@@ -288,6 +312,19 @@ APPEND = (
     *(Append(n, lm, "bfloat16", capacity=65_536, quick=False) for n in (16_384, 65_536) for lm in LMS),
     *(Append(n, "7b", "float32", capacity=32_768, quick=False) for n in (1, 4096)),
 )
+PRODUCTS = {
+    "cpu": (
+        *(Product(rows, "2b", kept) for kept in ("float32", "bfloat16", "int8") for rows in (1, 270)),
+        *(Product(rows, "2b", "float16", quick=False) for rows in (1, 270)),
+        *(
+            Product(rows, "2b", kept, quick=False)
+            for kept in ("float32", "bfloat16", "float16", "int8")
+            for rows in (8, 128, 1020)
+        ),
+        *(Product(rows, "7b", kept, quick=False) for kept in ("float32", "bfloat16", "int8") for rows in (1, 270)),
+    ),
+    "cuda": (),
+}
 REGIONS = ("region:x3,y3,x3,y3", "region:x2,y1,x5,y4")
 """Crops of 54 to 91 and of 324 tokens."""
 ENGINE = {

@@ -1,21 +1,24 @@
-"""llama.cpp, driven line by line; runs in an environment that has llama-cpp-python and gguf, and nothing of ours.
-
-Every line of the input is a JSON list, a method of `Llama` and its arguments; the answer is one line of JSON.
+"""llama.cpp, driven line by line; runs in an environment that has llama-cpp-python and gguf, and nothing of ours but
+this package.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
+
+from bench.peers.process import serve
+
+FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0"}
+"""Our precisions and the GGUF format of as many bits; int8 has a scale a row, Q8_0 one for every 32 weights."""
+CACHES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "F16"}
 
 
 def write(folder: str, target: str, form: str) -> int:
@@ -62,15 +65,16 @@ class Llama:
     def versions(self) -> dict[str, str]:
         return {"llama-cpp-python": llama_cpp.__version__, "system": llama_cpp.llama_print_system_info().decode()}
 
-    def write(self, folder: str, target: str, form: str) -> int:
-        return write(folder, target, form)
+    def load(self, folder: str, weights: str, tokens: int, threads: int) -> tuple[str, int]:
+        """Load the tensors of `folder`, which a GGUF file is written to, for a conversation of `tokens`.
 
-    def load(self, path: str, tokens: int, threads: int, cache: str) -> None:
-        """Load a file, for a conversation of `tokens` whose cache has the GGUF type `cache`.
-
-        Beside a float32 cache without flash attention, whose kernel for the CPU rounds to half precision all the same.
+        Returns the format of the weights and the bytes that a token needs. Beside a float32 cache without flash
+        attention, whose kernel for the CPU rounds to half precision all the same.
         """
         self.free()
+        form, cache = FORMATS[weights], CACHES[weights]
+        path = str(Path(folder) / f"{form}.gguf")
+        nbytes = write(folder, path, form)
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise ValueError(f"llama.cpp does not load {path}: its own message stands above")
@@ -85,6 +89,7 @@ class Llama:
         if not self.context:
             raise ValueError(f"llama.cpp makes no context of {tokens} tokens with a cache of {cache}")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        return form, nbytes
 
     def free(self) -> None:
         if self.context:
@@ -123,16 +128,5 @@ class Llama:
         return np.ctypeslib.as_array(ctypes.cast(found, ctypes.POINTER(ctypes.c_float)), (self.vocabulary,))
 
 
-def main() -> None:
-    peer = Llama()
-    for line in sys.stdin:
-        method, *arguments = json.loads(line)
-        try:
-            answer: dict[str, Any] = {"result": getattr(peer, method)(*arguments)}
-        except Exception as error:  # noqa: BLE001  (whoever asked says what to do about it)
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(Llama())

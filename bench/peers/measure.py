@@ -1,9 +1,10 @@
-"""Ours and llama.cpp in turn, over the same random weights, and what their logits differ by."""
+"""Ours and the peers in turn, over the same random weights, and what their logits differ by."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,34 +16,41 @@ from torch import Tensor
 
 from bench.cases import WrongResult
 from bench.loops import Loops
-from bench.peers import FORMATS, Shape
+from bench.peers import Shape
 from bench.peers.ours import Ours
-from bench.peers.process import Peer
+from bench.peers.process import Peer, PeerError
 from bench.timers import Ratio, paired_ratio
 from vpt_model.config import ModelConfig
 
 LIMITS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2, "int8": 2e-1}
 """Root mean square difference of logits at most, in units of their standard deviation: float32 differs by the order of
-sums; llama.cpp rounds activations to the weights' format, and to 8 bits beside Q8_0, whose scales are others than ours.
+sums; peers round activations to the weights' format, and to 8 bits beside theirs of 8 bits, whose scales differ.
 """
 
 
 @dataclass(frozen=True)
-class Row:
-    """Milliseconds, medians of all rounds; ratios above 1: ours is faster. read: our weights read once, by a loop."""
+class Beside:
+    """What a peer took, milliseconds, medians of all rounds; ratios above 1: ours is faster. form: of its weights."""
 
-    weights: str
     form: str
     error: float
     append: float
-    append_peer: float
     append_ratio: Ratio
     decode: float
-    decode_peer: float
     decode_ratio: Ratio
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds, medians of all rounds. read: our weights read once, by a loop. peers: or why one is absent."""
+
+    weights: str
+    append: float
+    decode: float
     read: float
     nbytes: int
-    nbytes_peer: int
+    peers: dict[str, Beside | str]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,7 +63,7 @@ def difference(ours: Tensor, theirs: np.ndarray) -> float:
 
 
 def compare(
-    peer: Peer,
+    peers: Mapping[str, Peer | str],
     state: Mapping[str, Tensor],
     config: ModelConfig,
     weights: str,
@@ -64,54 +72,58 @@ def compare(
     rounds: int,
     shape: Shape,
 ) -> Row:
-    """Return one precision's row. folder: what `ours.save` wrote; a file of this format is written beside it.
+    """Return one precision's row. peers: by name, or why one is absent; so is one that does not load these weights.
+
+    folder: what `ours.save` wrote.
 
     Raises:
-        WrongResult: the logits of the append, or behind the decoded tokens, differ by more than `LIMITS`.
+        WrongResult: a peer's logits of the append, or behind the decoded tokens, differ by more than `LIMITS`.
     """
-    form = FORMATS[weights]
-    file, threads = folder / f"{form}.gguf", torch.get_num_threads()
-    nbytes_peer = peer.ask("write", str(folder), str(file), form)
-    cache = {"float32": "F32", "bfloat16": "BF16"}.get(weights, "F16")
-    peer.ask("load", str(file), shape.tokens, threads, cache)
+    beside: dict[str, Beside | str] = {}
+    here: dict[str, Peer] = {}
+    loaded: dict[str, tuple[str, int]] = {}
+    for name, peer in peers.items():
+        if isinstance(peer, str):
+            beside[name] = peer
+            continue
+        try:
+            loaded[name] = peer.ask("load", str(folder), weights, shape.tokens, torch.get_num_threads())
+            here[name] = peer
+        except PeerError as error:
+            beside[name] = str(error)
     ours = Ours(state, config, weights, shape.tokens)
     ids = torch.randint(0, config.vocab_size, (shape.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     look = ("append", ids[shape.behind : shape.behind + shape.append], shape.behind)
     answer = ("decode", ids[shape.behind + shape.append :], shape.behind + shape.append)
-    errors = []
+    errors = dict.fromkeys(here, 0.0)
     for call, chosen, behind in (("append", ids[: shape.behind], 0), look, answer):
         getattr(ours, call)(chosen, behind)
-        peer.ask(call, chosen, behind)
-        errors.append(difference(ours.last, _logits(peer)))
-    if not max(errors) <= LIMITS[weights]:
-        raise WrongResult(f"{weights} against {form}: logits differ by {max(errors):.1e}; a wrong row is not timed")
-    times: dict[str, list[float]] = {name: [] for name in ("append", "append peer", "decode", "decode peer", "read")}
+        for name, peer in here.items():
+            peer.ask(call, chosen, behind)
+            error = difference(ours.last, _logits(peer))
+            if not error <= LIMITS[weights]:
+                what = f"{weights} against {name} {loaded[name][0]}"
+                raise WrongResult(f"{what}: logits differ by {error:.1e}; a wrong row is not timed")
+            errors[name] = max(errors[name], error)
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    order = ["ours", *here]
     for number in range(rounds):
-        # Each begins half of the rounds.
-        order = (ours, peer) if number % 2 else (peer, ours)
+        # Each begins as often as another.
+        turn = number % len(order)
         for call, chosen, behind in (look, answer):
-            for one in order:
-                if one is ours:
-                    times[call].append(getattr(ours, call)(chosen, behind))
-                else:
-                    times[f"{call} peer"].append(peer.ask(call, chosen, behind))
-        times["read"].append(ours.read(loops))
-    peer.ask("free")
-    middle = {name: 1e3 * statistics.median(found) for name, found in times.items()}
-    return Row(
-        weights,
-        form,
-        max(errors),
-        middle["append"],
-        middle["append peer"],
-        paired_ratio(times["append peer"], times["append"]),
-        middle["decode"],
-        middle["decode peer"],
-        paired_ratio(times["decode peer"], times["decode"]),
-        middle["read"],
-        ours.nbytes,
-        nbytes_peer,
-    )
+            for name in order[turn:] + order[:turn]:
+                asked = here[name].ask(call, chosen, behind) if name in here else getattr(ours, call)(chosen, behind)
+                times[name, call].append(asked)
+        times["ours", "read"].append(ours.read(loops))
+    for peer in here.values():
+        peer.ask("free")
+    middle = {key: 1e3 * statistics.median(found) for key, found in times.items()}
+    for name, (form, nbytes) in loaded.items():
+        append, decode = (paired_ratio(times[name, call], times["ours", call]) for call in ("append", "decode"))
+        taken = middle[name, "append"], append, middle[name, "decode"], decode
+        beside[name] = Beside(form, errors[name], *taken, nbytes)
+    ours_took = (middle["ours", what] for what in ("append", "decode", "read"))
+    return Row(weights, *ours_took, ours.nbytes, {name: beside[name] for name in peers})
 
 
 def _logits(peer: Peer) -> np.ndarray:

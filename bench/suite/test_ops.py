@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from bench import workloads
-from bench.cases import Case, append, control, roi
+from bench.cases import Case, append, control, linear, roi
 from bench.suite.conftest import DEVICE
 from bench.timers import clock
 
@@ -32,3 +32,8 @@ def test_control_cross_attention(workload: workloads.Control, record: Callable[[
 @pytest.mark.parametrize("workload", workloads.APPEND, ids=lambda w: f"{w.shape}, {w.dtype}")
 def test_append_visual_kv(workload: workloads.Append, record: Callable[[Case], None]) -> None:
     record(append.build(workload, DEVICE))
+
+
+@pytest.mark.parametrize("workload", workloads.PRODUCTS[DEVICE], ids=lambda w: w.shape)
+def test_packed_linear(workload: workloads.Product, record: Callable[[Case], None]) -> None:
+    record(linear.build(workload, DEVICE))

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from bench import __main__ as command
 from bench import charts, goals, report, rows, scaling, workloads
 from bench.alternatives import ALTERNATIVES, CASES
-from bench.cases import Alternative, Case, WrongResult, append, control, host, require_close, roi
-from bench.rooflines import Ceilings, Work, append_work
+from bench.cases import Alternative, Case, WrongResult, append, control, host, linear, require_close, roi
+from bench.rooflines import Ceilings, Work, append_work, product_work
 from bench.rows import measure, merge, wrong_row
 from bench.timers import Ratio, median_interval, paired_ratio
 from bench.workloads import DROP_IN_IMAGES
@@ -80,6 +80,22 @@ def test_a_planted_wrong_result_is_never_timed(monkeypatch, build, workload) -> 
     with pytest.raises(WrongResult, match="not timed"):
         measure(made, benchmark)
     assert benchmark.calls == 0
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16", "int8"])
+def test_a_wrong_product_is_never_timed(monkeypatch, kept) -> None:
+    monkeypatch.setattr(linear, "ROTATION_BYTES", 0)
+    made = linear.build(workloads.Product(3, "2b", kept), "cpu")
+    made.check()
+    assert made.work.flops == 2 * 3 * 1536 * 8960 and (made.work.byte_products > 0) == (kept == "int8")
+    assert isinstance(made.alternatives["_weight_int8pack_mm"], str) == (kept != "int8")
+    ours = made.ours[0]
+    for planted in (lambda: ours() * (1 + 3e-4), lambda: ours().roll(1, 1)):
+        made.ours[0] = planted
+        benchmark = Pedantic()
+        with pytest.raises(WrongResult, match="packed_linear: ours: .*not timed"):
+            measure(made, benchmark)
+        assert benchmark.calls == 0
 
 
 def test_close_is_never_nan_or_another_shape() -> None:
@@ -184,6 +200,9 @@ def test_floors() -> None:
     assert CEILINGS.floor(Work(1 << 30, 1), "float32") == pytest.approx((1 << 30) / 1e8)
     per_token = 2 * (12 + 2 * 2) * 128 * 4 + 128 * 4 + 4 * 8
     assert append_work(workloads.Append(10, "2b", "float32")).bytes == 10 * per_token
+    moved = {kept: product_work(workloads.Product(2, "7b", kept)).bytes for kept in ("float32", "bfloat16", "int8")}
+    beside, weight = 4 * 2 * (3584 + 18944), 3584 * 18944
+    assert moved == {"float32": beside + 4 * weight, "bfloat16": beside + 2 * weight, "int8": beside + weight}
 
 
 def test_reads_writes_and_copies_have_ceilings_of_their_own() -> None:

@@ -1,9 +1,10 @@
-"""The comparison with another engine, replaced here by one of ours: what is handed over, gated and timed."""
+"""The comparison with other engines, replaced here by one of ours: what is handed over, gated and timed."""
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 from bench.cases import WrongResult
 from bench.environment import ROOT
 from bench.loops import Loops
-from bench.peers import FORMATS, Shape, measure
-from bench.peers.__main__ import cells
+from bench.peers import Shape, __main__, measure
+from bench.peers.__main__ import COLUMNS, lines, start
 from bench.peers.measure import LIMITS, compare
 from bench.peers.ours import Ours, named, save
 from bench.peers.process import Peer, PeerError
@@ -47,13 +48,10 @@ class Twin:
         self.asked.append(method)
         return getattr(self, method)(*arguments)
 
-    def write(self, folder, file, form):
-        self.form = form
-        return 1000
-
-    def load(self, path, tokens, threads, cache):
+    def load(self, folder, weights, tokens, threads):
         self.model = Ours(self.state, CONFIG, "float32", tokens)
         self.append, self.decode = self.model.append, self.model.decode
+        return f"twin of {weights}", 1000
 
     def logits(self, path):
         logits = self.model.last
@@ -87,15 +85,35 @@ def test_every_tensor_of_the_language_model_is_handed_over_once(tmp_path, tied):
         assert np.array_equal(np.load(tmp_path / f"{name}.npy"), tensor.numpy())
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-def test_both_are_timed_in_turn_once_their_logits_agree(state, loops, tmp_path, weights):
-    peer = Twin(state)
-    row = compare(peer, state, CONFIG, weights, tmp_path, loops, 6, SHAPE)
-    assert peer.form == FORMATS[weights] == row.form and row.error <= LIMITS[weights]
-    assert peer.asked.count("decode") == 1 + 6 and peer.asked.count("append") == 2 + 6 and peer.asked[-1] == "free"
-    assert row.append_ratio.low <= row.append_ratio.ratio <= row.append_ratio.high
-    assert row.nbytes_peer == 1000 and row.read > 0 and len(cells(row)) == 9
+@pytest.mark.parametrize("weights", LIMITS)
+def test_all_are_timed_in_turn_once_their_logits_agree(state, loops, tmp_path, weights):
+    twins = {"first": Twin(state), "second": Twin(state)}
+    row = compare({**twins, "third": "not installed"}, state, CONFIG, weights, tmp_path, loops, 6, SHAPE)
+    for name, twin in twins.items():
+        found = row.peers[name]
+        assert found.form == f"twin of {weights}" and found.error <= LIMITS[weights] and found.nbytes == 1000
+        assert twin.asked.count("decode") == 1 + 6 and twin.asked.count("append") == 2 + 6 and twin.asked[-1] == "free"
+        assert found.append_ratio.low <= found.append_ratio.ratio <= found.append_ratio.high
+    shown = lines(row)
+    assert list(row.peers) == [*twins, "third"] and [len(line) for line in shown] == [len(COLUMNS)] * 3
+    assert shown[2][1] == "third: absent, not installed" and row.read > 0
     assert json.dumps(row.as_dict())
+
+
+def test_a_peer_that_does_not_load_the_weights_is_absent_in_this_row(state, loops, tmp_path):
+    class Narrow(Twin):
+        def load(self, folder, weights, tokens, threads):
+            raise PeerError("load: knows no int8")
+
+    row = compare({"narrow": Narrow(state), "twin": Twin(state)}, state, CONFIG, "int8", tmp_path, loops, 6, SHAPE)
+    assert row.peers["narrow"] == "load: knows no int8" and row.peers["twin"].decode > 0
+
+
+def test_a_peer_that_is_not_installed_is_listed_with_the_reason(monkeypatch):
+    monkeypatch.setattr(__main__, "PEERS", {"nobody": "bench.peers.nobody"})
+    with ExitStack() as stack:
+        peers, versions = start(Path(sys.executable), stack)
+    assert "No module named" in peers["nobody"] and not versions
 
 
 def test_our_bytes_are_those_of_every_matrix(state):
@@ -118,19 +136,19 @@ def test_a_call_forgets_what_the_one_before_appended(state):
 
 
 @pytest.mark.parametrize("off", [1.1, float("nan")])
-@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("weights", LIMITS)
 def test_wrong_logits_are_not_timed(state, loops, tmp_path, weights, off, monkeypatch):
     peer = Twin(state, off * LIMITS[weights] + (LIMITS[weights] if weights == "int8" else 0))
     monkeypatch.setattr(measure, "paired_ratio", lambda *_: pytest.fail("timed"))
-    with pytest.raises(WrongResult, match=f"{weights} against {FORMATS[weights]}"):
-        compare(peer, state, CONFIG, weights, tmp_path, loops, 6, SHAPE)
+    with pytest.raises(WrongResult, match=f"{weights} against wrong twin of {weights}"):
+        compare({"wrong": peer}, state, CONFIG, weights, tmp_path, loops, 6, SHAPE)
     assert peer.asked.count("decode") <= 1
 
 
 def test_a_peer_answers_fails_and_dies_in_words(tmp_path):
     script = tmp_path / "peer.py"
     script.write_text(SCRIPT)
-    with Peer(Path(sys.executable), script) as peer:
+    with Peer(Path(sys.executable), str(script)) as peer:
         assert peer.ask("append", [1, 2], 3) == ["append", [1, 2], 3]
         with pytest.raises(PeerError, match="fail: ValueError: no such file"):
             peer.ask("fail")
@@ -144,11 +162,12 @@ def test_the_page_says_what_was_recorded():
     machine = ROOT / "bench" / "results" / "intel-r-xeon-r-processor-avx512-2-threads"
     page = (ROOT / "docs" / "weights.md").read_text()
     rows = json.loads((machine / "peers.json").read_text())["rows"]
-    assert [row["weights"] for row in rows] == list(FORMATS)
+    assert [row["weights"] for row in rows] == list(LIMITS)
     for row in rows:
-        told = f"| {row['weights']} / {row['form']} "
-        for what, digits in (("append", 0), ("decode", 1)):
-            ours, theirs, ratio = (row[f"{what}{end}"] for end in ("", "_peer", "_ratio"))
-            told += f"| {ours:,.{digits}f}, {theirs:,.{digits}f} "
-            told += f"| {ratio['ratio']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f}) "
-        assert told in page
+        for name, peer in row["peers"].items():
+            told = f"| {row['weights']} / {name} {peer['form']} "
+            for what, digits in (("append", 0), ("decode", 1)):
+                ratio = peer[f"{what}_ratio"]
+                told += f"| {row[what]:,.{digits}f}, {peer[what]:,.{digits}f} "
+                told += f"| {ratio['ratio']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f}) "
+            assert told in page

@@ -1,0 +1,105 @@
+"""packed_linear against the products of torch's libraries, over as many bytes or more."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import TOLERANCES, Alternative, Case, onednn, require_close
+from bench.rooflines import product_work
+from bench.timers import Call
+from bench.workloads import Product
+from vpt_kernels import pack_weight, packed_linear
+
+# As in a model, no weight is in a cache when its turn comes again.
+ROTATION_BYTES = 256 << 20
+INT8_TOLERANCE = 1e-4
+"""x is rounded to 16 bits beside 8-bit weights."""
+
+
+class Problem:
+    """One weight in every form; x is the same for all that a row rotates through."""
+
+    def __init__(self, workload: Product, x: Tensor, seed: int) -> None:
+        self.workload, self.x, self.dtype = workload, x, getattr(torch, workload.weights)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (workload.columns, x.shape[1])
+        if workload.weights == "int8":
+            self.integers = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+            # Their largest, so that packing finds these integers again.
+            self.integers[:, 0] = 127
+            self.scales = torch.rand(len(self.integers), 1, generator=generator).add_(0.5).div_(127 * shape[1] ** 0.5)
+            self.stored = self.integers * self.scales
+        else:
+            drawn = torch.randn(shape, generator=generator).div_(shape[1] ** 0.5)
+            self.stored = drawn.to(self.dtype)
+        self.packed = pack_weight(self.stored, workload.weights)
+
+    def ours(self) -> Tensor:
+        return packed_linear(self.x, self.packed)
+
+    def exact(self) -> Tensor:
+        return F.linear(self.x.double(), self.stored.double())
+
+
+def _float32(problem: Problem) -> Call:
+    wide = problem.stored.float()
+    return lambda: F.linear(problem.x, wide)
+
+
+def _onednn(problem: Problem) -> Call:
+    wide = torch.ops.mkldnn._reorder_linear_weight(problem.stored.float(), problem.workload.rows)
+    return lambda: onednn(problem.x, wide)
+
+
+def _stored(problem: Problem) -> Call:
+    x = problem.x.to(problem.dtype)
+    return lambda: F.linear(x, problem.stored)
+
+
+def _int8(problem: Problem) -> Call:
+    scales = problem.scales.flatten()
+    return lambda: torch._weight_int8pack_mm(problem.x, problem.integers, scales)
+
+
+FLOAT32 = Alternative("F.linear", "torch.nn.functional.linear, the weights' numbers in float32, through MKL", _float32)
+ONEDNN = Alternative(
+    "oneDNN, packed",
+    "mkldnn._linear_pointwise, the weights' numbers in float32, laid out for it before",
+    _onednn,
+    lambda problem: None if torch.backends.mkldnn.is_available() else "this torch has no oneDNN",
+)
+STORED = Alternative(
+    "F.linear, as stored",
+    "torch.nn.functional.linear in the weights' precision, x and the result rounded to it",
+    _stored,
+    lambda problem: None if problem.workload.weights in ("bfloat16", "float16") else "for weights of 16 bits",
+    exact=False,
+)
+INT8 = Alternative(
+    "_weight_int8pack_mm",
+    "torch._weight_int8pack_mm, x in float32, a scale a row",
+    _int8,
+    lambda problem: None if problem.workload.weights == "int8" else "for weights of 8 bits",
+)
+ALTERNATIVES = (FLOAT32, ONEDNN, STORED, INT8)
+
+
+def build(workload: Product, device: str) -> Case:
+    x = torch.randn(workload.rows, workload.features, generator=torch.Generator().manual_seed(0))
+    work = product_work(workload)
+    problems = [Problem(workload, x, seed) for seed in range(1 + min(15, ROTATION_BYTES // work.bytes))]
+    ours = [problem.ours for problem in problems]
+    alternatives = {one.name: one.calls(problems) for one in ALTERNATIVES}
+
+    def check() -> None:
+        exact = problems[0].exact()
+        tolerance = {one.name: TOLERANCES["float32"] for one in ALTERNATIVES}
+        tolerance[STORED.name] = TOLERANCES.get(workload.weights, 0.0)
+        tolerance["ours"] = INT8_TOLERANCE if workload.weights == "int8" else TOLERANCES["float32"]
+        for name, calls in {"ours": ours, **alternatives}.items():
+            if not isinstance(calls, str):
+                require_close(f"packed_linear: {name}", calls[0](), exact, tolerance[name])
+
+    return Case(workload.op, workload.shape, workload.dtype, device, ours, alternatives, check, work)
