@@ -1,6 +1,6 @@
 """Applies one-line faults to a copy of the kernels, one at a time, and demands that the tests notice each.
 
-    python -m tests.mutate [--only NAME] [--backend reference|cpp|cuda|triton|shared]
+    python -m tests.mutate [--only NAME] [--backend reference|cpp|cuda|triton|shared|engine]
 
 What is broken, and where, stands in `tests/faults`. Every result goes into `tests/mutations.md` at once; what is not
 tried keeps its line. The exit status is 1 if a fault survives, does not build, or breaks the collection of the tests:
@@ -20,13 +20,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.planted import FAULTS, Fault, Misplaced
+from tests.faults.planted import FAULTS, SOURCES, Fault, Misplaced
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests/mutations.md"
 LINE = re.compile(r"^(\|.+\| .+ \| .+ \| )(.*) \|$", re.MULTILINE)
 LEFT_OUT = (".*", "*venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
-FILTERS = {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"], "cuda": [], "triton": [], "shared": []}
+FILTERS = {name: [] for name in SOURCES} | {"reference": ["-k", "not cpp"], "cpp": ["-k", "not reference"]}
 BUILD_SECONDS, TEST_SECONDS = 900, 900
 # pytest's exit status when tests failed; a crash, a usage error or a collection error has another.
 TESTS_FAILED = 1
@@ -96,7 +96,7 @@ def sound(tree: Tree, faults: Iterable[Fault]) -> str | None:
     result = tree.run("-c", where, timeout=TEST_SECONDS)
     if result.stdout.strip() != f"{tree.root / 'vpt_kernels/backends.py'} None":
         return result.stdout
-    for backend in ("reference", "cpp", "cuda", "triton"):
+    for backend in ("reference", "cpp", "cuda", "triton", "engine"):
         mine = (backend, "shared") if backend in ("reference", "cpp") else (backend,)
         files = dict.fromkeys(test for fault in faults if fault.backend in mine for test in fault.test_files(tree.root))
         result = tree.test(files, backend) if files else result

@@ -24,13 +24,14 @@ from pathlib import Path
 from tests.faults.syntax import places
 
 HERE = Path(__file__).resolve().parent
-# Where the code of a backend stands; "shared" is the Python that no backend owns.
+# Where the code of a backend stands; "shared" is the Python that no backend owns, "engine" no kernel.
 SOURCES = {
     "reference": ("vpt_kernels/*/reference.py",),
     "cpp": ("csrc/cpu/*", "csrc/calls/*", "csrc/math/*"),
     "cuda": ("csrc/cuda/*",),
     "triton": ("vpt_kernels/*/triton*.py",),
     "shared": ("vpt_kernels/**/*.py",),
+    "engine": ("vpt_model/engine/*.py",),
 }
 HEADER = re.compile(r"@@ (\w+) (\w+): (.+)")
 

@@ -10,7 +10,7 @@ from tests.model.attention_inputs import make, oracle
 from tests.model.engine.scripts import Steps
 from tests.model.inputs import random_image, tiny_config, tiny_state
 from vpt_model.config import ENCODERS
-from vpt_model.engine import Engine
+from vpt_model.engine import Engine, Sampling
 from vpt_model.engine.graphs import BUCKETS
 from vpt_model.network import attention, attention_triton
 from vpt_model.network.model import Model
@@ -67,6 +67,19 @@ def test_tokens_of_the_cpu(encoder, look, speculate):
     for answer in answers:
         assert answer.ids == expected.ids
         assert (answer.logits.cpu() - expected.logits).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.5, seed=5), Sampling(0.8, top_k=20, seed=6), Sampling(1.2, top_p=0.9)])
+def test_sampled_tokens_of_the_cpu(sampling):
+    """A seed means the same there, without graphs and with them, alone and in a batch."""
+    options = {"max_new_tokens": 12, "sampling": sampling}
+    expected = engine_of("clip", "cpu").ask(IMAGE, QUESTION, **options).ids
+    engine = engine_of("clip", "cuda")
+    assert engine.ask(IMAGE, QUESTION, **options).ids == expected
+    engine.warm_up()
+    assert [engine.ask(IMAGE, QUESTION, **options).ids for _ in range(2)] == 2 * [expected]
+    batch = engine.ask_batch([IMAGE] * 3, [QUESTION] * 3, **options)
+    assert [answer.ids for answer in batch] == 3 * [expected]
 
 
 def test_batches_and_abandoned_streams():

@@ -3,10 +3,10 @@
     host     replay n ─ replay n + 1 ─ wait for token n ─ next request: replay n + 2 ─ wait for token n + 1 ─ …
     device   [ step n  ][ step n + 1 ]                  [ step n + 2 ]
 
-A decode step leaves its bucket's integers as the next one needs them (`StepMetadata.follow`), so that the next replay
-takes nothing from the host but the draw of a sampled row, for which nobody waits. If the token that the host then reads
-ends the round, one step was too much: what it wrote lies behind the tokens that the cache counts, where nothing is read
-before it is overwritten.
+A decode step chooses what follows and leaves its bucket's integers as the next one needs them (`StepMetadata.follow`),
+so that the next replay takes nothing from the host: of a row that is sampled the draws of `DRAWS` tokens go to the
+device with the first one. If the token that the host then reads ends the round, one step was too much: what it wrote
+lies behind the tokens that the cache counts, where nothing is read before it is overwritten, and its draw is not spent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from vpt_model.engine.conversation import Conversation
 from vpt_model.engine.graphs import Step
 from vpt_model.engine.requests import Append
-from vpt_model.engine.sampling import Sampler
+from vpt_model.engine.sampling import DRAWS, Sampler
 from vpt_model.network.capture import on_device
 
 
@@ -39,8 +39,8 @@ class Flight:
     """One decode step that was launched.
 
     rows: of the bucket; the others are padding. hidden: [R, H]. logits: [R, vocab]. chosen: int64 [R], what follows, −1
-    where that cannot be said; on a GPU in pinned memory, where it is when `arrived` has come. fed: the tokens that were
-    fed, once the host knows them.
+    where that cannot be said; on a GPU in pinned memory, where it is when `arrived` has come. number: of replays since
+    the host gave the step its integers. fed: the tokens that were fed, once the host knows them.
     """
 
     rows: tuple[_Row, ...]
@@ -48,12 +48,16 @@ class Flight:
     logits: Tensor
     chosen: Tensor
     arrived: torch.cuda.Event | None
+    number: int
     fed: tuple[int | None, ...] = ()
 
     def tokens(self) -> tuple[int | None, ...]:
-        """Return what the sampler of each row has chosen; the one thing that the host waits for."""
-        if all(row.sampler is None for row in self.rows):
+        """Return what the sampler of each row has chosen; the one thing that the host waits for. Spends its draw."""
+        samplers = [row.sampler for row in self.rows if row.sampler is not None]
+        if not samplers:
             return (None,) * len(self.rows)
+        for sampler in samplers:
+            sampler.spend()
         if self.arrived is not None:
             self.arrived.synchronize()
         return tuple(None if row.sampler is None else token for row, token in zip(self.rows, self.chosen.tolist()))
@@ -69,12 +73,6 @@ class Flight:
             for row, append, token in zip(self.rows, appends, self.fed, strict=True)
         )
 
-    def forget(self) -> None:
-        """Give back the draws that chose tokens which nobody will read."""
-        for row in self.rows:
-            if row.sampler is not None:
-                row.sampler.take_back()
-
 
 class Decoding:
     """Runs decode steps, each before its token is asked for where `Append.ahead` lets it."""
@@ -88,7 +86,7 @@ class Decoding:
         """Forget what was launched for conversations of which something else is asked."""
         for append in appends:
             if (flight := self._ahead.pop(append.conversation, None)) is not None:
-                self._drop(flight)
+                self._take(flight)
 
     def feed(self, step: Step, appends: Sequence[Append], alone: bool) -> tuple[Flight, Sequence[int | None]]:
         """Feed one token of each conversation by a decode step.
@@ -101,42 +99,36 @@ class Decoding:
         flight = self._ahead.get(appends[0].conversation)
         if flight is None or not flight.feeds(appends):
             self.forget(appends)
-            flight = self._launch(step, step(appends), [_row(append, 0) for append in appends])
+            flight = self._launch(step(appends), [_row(append, 0) for append in appends], 0)
         else:
             self._take(flight)
         following = None
-        if alone and flight is self._last and all(map(_may_go_on, appends)):
-            following = self._launch(step, step.again(), [_row(append, 1) for append in appends])
+        number = flight.number + 1
+        is_drawn_up_to_here = not step.bucket.draw or number < DRAWS
+        if alone and flight is self._last and is_drawn_up_to_here and all(map(_may_go_on, appends)):
+            following = self._launch(step.again(), [_row(append, 1) for append in appends], number)
         tokens = flight.tokens()
         if following is not None:
             following.fed = tokens
             self._ahead |= {append.conversation: following for append in appends}
         return flight, tokens
 
-    def _launch(self, step: Step, outputs: tuple[Tensor, ...], rows: list[_Row]) -> Flight:
+    def _launch(self, outputs: tuple[Tensor, ...], rows: list[_Row], number: int) -> Flight:
         hidden, logits, chosen = outputs
         with on_device(chosen):
-            for place, row in enumerate(rows):
-                if row.sampler is not None and not row.sampler.is_greedy:
-                    chosen[place] = row.sampler.choose(logits[place])
-                    step.device.tokens[place] = chosen[place]
             arrived, read = None, chosen
             if chosen.is_cuda and any(row.sampler is not None for row in rows):
                 read = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
                 read.copy_(chosen, non_blocking=True)
                 arrived = torch.cuda.Event()
                 arrived.record()
-        self._last = Flight(tuple(rows), hidden, logits, read, arrived)
+        self._last = Flight(tuple(rows), hidden, logits, read, arrived, number)
         return self._last
 
     def _take(self, flight: Flight) -> None:
         for row in flight.rows:
             if (conversation := row.conversation()) is not None:
                 self._ahead.pop(conversation, None)
-
-    def _drop(self, flight: Flight) -> None:
-        self._take(flight)
-        flight.forget()
 
 
 def _row(append: Append, further: int) -> _Row:

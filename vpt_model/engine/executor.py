@@ -248,6 +248,7 @@ class Captured:
         groups = [decoding[begin : begin + widest] for begin in range(0, len(decoding), widest)] if widest else []
         groups += [[row] for row in inside if row not in decoding]
         for rows in groups:
-            first = appends[rows[0]]
-            if bucket := smallest(self.graphs.steps, len(rows), len(first.tokens), first.logits):
+            first, samplers = appends[rows[0]], (appends[row].sampler for row in rows)
+            draw = rows[0] in decoding and not all(sampler is None or sampler.is_greedy for sampler in samplers)
+            if bucket := smallest(self.graphs.steps, len(rows), len(first.tokens), first.logits, draw):
                 yield bucket, rows

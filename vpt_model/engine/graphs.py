@@ -17,6 +17,7 @@ from torch import Tensor
 from vpt_kernels import RegionPolicy, control_cross_attention_into
 from vpt_model.engine import perception
 from vpt_model.engine.requests import Append
+from vpt_model.engine.sampling import DRAWS, drawn
 from vpt_model.network.attention import Padded
 from vpt_model.network.cache import KVCache
 from vpt_model.network.capture import on_device, record
@@ -29,58 +30,74 @@ Encoder = DinoEncoder | SamEncoder
 
 
 class Bucket(NamedTuple):
-    """The shape of a step: `rows` conversations of `tokens` each. sample: whether the last's logits are wanted."""
+    """The shape of a step: `rows` conversations of `tokens` each. sample: whether the last's logits are wanted.
+
+    draw: whether the next tokens are drawn from them, or all are the most probable.
+    """
 
     rows: int
     tokens: int
     sample: bool
+    draw: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.tokens} tokens{'' if self.sample else ', no logits'}"
+        return f"{self.rows} x {self.tokens} tokens{', drawn' * self.draw}{'' if self.sample else ', no logits'}"
 
 
 TRIGGER = Bucket(1, 1, False)
 """The trigger token of a look that re-encodes, whose logits nobody reads."""
 BUCKETS = (
     TRIGGER,
-    *(Bucket(rows, 1, True) for rows in (1, 2, 4, 8)),
+    *(Bucket(rows, 1, True, draw) for draw in (False, True) for rows in (1, 2, 4, 8)),
     *(Bucket(1, tokens, True) for tokens in (16, 64, 72, 80, 96, 128, 192, 256, 272, 288, 320, 384, 448, 512)),
 )
-"""A trigger; decoding; a look, or a prompt, of one conversation."""
+"""A trigger; decoding; a look, or a prompt, of one conversation, whose first token is drawn behind the step."""
 ROWS = 8
 """Conversations whose caches lie side by side; further ones run without graphs."""
 
 
-def smallest(buckets: Iterable[Bucket], rows: int, tokens: int, sample: bool) -> Bucket | None:
+def smallest(buckets: Iterable[Bucket], rows: int, tokens: int, sample: bool, draw: bool = False) -> Bucket | None:
     """Return the bucket with the fewest padded tokens that takes `rows` conversations of at most `tokens`, or None."""
-    fitting = (b for b in buckets if b.rows >= rows and b.tokens >= tokens and b.sample == sample)
+    wanted = sample, draw
+    fitting = (b for b in buckets if b.rows >= rows and b.tokens >= tokens and (b.sample, b.draw) == wanted)
     return min(fitting, key=lambda bucket: bucket.rows * bucket.tokens, default=None)
 
 
 class StepMetadata:
-    """The integers of one step, int32, in one block so that one copy takes them to the device.
+    """The numbers of one step, in one block of int32 so that one copy takes them to the device.
 
     tokens: [R · N], −1 where the embedding is given or the row is padding. positions: [3, R · N]. slots: [R · N], −1
     for padding. past, starts, counts: [R], as in `vpt_model.network.attention.attend`. Padding stands in front.
     targets: rows of `given` to which what was seen is written, of a step that does (`vpt_model.engine.looks`).
+    Of a step that draws: limits, float64 [3, R], of each row's sampler; draws, float64 [R, DRAWS], of its next tokens;
+    spent: [R], how many of these lie behind it. Greedy rows have limits 0.
     """
 
     def __init__(self, bucket: Bucket, device: torch.device | str, pinned: bool = False, targets: int = 0) -> None:
         self.bucket, rows, total = bucket, bucket.rows, bucket.rows * bucket.tokens
-        parts = [total, 3 * total, total, rows, rows, rows, targets]
+        doubles = [3 * rows, DRAWS * rows] if bucket.draw else [0, 0]
+        parts = [2 * sum(doubles), total, 3 * total, total, rows, rows, rows, rows, targets]
         self.block = torch.zeros(sum(parts), dtype=torch.int32, device=device, pin_memory=pinned)
-        self.tokens, positions, self.slots, self.past, self.starts, self.counts, self.targets = self.block.split(parts)
+        # Doubles first, where they are aligned.
+        of_samplers, self.tokens, positions, self.slots, *lengths, self.targets = self.block.split(parts)
+        self.past, self.spent, self.starts, self.counts = lengths
         self.positions = positions.view(3, total)
+        limits, draws = of_samplers.view(torch.float64).split(doubles)
+        self.limits, self.draws = limits.view(3, -1), draws.view(rows, -1)
+
+    def draw(self, logits: Tensor, argmax_tokens: Tensor) -> Tensor:
+        """Return the next token of each row, as `drawn` does."""
+        return drawn(logits, argmax_tokens, *self.limits, self.draws.gather(1, self.spent[:, None].long())[:, 0])
 
     def follow(self, chosen: Tensor) -> None:
         """Become, after one token of each row, the integers of the next: `chosen` [R], one place further on.
 
         Padding stays padding.
         """
-        rows = self.bucket.rows
         self.tokens.copy_(chosen)
-        # Positions, slots and past lie behind each other.
-        self.block[rows : 6 * rows].view(5, rows).add_(self.counts)
+        # Positions, slots, past and what is spent of the draws lie behind each other.
+        begin, rows = self.positions.storage_offset(), self.bucket.rows
+        self.block[begin : begin + 6 * rows].view(6, rows).add_(self.counts)
 
     def fill(self, appends: Sequence[Append], behind: int = 0) -> list[slice]:
         """Take the integers of `appends`, one per row; the rest is padding. Where each one's tokens are.
@@ -101,6 +118,9 @@ class StepMetadata:
             past = cache.length + behind
             self.slots[place] = torch.arange(cache.first + past, cache.first + past + count, device="cpu")
             self.starts[row], self.past[row], self.counts[row] = cache.first, past, count
+            if self.bucket.draw and append.sampler is not None and not append.sampler.is_greedy:
+                self.limits[:, row] = torch.tensor(append.sampler.limits, device="cpu", dtype=torch.float64)
+                self.draws[row] = append.sampler.draws(DRAWS)
             places.append(place)
         return places
 
@@ -138,7 +158,9 @@ class Step:
         return self.bucket.tokens == 1 and self.bucket.sample
 
     def __call__(self, appends: Sequence[Append]) -> tuple[Tensor, ...]:
-        """Feed the tokens: the last token's hidden states [R, H] and, if the bucket samples, logits and `greedy`."""
+        """Feed the tokens: the last token's hidden states [R, H] and, if the bucket samples, logits and the next token:
+        the most probable one or, if the bucket draws, that of the row's sampler.
+        """
         # Copy, event and replay on one stream, that of the model's device, whichever device is current.
         with on_device(self.given):
             self.upload(appends)
@@ -188,6 +210,8 @@ class Step:
         if not self.bucket.sample:
             return (hidden,)
         logits, chosen = language.choose(hidden, self.tickets)
+        if self.bucket.draw:
+            chosen = metadata.draw(logits, chosen)
         if self.decodes:
             metadata.follow(chosen)
         return hidden, logits, chosen

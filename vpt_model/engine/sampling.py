@@ -11,6 +11,9 @@ from vpt_model.config import require_integer, shown
 from vpt_model.network.capture import uploaded
 from vpt_model.network.decode.reference import greedy
 
+DRAWS = 256
+"""Tokens whose draws are made, and taken to the device, together."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,13 +51,17 @@ class Sampler:
     def __init__(self, sampling: Sampling | None = None) -> None:
         self.sampling = sampling or Sampling()
         self._generator = torch.Generator("cpu").manual_seed(self.sampling.seed)
-        self._last: Tensor | None = None
-        self._returned: Tensor | None = None
+        self._draws = torch.empty(0, dtype=torch.float64, device="cpu")
 
     @property
     def is_greedy(self) -> bool:
         """Whether it takes the most probable token, without a draw."""
         return self.sampling.temperature == 0
+
+    @property
+    def limits(self) -> tuple[float, float, float]:
+        """Temperature, top-k (infinity where it is all) and top-p, as `drawn` takes them."""
+        return self.sampling.temperature, self.sampling.top_k or float("inf"), self.sampling.top_p
 
     def __call__(self, logits: Tensor, argmax_token: Tensor | None = None) -> int | None:
         """Return the next token from logits float32 [vocab], or None if one is NaN; infinities count as the largest
@@ -67,25 +74,44 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> Tensor:
         """Return the next token, −1 if a logit is NaN, as an int64 number where the logits are, without a wait."""
-        return greedy(logits) if self.is_greedy else self._draw(logits)
+        if self.is_greedy:
+            return greedy(logits)
+        given = torch.tensor([*self.limits, *self.draws(1).tolist()], dtype=torch.float64, device="cpu")
+        temperature, _, top_p, uniform = uploaded(given, logits.device).split(1)
+        self.spend()
+        values, tokens = _candidates(logits.nan_to_num(), self.sampling)
+        place = _draw(_masses(values[None], temperature), top_p, uniform)
+        return torch.where(logits.isnan().any(), -1, tokens.gather(0, place)[0])
 
-    def take_back(self) -> None:
-        """Forget the last choice: the next one is made by the same draw."""
-        self._returned = self._last
+    def draws(self, count: int) -> Tensor:
+        """Return float64 [count] in [0, 1) on the host: the draws of the tokens that follow, until they are spent."""
+        while len(self._draws) < count:
+            # Always as many at a time: how many are asked for must not change which ones they are.
+            further = torch.rand(DRAWS, dtype=torch.float64, device="cpu", generator=self._generator)
+            self._draws = torch.cat([self._draws, further])
+        return self._draws[:count]
 
-    def _draw(self, logits: Tensor) -> Tensor:
-        scaled = (logits.nan_to_num() / self.sampling.temperature).nan_to_num()
-        values, tokens = _candidates(scaled, self.sampling)
-        probabilities = values.softmax(0).double()
-        kept = probabilities.cumsum(0) - probabilities < self.sampling.top_p
-        ends = torch.where(kept, probabilities, 0).cumsum(0)
-        draw, self._returned = self._returned, None
-        if draw is None:
-            draw = torch.rand((), dtype=torch.float64, device="cpu", generator=self._generator)
-        self._last = draw
-        draw = uploaded(draw, ends.device)
-        place = torch.minimum((ends <= draw * ends[-1]).sum(), kept.sum() - 1)
-        return torch.where(logits.isnan().any(), -1, tokens.gather(0, place[None])[0])
+    def spend(self) -> None:
+        """Note that the next token has been chosen, by the first of its draws if it takes any."""
+        self._draws = self._draws[1:]
+
+
+def drawn(
+    logits: Tensor, argmax_tokens: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """Return what `Sampler.choose` does for each row of logits [R, vocab], in one shape whatever the settings are.
+
+    argmax_tokens: `greedy(logits)`, which rows of temperature 0 take. The other four: float64 [R], a row's
+    `Sampler.limits` and its draw.
+    """
+    x = logits.nan_to_num() + 0.0  # a sort may order by bits, where -0.0 is less than 0.0
+    is_ranked = (top_k < float("inf")) | (top_p < 1)
+    by_rank, tokens = x.sort(dim=1, descending=True, stable=True)
+    mass = _masses(torch.where(is_ranked[:, None], by_rank, x), temperature)
+    rank = torch.arange(x.shape[1], device=x.device)
+    place = _draw(mass * (rank < top_k[:, None]), top_p, uniform)
+    token = torch.where(is_ranked, tokens.gather(1, place[:, None])[:, 0], place)
+    return torch.where((temperature > 0) & (argmax_tokens >= 0), token, argmax_tokens)
 
 
 def _candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -97,7 +123,7 @@ def _candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.top_k == 0 and sampling.top_p == 1:
         return scores, torch.arange(len(scores), device=scores.device)
     if sampling.top_k == 0:
-        return scores.sort(descending=True, stable=True)
+        return (scores + 0.0).sort(descending=True, stable=True)
     # As integers float32 numbers keep their order; with the ids behind them there are no ties. -0.0 becomes 0.0.
     bits = (scores + 0.0).view(torch.int32).long()
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -105,3 +131,20 @@ def _candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     keys = (ordered << 32) | (0xFFFFFFFF - ids)
     tokens = 0xFFFFFFFF - (keys.topk(min(sampling.top_k, len(scores))).values & 0xFFFFFFFF)
     return scores.gather(0, tokens), tokens
+
+
+def _masses(scores: Tensor, temperature: Tensor) -> Tensor:
+    """Return probabilities [R, n] of scores [R, n] as whole numbers, the most probable one's 2⁴⁰.
+
+    Whole numbers add up to the same sum in any order, so a draw does not depend on how a device adds.
+    """
+    steps = temperature.float().clamp_min(torch.finfo(torch.float32).tiny)
+    return (((scores - scores.amax(1, keepdim=True)) / steps[:, None]).exp() * 2.0**40).long()
+
+
+def _draw(mass: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """Return where in each row of masses [R, n], falling ones where top_p < 1, its draw [R] in [0, 1) lies."""
+    ends = mass.cumsum(1)
+    kept = (ends * (ends - mass < top_p[:, None] * ends[:, -1:])).amax(1)
+    drawn = torch.minimum((uniform * kept).long(), kept - 1)
+    return (ends <= drawn[:, None]).sum(1)

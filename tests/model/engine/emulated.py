@@ -20,7 +20,7 @@ from vpt_model.network.tower_graphs import CapturedTower, PatchStep
 NAN = float("nan")
 BUCKETS = (
     Bucket(1, 1, False),
-    *(Bucket(rows, 1, True) for rows in (1, 2, 4)),
+    *(Bucket(rows, 1, True, draw) for draw in (False, True) for rows in (1, 2, 4)),
     *(Bucket(1, tokens, True) for tokens in (16, 64, 320)),
 )
 PATCHES = (64, 512)

@@ -11,7 +11,7 @@ import torch
 from bench.launches.pretended import Pretended
 from tests.model.engine.emulated import Watched
 from tests.model.engine.recorded import CASES, VARIANTS, RecordedEngine, image, matches, recorded
-from tests.model.engine.scripts import Wrapped
+from tests.model.engine.scripts import Wrapped, answers_of
 from tests.model.inputs import (
     golden,
     golden_state,
@@ -25,7 +25,7 @@ from vpt_model.config import ENCODERS
 from vpt_model.engine import Done, Engine, Sampling, Token
 from vpt_model.engine.graphs import Bucket, StepMetadata
 from vpt_model.engine.requests import Decode, Output
-from vpt_model.engine.sampling import Sampler
+from vpt_model.engine.sampling import DRAWS, Sampler
 from vpt_model.network.model import Model
 from vpt_model.text.tokens import Tokenizer
 
@@ -113,7 +113,10 @@ def test_the_host_is_one_step_behind(monkeypatch):
 
 @each_sampling
 def test_what_a_token_waits_for(sampling):
-    """On a pretended GPU: one event, the next step being on its way; nothing else is waited for; no pageable copy."""
+    """On a pretended GPU: one event, the next step being on its way; nothing else is waited for or brought there.
+
+    Of the device it asks a replay, which also draws, and copies of what comes out of it.
+    """
     shapes = {name: x.shape for name, x in tiny_state().items()}
     with Pretended() as gpu:
         state = {name: gpu.empty(shape, torch.bfloat16) for name, shape in shapes.items()}
@@ -126,7 +129,8 @@ def test_what_a_token_waits_for(sampling):
     assert (first.replays, last.replays) == (1, 0), "the last one was launched before"
     for token in steady:
         assert (token.replays, token.waits.total(), token.waits["event.synchronize"]) == (1, 1, 1)
-        assert (token.uploads, token.downloads, token.pageable) == (0 if sampling is None else 1, 1, 0)
+        assert (token.uploads, token.downloads) == (0, 1)
+        assert token.order == ["replay", "clone", "clone", "clone", "copy"]
 
 
 @each_sampling
@@ -304,15 +308,62 @@ def test_integers_of_the_step_behind():
     assert [x.tolist() for x in (metadata.starts, metadata.past, metadata.counts)] == [[40, 0, 0], [8, 0, 0], [1, 0, 0]]
 
 
-def test_a_draw_that_is_taken_back_is_drawn_again():
-    rows = torch.randn(20, 50, generator=torch.Generator().manual_seed(1)) * 2
-    straight, other = (Sampler(Sampling(1.0, seed=3)) for _ in range(2))
-    expected = [straight(row) for row in rows]
-    found = []
-    for number, row in enumerate(rows):
-        if number % 3 == 1:
-            other.choose(rows[-1 - number])
-            other.take_back()
-            other.take_back()
-        found.append(other(row))
-    assert found == expected and len(set(expected)) > 5
+def test_draws_of_the_step_behind():
+    """The next one of each row that goes on; those of padding are nobody's."""
+    metadata = StepMetadata(Bucket(2, 1, True, True), "cpu")
+    metadata.fill(())
+    metadata.counts[0] = 1
+    metadata.draws.copy_(torch.arange(2 * DRAWS, dtype=torch.float64).view(2, -1))
+    for number in range(3):
+        assert metadata.spent.tolist() == [number, 0]
+        metadata.follow(torch.tensor([9, 8]))
+    assert metadata.draws[0, 2] == 2 and metadata.limits.tolist() == 3 * [[0, 0]], "they lie apart"
+
+
+def test_draws_that_nobody_spent_are_there_again(monkeypatch):
+    """However many are made at a time."""
+    expected = Sampler(Sampling(1.0, seed=3)).draws(3 * DRAWS).tolist()
+    for together in (1, 7, DRAWS):
+        monkeypatch.setattr("vpt_model.engine.sampling.DRAWS", together)
+        sampler, found = Sampler(Sampling(1.0, seed=3)), []
+        for number in range(2 * DRAWS):
+            first, *_ = sampler.draws(1 + number % (DRAWS // 2)).tolist()
+            found += [first] if number % 3 else []
+            if number % 3:
+                sampler.spend()
+        assert found == expected[: len(found)] and len(set(found)) == len(found)
+
+
+GRID = [Sampling(t, k, p) for t in (0.3, 1.0, 2.5) for k, p in ((0, 1.0), (0, 0.7), (12, 1.0), (40, 0.95), (3, 0.4))]
+
+
+@pytest.mark.parametrize("sampling", GRID, ids=lambda one: f"{one.temperature}, {one.top_k}, {one.top_p}")
+def test_a_seed_means_the_same_in_a_graph(sampling, monkeypatch):
+    """Sixteen seeds: the tokens of the engine without graphs, and no row of a batch disturbs another's draws."""
+    eager, engine = engine_of(), engine_of()
+    Watched(engine, monkeypatch)
+    answers = set()
+    for seed in range(0, 16, 4):
+        samplings = [replace(sampling, seed=seed + number) for number in range(3)] + [None]
+        options = [{"max_new_tokens": 5, "sampling": one} for one in samplings]
+        expected = [eager.ask(None, "~", **one).ids for one in options]
+        asked = [engine.question(None, "~", **one) for one in options]
+        assert [answer.ids for answer in answers_of(engine, asked)] == expected
+        assert [engine.ask(None, "~", **one).ids for one in options[:2]] == expected[:2]
+        answers |= {tuple(ids) for ids in expected[:3]}
+    assert len(answers) > 5 or sampling.top_p < 0.5
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_draws_that_run_out(together, monkeypatch):
+    """The host gives the device further ones, behind a token that it has read; the tokens stay."""
+    sampling = Sampling(1.5, top_p=0.95, seed=11)
+    expected = engine_of().ask(IMAGE, QUESTION, max_new_tokens=9, sampling=sampling).ids
+    for module in ("sampling", "graphs", "decoding"):
+        monkeypatch.setattr(f"vpt_model.engine.{module}.DRAWS", together)
+    engine = engine_of()
+    watched = Watched(engine, monkeypatch)
+    assert engine.ask(IMAGE, QUESTION, max_new_tokens=9, sampling=sampling).ids == expected and len(expected) == 9
+    uploads = [number for number, entry in enumerate(watched.log) if entry == "upload 1"]
+    assert len(uploads) == -(-8 // together) and watched.replays == 8
+    assert all(watched.log[number - 1] == "read" for number in uploads[1:])

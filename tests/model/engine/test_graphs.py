@@ -30,7 +30,14 @@ QUESTION = "What is written on the sign?"
 REGION = "region:x2,y1,x5,y4"
 CAPACITY = 64
 NAN = float("nan")
-SMALL = (Bucket(1, 1, False), Bucket(1, 1, True), Bucket(4, 1, True), Bucket(1, 16, True), Bucket(1, 320, True))
+SMALL = (
+    Bucket(1, 1, False),
+    Bucket(1, 1, True),
+    Bucket(4, 1, True),
+    Bucket(4, 1, True, draw=True),
+    Bucket(1, 16, True),
+    Bucket(1, 320, True),
+)
 
 
 def conversation(cache: KVCache) -> Conversation:

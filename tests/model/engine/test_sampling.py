@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import SEED
 from tests.model.watch import Reads
-from vpt_model.engine.sampling import Sampler, Sampling, _candidates, greedy
+from vpt_model.engine.sampling import Sampler, Sampling, _candidates, drawn, greedy
 
 
 def logits(count: int, vocab: int = 200) -> torch.Tensor:
@@ -115,6 +115,35 @@ def test_top_k_keeps_what_a_stable_sort_would(k):
     values, tokens = scores.sort(descending=True, stable=True)
     found = _candidates(scores, Sampling(1.0, top_k=k))
     assert torch.equal(found[1], tokens[:k]) and torch.equal(found[0], values[:k])
+
+
+def test_rows_that_are_drawn_together():
+    """Whatever each one's settings are: the sampler's own tokens. Ties, both zeros, infinities, NaN; padding."""
+    generator, settings = torch.Generator().manual_seed(SEED), []
+    for number in range(400):
+        temperature = [0.0, 1e-30, 0.3, 1.0, 3.0][number % 5]
+        top_k, top_p = [0, 1, 7, 60, 61, 500][number % 6], [1.0, 0.9, 0.5, 0.1, 1e-6][number % 7 % 5]
+        settings.append(Sampling(temperature, top_k, top_p, seed=SEED % 1000 + number))
+    rows = torch.randn(len(settings), 60, generator=generator) * 4
+    rows[::2] = (rows[::2] * 2).round() / 2
+    rows[5::50], rows[6::50, 3], rows[7::50, 9] = -0.0, float("inf"), float("-inf")
+    rows[8::50, torch.randint(0, 60, (1,), generator=generator)] = float("nan")
+    samplers = [Sampler(one) for one in settings]
+    limits = torch.tensor([sampler.limits for sampler in samplers], dtype=torch.float64).T
+    for _ in range(3):
+        draws = torch.cat([sampler.draws(1) for sampler in samplers])
+        found = drawn(rows, greedy(rows), *limits, draws).tolist()
+        assert found == [-1 if (token := sampler(row)) is None else token for sampler, row in zip(samplers, rows)]
+    assert len(set(found)) > 20 and found.count(-1) == 8
+
+
+def test_draws_at_the_ends_of_their_range():
+    """The first token that can be drawn, and the last one; a token without a probability never is."""
+    row = torch.tensor([[-200.0, 0.0, -200.0, 1.0, 0.5, -200.0]])
+    for top_k, expected in ((float("inf"), (1, 4)), (2.0, (3, 4))):
+        for draw, token in zip((0.0, 1 - 2.0**-53), expected):
+            one, *given = (torch.tensor([x], dtype=torch.float64) for x in (1.0, top_k, 1.0, draw))
+            assert drawn(row, greedy(row), one, *given).tolist() == [token]
 
 
 @pytest.mark.parametrize(
