@@ -1,8 +1,8 @@
 """The engine in bfloat16 on weights drawn on the device: `python -m bench.gpu.engine decode|looks|profile PRESET`.
 
 decode: seconds to warm up; per token by the wall clock, between events, and of a replay alone, beside the time in
-which the weights could be copied. looks: from the trigger token to the first answer token. profile: what a replay
-consists of.
+which the weights could be copied. looks: from the token that ends the round to the first answer token. profile: what a
+replay consists of.
 """
 
 from __future__ import annotations
@@ -213,12 +213,15 @@ def looks(preset: str) -> None:
 
 
 def _look_seconds(engine: Engine, answer: str) -> float:
-    """Return seconds from the trigger token to the first answer token, each as the caller sees it."""
-    triggers, begin, looked = {engine.ids.region_end, engine.ids.action_start}, 0.0, False
-    for event in engine.stream(photo(), QUESTION, looks=[answer], max_new_tokens=1):
+    """Return seconds from the token that ends the round to the first answer token, each as the caller sees it.
+
+    With logits kept, forced tokens are fed one by one, as those that a model chooses are: what `bench.launches` counts.
+    """
+    begin, looked = 0.0, False
+    for event in engine.stream(photo(), QUESTION, looks=[answer], max_new_tokens=1, keep_logits=True):
         if isinstance(event, Token) and looked:
             return time.perf_counter() - begin
-        if isinstance(event, Token) and event.id in triggers:
+        if isinstance(event, Token):
             begin = time.perf_counter()
         looked |= isinstance(event, Look)
     raise WrongResult(f"the look {answer!r} was not taken: nothing to time")

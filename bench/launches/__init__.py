@@ -59,8 +59,10 @@ def page(budget: dict[str, dict[str, Totals]]) -> str:
         "host may stand still until the device has caught up: a synchronised stream or event, or a value that is",
         "read. Every kernel reads its inputs in full, of the caches what they hold. A look goes from the token that",
         "ends the round before it, an action start or the end of the turn that names a region, to the first answer",
-        "token. Between replays there may be kernels and copies that are in no graph. While the host waits for a",
-        "decoded token, the device runs the step that feeds it.",
+        "token; `make gpu` times the same span. Counted from the token that closes its last box, a region's look",
+        "would be one decode step, and its replay, more. Between replays there may be kernels and copies that are in",
+        "no graph. While the host waits for a decoded token, the device runs the step that feeds it; a sampled token",
+        "is drawn in the graph of the step before it.",
         "[A test](../tests/bench/test_launches.py) holds every number.",
         "",
     ]

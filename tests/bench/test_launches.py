@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
 from bench import launches
+from bench.gpu import engine as gpu_engine
 from bench.launches import counts
 from bench.launches.pretended import DEVICE, Pretended, Tally
+from tests.model.inputs import tiny_model
 from vpt_kernels import append_visual_kv, rotary_table
 from vpt_model.checkpoint.load import expected_shapes
 from vpt_model.config import PRESETS
+from vpt_model.engine import Engine
+from vpt_model.text.tokens import Tokenizer
 
 BUDGETS = launches.budgets()
 THEIRS, COUNTED_WITH = ("look, dino", "look, sam"), "5.17.0"
@@ -45,6 +50,14 @@ def test_a_look_is_two_replays_behind_each_other(preset):
         assert (row["replays"], row["between"], row["waits"], row["pageable"]) == (2, 0, 1, 0)
 
 
+@pytest.mark.parametrize("preset", counts.PRESETS_COUNTED)
+def test_a_sampled_token_asks_the_host_for_nothing_more(preset):
+    """One replay, one wait, a step behind, and no copy to the device: as a token that is the most probable one."""
+    greedy, sampled = (BUDGETS[preset][name] for name in ("decoded token", "sampled token"))
+    asked = ("replays", "between", "waits", "uploads", "pageable", "downloads")
+    assert [sampled[name] for name in asked] == [greedy[name] for name in asked] == [1, 0, 1, 0, 0, 1]
+
+
 def test_the_page_holds_the_budgets():
     assert launches.PAGE.read_text() == launches.page(BUDGETS)
 
@@ -56,6 +69,23 @@ def test_a_token_reads_the_weights_once(preset):
     used = [shape for name, shape in shapes if name.startswith(("model.layers", "lm_head", "model.norm"))]
     weights = sum(2 * torch.Size(shape).numel() for shape in used) / 1e6
     assert weights < BUDGETS[preset]["decoded token"]["megabytes"] < weights * 1.02
+
+
+@pytest.mark.parametrize("answer", ["clip", "region:x3,y3,x3,y3"])
+def test_looks_are_timed_over_the_span_that_is_counted(answer, monkeypatch):
+    """From the token that ends the round; by a clock that ticks at every event."""
+    engine = Engine(tiny_model(), Tokenizer.byte_level(320, "clip"), capacity=1024)
+    ticks, stream = [0], engine.stream
+
+    def ticking(*asked, **options):
+        for event in stream(*asked, **options):
+            ticks[0] += 1
+            yield event
+
+    monkeypatch.setattr(engine, "stream", ticking)
+    monkeypatch.setattr(gpu_engine, "time", SimpleNamespace(perf_counter=lambda: ticks[0]))
+    begin, end, *_ = counts._marks(engine, SimpleNamespace(tally=SimpleNamespace(copy=lambda: ticks[0])), answer)
+    assert gpu_engine._look_seconds(engine, answer) == end - begin == 3, "the request, the look, the token"
 
 
 def since(gpu: Pretended, call) -> launches.Tally:
