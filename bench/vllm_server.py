@@ -29,16 +29,33 @@ SETTINGS = {
 """Small, quiet and offline."""
 START_SECONDS = 600
 """A busy machine takes minutes for what an idle one does in twenty seconds."""
+SERVE = """
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+cli_env_setup()
+command, parser = ServeSubcommand(), FlexibleArgumentParser()
+command.subparser_init(parser.add_subparsers())
+arguments = parser.parse_args()
+command.validate(arguments)
+command.cmd(arguments)
+"""
+"""What `vllm serve` runs: the command `vllm` itself asks for metadata that builds of vLLM for the CPU lack."""
 
 
 @contextmanager
 def served(folder: Path, log: Path, *flags: str) -> Iterator[tuple[str, int]]:
-    """Yield address and process id of a server of `folder`, which ends with the context; it prints to `log`."""
+    """Yield address and process id of `vllm serve folder`, which ends with the context; it prints to `log`.
+
+    All that it has started ends with it, also what does not end by itself.
+    """
+    from psutil import Process, wait_procs  # vLLM brings it
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The module and not the command, which asks for metadata that builds of vLLM for the CPU lack.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    command = [sys.executable, "-c", SERVE, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32", *flags]
     environment = os.environ | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
@@ -48,11 +65,11 @@ def served(folder: Path, log: Path, *flags: str) -> Iterator[tuple[str, int]]:
             _wait(address, process, log)
             yield address, process.pid
         finally:
+            family = [process, *Process(process.pid).children(recursive=True)] if process.poll() is None else [process]
             process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            _, alive = wait_procs(family, timeout=60)
+            for each in alive:
+                each.kill()
 
 
 def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -180,17 +180,21 @@ def test_a_set_that_cannot_be_made_is_not_a_set_that_passed(monkeypatch, tmp_pat
     assert "the oldest set was not tested" in capsys.readouterr().err
 
 
-STATUSES = [(0, 0, 0), (75, 0, 0), (0, 124, 0), (75, 75, 0), (1, 0, 1), (0, 1, 1), (75, 1, 1)]
+STATUSES = [(0, 0, 0, 0), (75, 0, 0, 0), (0, 124, 75, 0), (75, 75, 137, 0), (1, 0, 0, 1), (0, 1, 0, 1), (75, 1, 0, 1)]
+STATUSES += [(0, 0, 124, 0), (0, 75, 1, 1), (75, 75, 2, 2)]
 
 
-@pytest.mark.parametrize("oldest, latest, ends", STATUSES)
-def test_ci_names_a_set_that_was_not_tested_and_fails_with_one_that_failed(tmp_path, oldest, latest, ends):
+@pytest.mark.parametrize("oldest, latest, vllm, ends", STATUSES)
+def test_ci_names_a_set_that_was_not_tested_and_fails_with_one_that_failed(tmp_path, oldest, latest, vllm, ends):
     """The parts of `.ci/run`, each replaced by a line; `python3` is what the status of a set comes from."""
     script = (ROOT / ".ci" / "run").read_text().replace('cd "$(dirname "$0")/.."', "")
     commands = tmp_path / "bin"
     commands.mkdir()
-    of_set = f"echo tests of $3; case $3 in oldest) exit {oldest} ;; latest) exit {latest} ;; esac"
-    for name, line in (("make", "true"), ("python3", of_set), ("timeout", 'shift; "$@"')):
+    of_set = (
+        f"echo tests of $3; case $3 in oldest) exit {oldest} ;; latest) exit {latest} ;; --quick) exit {vllm} ;; esac"
+    )
+    with_limit = 'while [ "$1" != python3 ]; do shift; done; "$@"'
+    for name, line in (("make", "true"), ("python3", of_set), ("timeout", with_limit)):
         (commands / name).write_text(f"#!/bin/bash\n{line}\n")
         (commands / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
@@ -200,3 +204,4 @@ def test_ci_names_a_set_that_was_not_tested_and_fails_with_one_that_failed(tmp_p
     if not ends:
         assert ("oldest: NOT TESTED" in found.stdout) == (oldest != 0)
         assert ("newest: NOT TESTED" in found.stdout) == (latest != 0)
+        assert ("vLLM: NOT TESTED" in found.stdout) == (vllm != 0)

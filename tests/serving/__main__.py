@@ -54,9 +54,14 @@ def environment() -> Path:
 
 
 def main(*arguments: str) -> int:
-    """Run pytest in the environment; its exit status."""
+    """Run pytest in the environment; its exit status, or that of `tests.sets` where it cannot be made."""
     with sets.alone():
-        python = environment()
+        try:
+            python = environment()
+        except (subprocess.CalledProcessError, OSError) as error:
+            sets.remove_all_but(sets.KEPT, KIND)
+            print(f"vLLM was not tested, its environment cannot be made here: {error}", file=sys.stderr)
+            return sets.UNMADE
     tree = sets.copy_tree(KIND, python)
     # What vLLM finds the plugin by.
     subprocess.run([str(python), "setup.py", "-q", "egg_info"], cwd=tree, check=True)

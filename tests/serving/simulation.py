@@ -215,7 +215,11 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """told, finished: tokens and finish reasons by request. empty: the longest run of steps that scheduled nothing."""
+    """What became of the requests.
+
+    told, finished: tokens and finish reasons by request. empty: the longest run of steps that scheduled nothing. gone:
+    pictures whose features left the encoder's cache while their conversations might still look at them.
+    """
 
     scheduler: Any
     worker: Worker
@@ -223,6 +227,7 @@ class Outcome:
     finished: dict[str, str] = field(default_factory=dict)
     aborted: set[str] = field(default_factory=set)
     empty: int = 0
+    gone: int = 0
 
 
 def look_scheduler_of(folder: Path, setting: Setting) -> Any:
@@ -295,7 +300,13 @@ def simulate(folder: Path, setting: Setting) -> Outcome:
             scheduler.finish_requests(gone, RequestStatus.FINISHED_ABORTED)
             outcome.aborted.add(gone)
         if scheduler.has_requests():
+            live = {talk.image[0] for talk in scheduler.conversations.values() if talk.may_look}
             plan = scheduler.schedule()
+            gone = live.intersection(plan.free_encoder_mm_hashes)
+            outcome.gone += len(gone)
+            if gone and not plan.preempted_req_ids:  # what a preemption frees comes behind them
+                unused = set(scheduler.encoder_cache_manager.freeable)
+                assert unused <= live, f"the features of live pictures {gone} go before {unused - live}"
             planned.append((plan, worker.step(plan)))
             empty = 0 if plan.total_num_scheduled_tokens else empty + 1
             outcome.empty = max(outcome.empty, empty)

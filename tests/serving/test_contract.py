@@ -37,6 +37,29 @@ def test_whatever_is_missing_is_named():
         contract.check()
 
 
+def overrides(own, kind):
+    """Functions of vLLM that `own` replaces in `kind`; each as the names under which a list may have it."""
+    for name, value in vars(own).items():
+        bases = [base for base in kind.__mro__[1:] if base.__module__.startswith("vllm.") and name in vars(base)]
+        if bases and callable(getattr(value, "__func__", value)) and name not in vars(object).keys() - {"__init__"}:
+            yield [f"{base.__qualname__}.{name}" for base in bases]
+
+
+def test_every_function_that_is_overridden_is_listed():
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    from vpt_model.vllm import capture, defaults, metrics, model, processor, reasoning, scheduler
+
+    subclasses = (capture.ControlCapture, model.VPTQwen2VL, model.EmbeddedPatches, processor.Info, processor.Dummies)
+    subclasses += (processor.Processor, reasoning.LookParser, metrics.LookMetrics)
+    defaulted = type("Defaulted", (defaults.LookDefaults, VerifyAndUpdateConfig), {})
+    mixed = [(scheduler.Looks, scheduler.SyncLookScheduler), (scheduler.Looks, scheduler.AsyncLookScheduler)]
+    pairs = [*((kind, kind) for kind in subclasses), *mixed, (defaults.LookDefaults, defaulted)]
+    listed = {name.partition(":")[2] for name in contract.PARAMETERS}
+    found = [names for pair in pairs for names in overrides(*pair)]
+    assert len(found) > 40 and not [names for names in found if listed.isdisjoint(names)]
+
+
 @pytest.mark.parametrize("encoder", ["clip", "dino", "sam", ""])
 def test_both_model_runners_load_the_capture(encoder):
     from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns

@@ -27,10 +27,12 @@ FAULTS = {
     ),
     "features behind a rewind are kept": ("scheduler", "if f.mm_position.offset < keep]", "]"),
     "blocks behind a rewind are written to": ("scheduler", "elif keep < session.num_computed_tokens:", "elif False:"),
+    "features of live pictures are evicted in turn": ("scheduler", "self._keep_features()", "pass"),
     "requests that wait never give back": ("scheduler", "if self.starved:", "if False:"),
     "a stale token is told": ("scheduler", "if is_stale and not", "if False and not"),
     "the limit is that of one round": ("scheduler", "max(1, conversation.left)", "max(1, conversation.streamed)"),
     "every action has one name": ("conversation", "first, uuid.uuid4().hex, pixels", 'first, "action", pixels'),
+    "a slot is free before its image is encoded": ("conversation", "if place > keep]", "if place >= keep]"),
     "text before an action stays": ("conversation", "keep, count = self.round_start,", "keep, count = keep,"),
     "a token that was sampled behind a capture stays": (
         "conversation",

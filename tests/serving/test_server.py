@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import urllib.request
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,11 @@ import pytest
 from PIL import Image
 
 from bench.vllm_server import picture_url, served, user
+from tests.serving.clients import ask, ask_all, assert_answered, client_of, metric, openai
 from tests.serving.engines import Case, our_engine, reference, scene_cases
 from vpt_model import mini
 
 ROOT = Path(__file__).resolve().parents[2]
-openai = import_module("openai")  # behind the module that says whether vLLM is here
 pytestmark = pytest.mark.unpoisoned
 CASES = scene_cases(3)
 
@@ -32,28 +30,12 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(address):
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300)
+    return client_of(address)
 
 
 @pytest.fixture(scope="module")
 def engine():
     return our_engine(mini.FOLDER)
-
-
-def metric(address: str, name: str) -> dict[str, float]:
-    """The values of a metric, by their labels."""
-    with urllib.request.urlopen(f"{address}/metrics", timeout=20) as answer:
-        text = answer.read().decode()
-    return {labels: float(value) for labels, value in re.findall(rf"^{name}(\{{.*\}})? (\S+)$", text, re.MULTILINE)}
-
-
-def ask(client, case, **options):
-    extra = {"vllm_xargs": options.pop("xargs", None) or case.options()}
-    options = {"temperature": 0, "max_completion_tokens": 64} | options
-    pictures = () if case.pixels is None else (case.pixels,)
-    return client.chat.completions.create(
-        model=str(mini.FOLDER), messages=[user(case.text, *pictures)], extra_body=extra, **options
-    )
 
 
 def test_the_client_of_the_page(address, tmp_path, monkeypatch, capsys):
@@ -70,22 +52,11 @@ def answer_of(engine, case):
 
 def test_many_clients_at_a_time(address, engine):
     """Text and looks are our engine's, which are right."""
-
-    async def all_of_them():
-        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-            return await asyncio.gather(*(ask(client, case) for case in CASES))
-
     right = 0
-    for case, told in zip(CASES, asyncio.run(all_of_them()), strict=True):
+    for case, told in zip(CASES, ask_all(address, CASES), strict=True):
         answer, choice = answer_of(engine, case), told.choices[0]
-        assert choice.message.content == answer.text and choice.finish_reason == "stop"
-        looks = (told.kv_transfer_params or {}).get("vpt_looks", [])
-        seen = [(look.kind, [list(box) for box in look.boxes], look.tokens, look.appended) for look in answer.looks]
-        # An action start was fed with its chunk in our engine, and in a step of its own before it here.
-        found = [(x["kind"], x["boxes"], x["tokens"], x["appended"] + (x["kind"] != "region")) for x in looks]
-        assert found == seen
-        assert all(len(look["ids"]) == look["appended"] for look in looks)
-        assert bool(choice.message.reasoning) == bool(answer.looks)
+        assert_answered(told, answer)
+        assert choice.finish_reason == "stop" and bool(choice.message.reasoning) == bool(answer.looks)
         right += choice.message.content == case.answer
     assert right >= len(CASES) - 1
 

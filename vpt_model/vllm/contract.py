@@ -12,6 +12,11 @@ VERSIONS = ((0, 32), (0, 33))
 """The versions that the tests have run on."""
 
 SCHEDULER, REQUEST = "vllm.v1.core.sched.scheduler:Scheduler", "vllm.v1.request:Request"
+_CAPTURE = "vllm.v1.sample.logits_processor.interface:LogitsProcessor"
+_MODEL, _PROCESSING = "vllm.model_executor.models.qwen2_vl", "vllm.multimodal.processing"
+_DUMMIES = f"{_PROCESSING}.dummy_inputs:BaseDummyInputsBuilder"
+_PARSER = "vllm.reasoning.abs_reasoning_parsers:ReasoningParser"
+_CONFIG = "vllm.model_executor.models.config:VerifyAndUpdateConfig"
 PARAMETERS = {
     f"{SCHEDULER}.__init__": ("vllm_config", "kv_cache_config", "structured_output_manager", "block_size"),
     f"{SCHEDULER}.add_request": ("request",),
@@ -32,7 +37,11 @@ PARAMETERS = {
     f"{REQUEST}.__init__": ("request_id", "prompt_token_ids", "sampling_params", "mm_features", "resumable"),
     f"{REQUEST}.update_block_hashes": (),
     "vllm.v1.sample.logits_processor:process_dict_updates": ("req_entries", "batch_update", "new_state"),
-    "vllm.v1.sample.logits_processor.interface:LogitsProcessor.update_state": ("batch_update",),
+    f"{_CAPTURE}.__init__": ("vllm_config",),
+    f"{_CAPTURE}.validate_params": ("sampling_params",),
+    f"{_CAPTURE}.is_argmax_invariant": (),
+    f"{_CAPTURE}.update_state": ("batch_update",),
+    f"{_CAPTURE}.apply": ("logits",),
     "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor.add_request": ("req_idx", "sampling_params"),
     "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor.apply": ("logits", "ctx"),
     "vllm.multimodal.inputs:MultiModalBatchedField.__init__": ("keep_on_cpu",),
@@ -45,19 +54,36 @@ PARAMETERS = {
         "mm_position",
         "mm_hash",
     ),
-    "vllm.model_executor.models.qwen2_vl:Qwen2VLForConditionalGeneration.get_mrope_input_positions": (
-        "input_tokens",
-        "mm_features",
+    f"{_MODEL}:Qwen2VLForConditionalGeneration.__init__": ("vllm_config", "prefix"),
+    f"{_MODEL}:Qwen2VLForConditionalGeneration.load_weights": ("weights",),
+    f"{_MODEL}:Qwen2VLForConditionalGeneration.get_mrope_input_positions": ("input_tokens", "mm_features"),
+    f"{_MODEL}:Qwen2VLForConditionalGeneration.embed_multimodal": (),
+    f"{_MODEL}:Qwen2VLForConditionalGeneration.compute_logits": ("hidden_states",),
+    f"{_MODEL}:Qwen2VisionPatchEmbed.__init__": ("patch_size", "temporal_patch_size", "in_channels", "embed_dim"),
+    f"{_MODEL}:Qwen2VisionPatchEmbed.forward": ("x",),
+    f"{_CONFIG}.verify_and_update_config": ("vllm_config",),
+    f"{_CONFIG}.verify_and_update_model_config": ("model_config",),
+    f"{_PROCESSING}.context:BaseProcessingInfo.get_hf_config": (),
+    f"{_PROCESSING}.context:BaseProcessingInfo.get_supported_mm_limits": (),
+    f"{_PROCESSING}.context:BaseProcessingInfo.get_mm_max_tokens_per_item": ("seq_len", "mm_counts"),
+    f"{_DUMMIES}.get_dummy_text": ("mm_counts",),
+    f"{_DUMMIES}.get_dummy_mm_data": ("seq_len", "mm_counts", "mm_options"),
+    f"{_DUMMIES}._get_dummy_images": ("width", "height", "num_images"),
+    f"{_PROCESSING}:BaseMultiModalProcessor._call_hf_processor": ("hf_data", "hf_kwargs"),
+    f"{_PROCESSING}:BaseMultiModalProcessor._get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
+    f"{_PROCESSING}:BaseMultiModalProcessor._get_prompt_updates": (
+        "mm_items",
+        "hf_processor_mm_kwargs",
+        "out_mm_kwargs",
     ),
-    "vllm.model_executor.models.qwen2_vl:Qwen2VLForConditionalGeneration.embed_multimodal": (),
-    "vllm.model_executor.models.qwen2_vl:Qwen2VLForConditionalGeneration.compute_logits": ("hidden_states",),
-    "vllm.model_executor.models.qwen2_vl:Qwen2VisionPatchEmbed.__init__": (
-        "patch_size",
-        "temporal_patch_size",
-        "in_channels",
-        "embed_dim",
-    ),
-    "vllm.multimodal.processing:BaseMultiModalProcessor._call_hf_processor": ("hf_data", "hf_kwargs"),
+    f"{_PARSER}.is_reasoning_end": ("input_ids",),
+    f"{_PARSER}.is_reasoning_end_streaming": ("input_ids", "delta_ids"),
+    f"{_PARSER}.extract_content_ids": ("input_ids",),
+    f"{_PARSER}.extract_reasoning": ("model_output", "request"),
+    f"{_PARSER}.extract_reasoning_streaming": ("previous_text", "current_text", "delta_text"),
+    f"{_PARSER}Manager.register_lazy_module": ("name", "module_path", "class_name"),
+    "vllm.v1.metrics.loggers:StatLoggerBase.__init__": ("vllm_config", "engine_index"),
+    "vllm.v1.metrics.loggers:StatLoggerBase.log_engine_initialized": (),
     "vllm.v1.metrics.loggers:StatLoggerBase.record": (
         "scheduler_stats",
         "iteration_stats",
@@ -69,6 +95,7 @@ PARAMETERS = {
 
 ASSIGNED = {
     f"{SCHEDULER}.__init__": (
+        "vllm_config",
         "requests",
         "running",
         "waiting",
@@ -78,6 +105,7 @@ ASSIGNED = {
         "max_model_len",
     ),
     f"{REQUEST}.__init__": (
+        "request_id",
         "_all_token_ids",
         "_output_token_ids",
         "prompt_token_ids",
