@@ -41,8 +41,9 @@ def test_answers_and_looks_are_those_of_one_server(flags, tmp_path):
             time.sleep(0.5)
         # Connections are shared out: some of these reach each API server.
         for _ in range(6):
-            with pytest.raises(openai.BadRequestError, match="vpt_looks"):
-                ask(client_of(address), asked[0], xargs={"vpt_looks": "sam"})
+            for case, look, told in ((asked[0], "sam", "re-encodes with"), (Case(None, "What?"), "clip", "0 images")):
+                with pytest.raises(openai.BadRequestError, match=told):
+                    ask(client_of(address), case, xargs={"vpt_looks": look})
             counts = metric(address, "vllm:vpt_look_seconds_count")
             assert sum(counts.values()) == sum(len(answer.looks) for answer in expected)
             busy = metric(address, "vllm:num_requests_running") | metric(address, "vllm:kv_cache_usage_perc")
