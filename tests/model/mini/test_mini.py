@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,3 +156,21 @@ def test_ask_answers_without_a_model_or_an_image() -> None:
     assert vpt("ask", "--question", "What?", "--model", "random:tiny").exit_code == 2
     refused = vpt("demo", "--image", "photo.png")
     assert refused.exit_code == 2
+
+
+def test_the_page_on_weights_repeats_the_committed_evaluation() -> None:
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in json.loads((RESULTS / "evaluation-weights.json").read_text()):
+        lines.setdefault(line["dtype"], []).append(line)
+    right = {}
+    for kept, found in lines.items():
+        assert [line["kind"] for line in found] == list(KINDS) and len({line["score"]["count"] for line in found}) == 1
+        assert f"{found[0]['score']['count']:,} questions" in page
+        shares = [line["score"]["right"] for line in found]
+        right[kept] = sum(shares) / len(shares)
+        same = sum(line["agreement"] or 0 for line in found) / len(found)
+        cells = [f"{share:.1%}" for share in shares] + [f"{right[kept]:.2%}", f"{same:.2%}" if same else ""]
+        assert f"| {kept} | {' | '.join(cells)} |".replace("|  |", "| |") in page
+    assert list(right) == ["float32", "bfloat16", "float16", "int8", "int4, dequantised"]
+    assert right["float32"] - right["bfloat16"] <= 0.003 and right["float32"] - right["int8"] <= 0.01
