@@ -26,6 +26,26 @@ from vpt_kernels import BackendUnavailable
 ROOT = Path(__file__).resolve().parents[1]
 OURS = (ROOT / "vpt_kernels", ROOT / "vpt_model")
 
+
+class Three:
+    """What counts as the integer 3 and has no arithmetic."""
+
+    def __index__(self) -> int:
+        return 3
+
+
+def nested(*parts: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, says torch
+        return torch.nested.nested_tensor(list(parts))
+
+
+def quantised(value: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, says torch
+        return torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8)
+
+
 ANYTHING: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
     "a string": lambda: "wrong",
@@ -43,6 +63,15 @@ ANYTHING: dict[str, Callable[[], Any]] = {
     "a list of strings": lambda: ["wrong"],
     "a dictionary": lambda: {"wrong": 1},
     "an array": lambda: np.zeros((2, 2)),
+    "an array of rank 0": lambda: np.array(3),
+    "an index": Three,
+    "more digits than Python spells": lambda: 10**5000,
+    "a path": lambda: Path("nowhere") / "file",
+    "no text": lambda: "",
+    "a text that is no name of a file": lambda: "a\0b" + "x" * 300,
+    "a view of memory": lambda: memoryview(np.zeros((2, 2))),
+    "keys that are no names": lambda: {1: 2},
+    "a four-bit type": lambda: torch.float4_e2m1fn_x2,
     "float tensor": lambda: torch.zeros(2, 2),
     "integer tensor": lambda: torch.zeros(3, dtype=torch.int64),
     "rank 0": lambda: torch.tensor(1.0),
@@ -50,6 +79,8 @@ ANYTHING: dict[str, Callable[[], Any]] = {
     "sparse tensor": lambda: torch.eye(2).to_sparse(),
     "meta tensor": lambda: torch.zeros(2, 2, device="meta"),
     "complex tensor": lambda: torch.zeros(2, 2, dtype=torch.complex64),
+    "nested tensor": lambda: nested(torch.zeros(2, 2)),
+    "quantised tensor": lambda: quantised(torch.zeros(2, 5)),
 }
 
 
@@ -65,6 +96,8 @@ def derived(value: Any) -> Iterator[tuple[str, Any]]:
         yield "int8", value.to(torch.int8)
         yield "bool", value.to(torch.bool)
         yield "empty", value[:0]
+        yield "nested", nested(*(value if value.dim() else [value]))
+        yield "quantised", quantised(value)
         yield "half of it", value[: (len(value) + 1) // 2]
         yield "strided", torch.stack([value, value], -1)[..., 0]
         if value.is_floating_point():

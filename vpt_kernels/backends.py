@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vpt_kernels.checks import require_choice, require_type
+from vpt_kernels.checks import require_choice, require_type, shown
 from vpt_kernels.library import BACKENDS, OPS
 
 logger = logging.getLogger("vpt_kernels")
@@ -160,12 +160,12 @@ def select(
                     logger.warning("%s: backend 'auto' falls back to 'reference' on a GPU (%s)", operator, listed)
                 return name
     elif backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; choose 'auto' or one of {BACKENDS}")
+        raise ValueError(f"backend is {shown(backend)}; choose 'auto' or one of {BACKENDS}")
     elif backend not in declined and _reason(operator, backend, device, dtype) is None:
         return backend
     found = reasons(operator, device, dtype, declined)
-    shown = found if backend == "auto" else {backend: found[backend]}
-    raise BackendUnavailable(f"{operator}: no usable backend for backend={backend!r} ({_listed(shown)})")
+    asked = found if backend == "auto" else {backend: found[backend]}
+    raise BackendUnavailable(f"{operator}: no usable backend for backend={backend!r} ({_listed(asked)})")
 
 
 def _listed(found: Mapping[str, str | None]) -> str:
@@ -187,7 +187,7 @@ def _choose(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
     key = (operator, backend, device.type, dtype, *declined)
     try:
         name = _chosen.get(key)
-    except TypeError:
+    except (TypeError, ValueError):  # a memoryview says that it has no hash by a ValueError
         raise TypeError(f"backend is a {type(backend).__name__}; choose 'auto' or one of {BACKENDS}") from None
     if name is None:
         name = select(operator, backend, device, dtype, declined)

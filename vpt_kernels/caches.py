@@ -237,8 +237,8 @@ def append_to_layer_(
     if kind not in LAYERS:
         raise TypeError(f"layer is a {kind}; it must be one of {LAYERS}, whose row i is token i")
     require_tensor("q", q, None, None, 4)
-    require_tensor("k", k, None, None, 4)
-    require_tensor("v", v, None, None, 4)
+    require_tensor("k", k, q.dtype, q.device, 4)
+    require_tensor("v", v, q.dtype, q.device, 4)
     options = {"interleaved": interleaved, "backend": backend}
     return append_rows_(layer, (q, k, v), (cos_sin, positions), sections, options, page_slots)
 

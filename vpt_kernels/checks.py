@@ -39,6 +39,8 @@ def require_tensor(
         raise TypeError(f"{name} is {tensor.dtype}; it must be {dtype}, as the other tensors")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; it must be strided: call {name}.to_dense()")
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor; it must be one strided tensor: call {name}.to_padded_tensor()")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, other tensors on {device}; move them to one device")
     if dim is not None and tensor.dim() != dim:
@@ -179,7 +181,8 @@ def require_integer(name: str, value: Any, low: float, high: int | None = None) 
     except TypeError:
         raise TypeError(f"{name} is {shown(value)}; it must be an integer") from None
     if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} is {number}; it must be at least {low}{'' if high is None else f', at most {high}'}")
+        most = "" if high is None else f", at most {high}"
+        raise ValueError(f"{name} is {shown(number)}; it must be at least {low}{most}")
     return number
 
 
@@ -189,7 +192,8 @@ def require_number(name: str, value: Any, *, positive: bool = False) -> None:
         raise TypeError(f"{name} is {shown(value)}; it must be a number")
     size: Any = abs(value)
     if not size <= 1e18 or (positive and value <= 0):
-        raise ValueError(f"{name} is {value}; it must be {'positive and ' * positive}finite, at most 1e18")
+        found = shown(value) if isinstance(value, int) else value
+        raise ValueError(f"{name} is {found}; it must be {'positive and ' * positive}finite, at most 1e18")
 
 
 def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -216,4 +220,6 @@ def shown(value: Any) -> str:
     """Return a value as messages name it: its type where it is no plain value, because a tensor's would have to be
     read.
     """
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to spell very long ones
+        return f"an integer of {value.bit_length()} bits"
     return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"

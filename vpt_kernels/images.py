@@ -78,7 +78,7 @@ def pixels_of(
     """Do `decode_image` without its warning. to_rgb: how an image that Pillow opened becomes RGB."""
     require_flag("orient_files", orient_files)
     if max_pixels is not None:
-        require_integer("max_pixels", max_pixels, 1)
+        max_pixels = require_integer("max_pixels", max_pixels, 1)
     if isinstance(image, (Tensor, np.ndarray)):
         return _pixels(image, max_pixels)
     max_pixels = max_pixels or Image.MAX_IMAGE_PIXELS

@@ -46,7 +46,8 @@ def require_integer(name: str, value: Any, low: float, high: int | None = None) 
     except TypeError:
         raise TypeError(f"{name} is {shown(value)}; it must be an integer") from None
     if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} is {number}; it must be at least {low}{'' if high is None else f', at most {high}'}")
+        most = "" if high is None else f", at most {high}"
+        raise ValueError(f"{name} is {shown(number)}; it must be at least {low}{most}")
     return number
 
 
@@ -60,6 +61,8 @@ def shown(value: Any) -> str:
     """Return a value as messages name it: its type where it is no plain value, because a tensor's would have to be
     read.
     """
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to spell very long ones
+        return f"an integer of {value.bit_length()} bits"
     return f"{value!r:.80}" if isinstance(value, (str, int, float, bytes, type(None))) else f"a {type(value).__name__}"
 
 
@@ -140,7 +143,7 @@ class ModelConfig:
         require_kind(self.kind)
         for name in (*_SIZES, "image_resolution"):
             limit = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_SIZE
-            require_integer(name, getattr(self, name), 1, limit)
+            object.__setattr__(self, name, require_integer(name, getattr(self, name), 1, limit))
         for name in _CONSTANTS:
             require_type(name, getattr(self, name), (int, float), "a number")
             if not 0 < getattr(self, name) <= _LARGEST_SIZE:

@@ -26,6 +26,8 @@ from vpt_kernels.checks import (
 
 LAYOUTS = ("NHD", "HND")
 FLOAT8 = torch.float8_e4m3fn
+MOST_POSITIONS = 1 << 24
+"""From here on float32 has no number of its own for each position."""
 _INTEGERS = (torch.int32, torch.int64)
 _IN_PYTHON = ("triton", "reference")
 """Implementations that leave it to us to compare addresses; the others do it where that costs nanoseconds."""
@@ -41,14 +43,17 @@ def rotary_table(
     Source: default rotary embedding of transformers (float32 frequencies θ^(−2i/rotary_dim)).
 
     Raises:
-        ValueError: rotary_dim is odd, or a size is not positive.
+        ValueError: rotary_dim is odd, a size is not positive, or the table has more than 2³¹ numbers.
     """
-    for name, size in (("max_positions", max_positions), ("rotary_dim", rotary_dim)):
-        require_integer(name, size, -(1 << 31), 1 << 31)
+    max_positions = require_integer("max_positions", max_positions, 1, MOST_POSITIONS)
+    rotary_dim = require_integer("rotary_dim", rotary_dim, 2, 1 << 31)
     require_number("theta", theta, positive=True)
     require_type("device", device, (torch.device, str, type(None)), "a torch.device, its name, or None for the CPU")
-    if max_positions < 1 or rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(f"max_positions {max_positions} must be positive, rotary_dim {rotary_dim} positive and even")
+    if rotary_dim % 2 or max_positions * rotary_dim > 1 << 31:
+        raise ValueError(
+            f"rotary_dim is {rotary_dim}, max_positions {max_positions}; rotary_dim must be even, and their product at "
+            "most 2^31"
+        )
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
     angles = torch.arange(max_positions, device="cpu").float()[:, None] * (1.0 / theta**exponents)
     table = torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -66,12 +66,12 @@ class Messages:
 def _separated(message: Mapping[str, Any], pictures: list[Any]) -> dict[str, Any]:
     """Return the message without pixels; its pictures join `pictures`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-        raise ValueError(f"a message is {message!r}; it must be a dictionary with a role and a content")
+        raise ValueError(f"a message is {message!r:.200}; it must be a dictionary with a role and a content")
     content = message["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"the content of a message is {content!r}; it must be a text or a list of texts and images")
+        raise ValueError(f"the content of a message is {content!r:.200}; it must be a text or a list of parts")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -85,7 +85,7 @@ def _separated(message: Mapping[str, Any], pictures: list[Any]) -> dict[str, Any
             parts.append({"type": "image"})
         else:
             raise ValueError(
-                f"a part of the content is {part!r}; give {{'type': 'text', 'text': …}} or "
+                f"a part of the content is {part!r:.200}; give {{'type': 'text', 'text': …}} or "
                 "{'type': 'image', 'image': …}"
             )
     return {**message, "content": parts}

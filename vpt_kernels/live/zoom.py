@@ -97,11 +97,13 @@ def zoom(
     Raises:
         TypeError, ValueError: as `LiveConversation`, its `add` and its `generate` do.
     """
-    require_integer("max_looks", max_looks, 0)
+    max_looks = require_integer("max_looks", max_looks, 0)
     require_type("question", question, str, "a string")
     require_type("system", system, (str, type(None)), "a string or None")
     require_type("role", role, str, "a string")
     require_type("template", template, (dict, type(None)), "a dictionary or None")
+    for name in template or ():
+        require_type("a key of template", name, str, "the name of an argument")
     if not callable(parser):
         raise TypeError(f"parser is {shown(parser)}; it must be a function of an answer's text")
     conversation = LiveConversation(model, processor, cache=cache, capacity=capacity)
@@ -116,6 +118,7 @@ def zoom(
             answer.text = processor.tokenizer.decode(conversation.ids[before:], skip_special_tokens=True)
             answer.turns.append(answer.text)
             asked = parser(answer.text) if len(answer.turns) <= max_looks else ()
+            require_type("what parser returns", asked, (list, tuple, type(None)), "a list of Zoom, or None")
             if not asked:
                 return answer
             content = [part for request in asked for part in _shown(answer, request, coordinates)]

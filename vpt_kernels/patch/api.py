@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from vpt_kernels.checks import require_flag, require_type
+from vpt_kernels.checks import require_flag, require_type, shown
 from vpt_kernels.patch import embeds, projectors, rotary, swap
 from vpt_kernels.patch.report import PatchReport, Replacement
 from vpt_kernels.patch.rules import Rule, forget
@@ -55,9 +55,9 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Tru
     require_type("ops", ops, (list, tuple, set, frozenset, str, type(None)), f"a list with names out of {OPS}")
     require_flag("strict", strict)
     wanted = OPS if ops is None else tuple(ops)
-    unknown = [name for name in wanted if name not in OPS]
+    unknown = [shown(name) for name in wanted if not isinstance(name, str) or name not in OPS]
     if unknown or isinstance(ops, str):
-        raise ValueError(f"ops is {ops!r}; give a list with names out of {OPS}")
+        raise ValueError(f"ops is {shown(ops)} with {', '.join(unknown[:5])}; give a list with names out of {OPS}")
     found: list[tuple[Rule, Replacement]] = []
     skipped: dict[str, str] = {}
     stays: list[str] = []

@@ -40,6 +40,9 @@ class _Copy:
         return same and of.dtype == weight.dtype and of.device == weight.device
 
 
+_FOLDED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True)
 class FoldedPatchEmbed:
     """A patch embedding that reads uint8 pixels; made by `fold_patch_weight`.
@@ -108,9 +111,10 @@ def fold_patch_weight(
         require_tensor("bias", bias, None, weight.device, 1)
         if not bias.is_floating_point():
             raise TypeError(f"bias is {bias.dtype}; it must be floating point")
-    if not weight.is_floating_point() or not (dtype or weight.dtype).is_floating_point:
+    if not weight.is_floating_point() or (dtype or weight.dtype) not in _FOLDED:
         raise TypeError(
-            f"weight is {weight.dtype}, to be folded to {dtype or weight.dtype}; both must be floating point"
+            f"weight is {weight.dtype}, to be folded to {dtype or weight.dtype}; it must be floating point, and dtype "
+            f"one of {_FOLDED}"
         )
     require_inference(weight=weight, bias=bias)
     if weight.dim() not in (4, 5) or weight.shape[1] != 3 or weight.shape[-1] != weight.shape[-2]:
@@ -165,7 +169,8 @@ def _check_images(images: Sequence[Tensor], plan: RegionPlan) -> torch.device:
         raise ValueError("images is empty, but the plan has regions")
     device = images[0].device if images and isinstance(images[0], Tensor) else torch.device("cpu")
     for number, image in enumerate(images):
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.layout is not torch.strided:
+        plain = isinstance(image, Tensor) and image.layout is torch.strided and not image.is_nested
+        if not plain or image.dtype != torch.uint8:
             kind = f"{image.dtype}, {image.layout}" if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(
                 f"image {number} is {kind}; it must be a strided torch.uint8 tensor (0…255, not normalised)"

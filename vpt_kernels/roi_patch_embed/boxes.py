@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -107,12 +108,13 @@ def _scales(scale: Any) -> tuple[float, float] | None:
     if scale is None:
         return None
     pair = scale if isinstance(scale, (tuple, list)) else (scale, scale)
-    numbers = [float(value) for value in pair if isinstance(value, Real) and not isinstance(value, bool)]
+    numbers: list[Any] = [value for value in pair if isinstance(value, Real) and not isinstance(value, bool)]
     if len(numbers) != 2 or len(pair) != 2:
         raise TypeError(f"scale is {scale!r:.80}; it must be a number, (width, height), or None for pixels")
-    if not all(0 < value < math.inf for value in numbers):
-        raise ValueError(f"scale is {scale}; it must be positive and finite")
-    return numbers[0], numbers[1]
+    for value in numbers:
+        if not 0 < value <= sys.float_info.max:
+            raise ValueError(f"scale is {shown(value)}; it must be positive and finite")
+    return float(numbers[0]), float(numbers[1])
 
 
 def _numbers(number: int, box: Any) -> list[float]:

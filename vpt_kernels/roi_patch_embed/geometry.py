@@ -96,13 +96,14 @@ class RegionPolicy:
     def __post_init__(self) -> None:
         if not callable(self.fit):
             raise TypeError(f"fit is {shown(self.fit)}; it must be a function (height, width) -> (height, width)")
-        require_integer("patch_size", self.patch_size, 1, MAX_SIZE)
-        require_integer("merge_size", self.merge_size, 1, MAX_SIZE)
+        for name in ("patch_size", "merge_size"):
+            object.__setattr__(self, name, require_integer(name, getattr(self, name), 1, MAX_SIZE))
         require_choice("resample", self.resample, FILTERS)
         require_choice("pass_order", self.pass_order, PASS_ORDERS)
         require_choice("anchor", self.anchor, ("center", "top_left"))
         if self.regularize_edge is not None:
-            require_integer("the longest edge (regularize_edge)", self.regularize_edge, 1, MAX_SIZE)
+            edge = require_integer("the longest edge (regularize_edge)", self.regularize_edge, 1, MAX_SIZE)
+            object.__setattr__(self, "regularize_edge", edge)
         if self.window is not None:
             height, width = _pair("window", self.window)
             require_integer("the window's height", height, 1, MAX_SIZE)
@@ -122,10 +123,11 @@ class SmartResize:
 
     def __post_init__(self) -> None:
         for name in ("min_pixels", "max_pixels"):
-            require_integer(name, getattr(self, name), -math.inf)
+            object.__setattr__(self, name, require_integer(name, getattr(self, name), -math.inf))
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(
-                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} must be positive and in this order"
+                f"min_pixels {shown(self.min_pixels)} and max_pixels {shown(self.max_pixels)} must be positive and in "
+                "this order"
             )
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
@@ -186,8 +188,8 @@ def qwen2_vl_policy(
     `longest_edge` adds the NEAREST regularisation that VPT's training and evaluation applied first (they use 512).
     Source: `smart_resize` of transformers' Qwen2-VL image processor; LLaMA-Factory 0.9.1 `_preprocess_image`.
     """
-    require_integer("patch_size", patch_size, 1, MAX_SIZE)
-    require_integer("merge_size", merge_size, 1, MAX_SIZE)
+    patch_size = require_integer("patch_size", patch_size, 1, MAX_SIZE)
+    merge_size = require_integer("merge_size", merge_size, 1, MAX_SIZE)
     fit = SmartResize(patch_size * merge_size, min_pixels, max_pixels)
     return RegionPolicy(fit, patch_size, merge_size, "bicubic", pass_order, longest_edge)
 
@@ -356,7 +358,7 @@ def image_sizes(sizes: Any) -> tuple[tuple[int, int], ...]:
     """Return (height, width) of each image. Raises TypeError for anything but pairs of integers."""
     try:
         listed = list(sizes)
-    except TypeError:
+    except (TypeError, RuntimeError):
         raise TypeError(f"sizes is {shown(sizes)}; give a list of (height, width), one per image") from None
     return tuple([_pair(f"the size of image {number}", size) for number, size in enumerate(listed)])
 
@@ -365,11 +367,12 @@ def listed_boxes(boxes: Any) -> Sequence[Any]:
     """Return boxes that can be gone through, a tensor's read at once. Raises TypeError where there is no list of
     boxes.
     """
-    if isinstance(boxes, Tensor) and boxes.dim() == 2 and not boxes.is_meta and boxes.layout == torch.strided:
-        return boxes.tolist()
-    if not hasattr(boxes, "__iter__") or (isinstance(boxes, Tensor) and boxes.dim() != 1):
-        raise TypeError(f"boxes is {shown(boxes)}; give a list of boxes (image, left, top, right, bottom)")
-    return boxes
+    try:
+        if getattr(boxes, "ndim", 2) not in (1, 2):
+            raise TypeError
+        return boxes.tolist() if isinstance(boxes, Tensor) and boxes.dim() == 2 else list(boxes)
+    except (TypeError, RuntimeError):  # what holds no numbers here, or cannot be gone through
+        raise TypeError(f"boxes is {shown(boxes)}; give a list of boxes (image, left, top, right, bottom)") from None
 
 
 UNORDERED = (set, frozenset, dict)
@@ -382,9 +385,10 @@ def _numbers(number: int, box: Any) -> tuple[int, ...]:
         raise TypeError(f"box {number} is {shown(box)}, whose numbers have no order; give a list of five numbers")
     try:
         numbers = len(box)
-    except TypeError:
+    except (TypeError, RuntimeError):
+        found = shown(box) if isinstance(box, int) else f"{box!r:.80}"
         raise TypeError(
-            f"box {number} is {box!r}, not five numbers; give a list of boxes (image, left, top, right, bottom)"
+            f"box {number} is {found}, not five numbers; give a list of boxes (image, left, top, right, bottom)"
         ) from None
     if numbers != 5:
         raise ValueError(f"box {number} has {numbers} numbers; give (image, left, top, right, bottom)")

@@ -303,8 +303,8 @@ class Checkpoint:
         others, and what is fused and the file keeps apart, are read to where they stay. What is fused is adjacent.
         """
         require_type("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype or None")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; it must be floating point, or None for the stored one")
+        if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+            raise TypeError(f"dtype is {dtype}; it must be floating point, of 16 bits or more, or None: as stored")
         groups, maps = fused_groups(self.config), Maps()
         state = dict.fromkeys(expected_shapes(self.config), torch.empty(0, dtype=torch.float32, device="cpu"))
         total, done = sum(self.tensors[name].nbytes for names in groups.values() for name in names), 0

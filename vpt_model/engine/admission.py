@@ -32,8 +32,7 @@ def admit(
     """
     if not isinstance(question, str):
         raise TypeError(f"question is a {type(question).__name__}; it must be a string")
-    if require_integer("max_new_tokens", max_new_tokens, -(1 << 63)) < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    max_new_tokens = require_integer("max_new_tokens", max_new_tokens, 1)
     require_type("keep_logits", keep_logits, bool, "True or False")
     require_type("sampling", sampling, (Sampling, type(None)), "a Sampling, or None for greedy decoding")
     require_type("looks", looks, (list, tuple, type(None)), "a list of looks, or None")

@@ -64,7 +64,7 @@ class Engine(ChatMixin):
             )
         if require_integer("max_looks", max_looks, -(1 << 63)) < 0:
             raise ValueError(f"max_looks is {max_looks}; it must be 0 or more")
-        require_integer("capacity", capacity, 1, 1 << 31)
+        capacity = require_integer("capacity", capacity, 1, 1 << 31)
         if longest_edge is None:
             longest_edge = model.config.image_resolution
         self.model = model

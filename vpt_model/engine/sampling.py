@@ -35,12 +35,10 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} is {shown(value)}; it must be a number")
-        require_integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
-        require_integer("top_k", self.top_k, -(1 << 63), (1 << 63) - 1)
+        for name, low, high in (("seed", -(1 << 63), (1 << 64) - 1), ("top_k", 0, (1 << 63) - 1)):
+            object.__setattr__(self, name, require_integer(name, getattr(self, name), low, high))
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 

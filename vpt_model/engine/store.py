@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,6 @@ def fingerprint(model: Model) -> str:
 
 
 def save(chat: Chat, file: Path) -> None:
-    try:
-        os.fsencode(file)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"file is {str(file)!r}, which is no name of a file: {error}") from None
     conversation = chat.conversation
     keys, values = conversation.cache.gather()
     tensors = {
@@ -66,15 +63,20 @@ def save(chat: Chat, file: Path) -> None:
             for e in chat.exchanges
         ],
     }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    if os.path.isdir(file):
+        raise ValueError(f"{str(file)!a:.300} is a folder: name a file in it")
     partial = file.with_name(f"{file.name}.incomplete")
     try:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, partial, {"vpt": json.dumps(about)})
         partial.replace(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be written ({error}): name a file in a folder that exists") from error
+    except (SafetensorError, ValueError) as error:  # a ValueError: it is no name of a file
+        raise ValueError(
+            f"{str(file)!a:.300} cannot be written ({str(error):.300}): name a file in a folder that exists"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):  # of a name under which there can be no file
+            partial.unlink(missing_ok=True)
 
 
 def load(engine: Engine, file: Path) -> Chat:
@@ -83,9 +85,12 @@ def load(engine: Engine, file: Path) -> Chat:
             about = json.loads((stored.metadata() or {}).get("vpt", "{}"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): give a file that Chat.save has written") from error
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {about.get('format')!r}, not {FORMAT!r}: give a file of Chat.save")
+        raise ValueError(
+            f"{str(file)!a:.300} cannot be read ({error}): give a file that Chat.save has written"
+        ) from error
+    found = about.get("format") if isinstance(about, dict) else about
+    if found != FORMAT:
+        raise ValueError(f"{file} has format {found!r:.80}, not {FORMAT!r}: give a file of Chat.save")
     if about["model"] != fingerprint(engine.model):
         raise ValueError(f"{file} was saved by another model or in another dtype: load it with the model that made it")
     mark = _mark(about["mark"])

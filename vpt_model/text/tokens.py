@@ -256,7 +256,7 @@ class Tokenizer:
         have in Qwen2-VL and its VPT variants; below, they follow the 256 bytes, and behind them come `words`, each with
         the space before it if it has one. Raises ValueError below 297 tokens, or if the words do not fit.
         """
-        require_integer("vocab_size", vocab_size, 1, 1 << 31)
+        vocab_size = require_integer("vocab_size", vocab_size, 1, 1 << 31)
         require_kind(kind)
         if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) and _is_text(word) for word in words):
             raise TypeError(f"words is {shown(words)}; it must be a list of strings")
@@ -295,7 +295,7 @@ class Tokenizer:
         these. A variant must have its re-encoder's pad; of the region and action tokens it has all or, if it was only
         aligned, none.
         """
-        require_integer("rows", rows, 0)
+        rows = require_integer("rows", rows, 0)
         require_type("declared", declared, Mapping, "the fields of a config.json")
         largest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= rows:

@@ -166,3 +166,15 @@ class TestLimits:
     def test_a_region_that_runs_out_of_tokens_ended_by_them(self):
         said = list(IDS.region_span(2, 1, 5, 4))
         assert scripted(engine_of(max_looks=0), said, max_new_tokens=6).finish_reason == "length"
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b", "x" * 5000, "chat/inside", "no folder/chat", "\ud800"])
+def test_a_chat_is_saved_under_no_name_that_no_file_can_have(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat").write_text("before")
+    with engine_of().chat(IMAGE) as chat:
+        chat.ask(QUESTION, max_new_tokens=2)
+        with pytest.raises(ValueError, match="name a file in") as raised:
+            chat.save(name)
+    assert len(str(raised.value)) < 900
+    assert [path.name for path in tmp_path.iterdir()] == ["chat"] and (tmp_path / "chat").read_text() == "before"
