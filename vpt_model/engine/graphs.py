@@ -87,7 +87,7 @@ class StepMetadata:
 
     def draw(self, logits: Tensor, argmax_tokens: Tensor) -> Tensor:
         """Return the next token of each row, as `drawn` does."""
-        return drawn(logits, argmax_tokens, *self.limits, self.draws.gather(1, self.spent[:, None].long())[:, 0])
+        return drawn(logits, argmax_tokens, self.limits, self.draws.gather(1, self.spent[:, None].long())[:, 0])
 
     def follow(self, chosen: Tensor) -> None:
         """Become, after one token of each row, the integers of the next: `chosen` [R], one place further on.

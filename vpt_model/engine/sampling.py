@@ -94,14 +94,13 @@ class Sampler:
         self._draws = self._draws[1:]
 
 
-def drawn(
-    logits: Tensor, argmax_tokens: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor
-) -> Tensor:
+def drawn(logits: Tensor, argmax_tokens: Tensor, limits: Tensor, uniform: Tensor) -> Tensor:
     """Return what `Sampler.choose` does for each row of logits [R, vocab], in one shape whatever the settings are.
 
-    argmax_tokens: `greedy(logits)`, which rows of temperature 0 take. The other four: float64 [R], a row's
-    `Sampler.limits` and its draw.
+    argmax_tokens: `greedy(logits)`, which rows of temperature 0 take. limits: float64 [3, R], `Sampler.limits` of each.
+    uniform: float64 [R], its draw.
     """
+    temperature, top_k, top_p = limits.unbind()
     x = logits.nan_to_num() + 0.0  # a sort may order by bits, where -0.0 is less than 0.0
     is_ranked = (top_k < float("inf")) | (top_p < 1)
     by_rank, tokens = x.sort(dim=1, descending=True, stable=True)

@@ -132,7 +132,7 @@ def test_rows_that_are_drawn_together():
     limits = torch.tensor([sampler.limits for sampler in samplers], dtype=torch.float64).T
     for _ in range(3):
         draws = torch.cat([sampler.draws(1) for sampler in samplers])
-        found = drawn(rows, greedy(rows), *limits, draws).tolist()
+        found = drawn(rows, greedy(rows), limits, draws).tolist()
         assert found == [-1 if (token := sampler(row)) is None else token for sampler, row in zip(samplers, rows)]
     assert len(set(found)) > 20 and found.count(-1) == 8
 
@@ -142,8 +142,8 @@ def test_draws_at_the_ends_of_their_range():
     row = torch.tensor([[-200.0, 0.0, -200.0, 1.0, 0.5, -200.0]])
     for top_k, expected in ((float("inf"), (1, 4)), (2.0, (3, 4))):
         for draw, token in zip((0.0, 1 - 2.0**-53), expected):
-            one, *given = (torch.tensor([x], dtype=torch.float64) for x in (1.0, top_k, 1.0, draw))
-            assert drawn(row, greedy(row), one, *given).tolist() == [token]
+            limits, uniform = (torch.tensor(x, dtype=torch.float64) for x in ([[1.0], [top_k], [1.0]], [draw]))
+            assert drawn(row, greedy(row), limits, uniform).tolist() == [token]
 
 
 @pytest.mark.parametrize(
