@@ -263,9 +263,9 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
         "hidden_act": content.get("hidden_act", "silu") != "silu",
         "use_sliding_window": bool(content.get("use_sliding_window", False)),
         "projector_scale": content.get("projector_scale", 1) != 1,
-        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"),
+        "rope_scaling": (rope.get("rope_type") or rope.get("type") or "default") not in ("default", "mrope"),
         "vision_config": vision.get("hidden_act", "quick_gelu") != "quick_gelu",
-        "layer_types": any(kind != "full_attention" for kind in content.get("layer_types") or ()),
+        "layer_types": not _is_full(content.get("layer_types")),
         "quantization_config": bool(content.get("quantization_config")),
     }
     asked = {name: content[name] for name, is_wrong in unsupported.items() if is_wrong}
@@ -274,7 +274,7 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
             f"config.json asks for {asked}, which is not supported: only silu and quick_gelu, full attention, "
             "projector_scale 1, default M-RoPE and weights that are not quantised are; give such a checkpoint"
         )
-    lists = (rope.get("mrope_section", (16, 24, 24)), content.get("vision_encoder_ls") or ())
+    lists = (rope.get("mrope_section") or (16, 24, 24), content.get("vision_encoder_ls") or ())
     if not all(isinstance(given, (list, tuple, str)) for given in lists):
         raise ValueError(f"config.json has mrope_section and vision_encoder_ls {lists}; they must be lists")
     tied = content.get("tie_word_embeddings") or False
@@ -285,7 +285,9 @@ def parse_config(content: Mapping[str, Any], names: Iterable[str] = ()) -> Model
         **_checked(ModelConfig, {name: content[name] for name in (*_SIZES, *_CONSTANTS)}),
         tie_word_embeddings=tied,
         mrope_section=tuple(lists[0]),
-        **_checked(ModelConfig, {name: content[name] for name in ("image_resolution",) if name in content}),
+        **_checked(
+            ModelConfig, {name: content[name] for name in ("image_resolution",) if content.get(name) is not None}
+        ),
         kind=None if model_type == PLAIN_MODEL_TYPE else _kind(content, names),
         vision=VisionConfig(**_checked(VisionConfig, vision)),
         dino=DinoConfig(**_checked(DinoConfig, dino)),
@@ -350,11 +352,16 @@ def _checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _is_full(layers: Any) -> bool:
+    """Return whether no layer's type is another than full attention."""
+    return not layers or (isinstance(layers, (list, tuple)) and set(map(str, layers)) == {"full_attention"})
+
+
 def _kind(content: Mapping[str, Any], names: Iterable[str]) -> str:
     declared = content.get("vision_encoder_ls")
     if declared:
         encoders = [declared] if isinstance(declared, str) else list(declared)
-        if len(encoders) != 1 or encoders[0] not in ENCODERS:
+        if len(encoders) != 1 or encoders[0] not in list(ENCODERS):
             raise ValueError(f"config.json has vision_encoder_ls {declared!r}; it must name one of {list(ENCODERS)}")
         return ENCODERS[encoders[0]]
     prefixes = {name.split("_projector.")[0] for name in names if "_projector." in name}

@@ -181,7 +181,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if index.exists() and not (folder / whole).exists():
             files = _indexed_files(index)
         else:
-            files = [folder / whole] if index.exists() else sorted(folder.glob(pattern))
+            found_files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+            files = [folder / whole] if index.exists() else found_files
         if files:
             break
     else:
@@ -288,7 +289,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     if unknown := {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in _DTYPES}:
-        raise ValueError(f"tensors of unsupported types: {unknown}")
+        raise ValueError(f"{len(unknown)} tensors are of unsupported types, {', '.join(sorted(set(unknown.values())))}")
     return {
         name: Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()

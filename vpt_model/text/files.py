@@ -61,16 +61,19 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     # What a call of transformers set once, save_pretrained keeps; it resets both for every call.
     backend.no_truncation()
     backend.no_padding()
+    # A token of the vocabulary alone is spelt in pieces: only what was added is found in a text as a whole.
+    whole = {token.content for token in backend.get_added_tokens_decoder().values()}
     for file, token, number in sorted(_numbered_tokens(folder), key=lambda entry: entry[2]):
-        if backend.token_to_id(token.content) is None:
+        if token.content not in whole and backend.token_to_id(token.content) in (None, number):
             _add(backend, token)
         if (found := backend.token_to_id(token.content)) != number:
             raise ValueError(
                 f"{folder / file} gives {token.content!r} the id {number}, the vocabulary {found}: use tokenizer files "
                 "that were saved together"
             )
+    whole |= {token.content for token in backend.get_added_tokens_decoder().values()}
     for content in _special_names(folder):
-        if backend.token_to_id(content) is None:
+        if content not in whole:
             _add(backend, AddedToken(content, normalized=False, special=True))
     return backend
 
@@ -136,7 +139,16 @@ def _object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
     if type(content) is not dict:
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object: download it again")
+    if not _is_text(content):
+        raise ValueError(f"{path} holds a lone surrogate, which no text has: download it again")
     return content
+
+
+def _is_text(content: dict[str, Any]) -> bool:
+    try:
+        return bool(json.dumps(content, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _text(path: Path) -> str:

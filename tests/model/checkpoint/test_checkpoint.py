@@ -281,6 +281,8 @@ def test_broken_config_file(tmp_path, text):
         ({"rope_scaling": {"rope_type": "yarn", "mrope_section": [4, 6, 6]}}, "yarn"),
         ({"vision_config": {"hidden_act": "gelu"}}, "quick_gelu"),
         ({"vision_encoder_ls": ["clip", "dino"]}, "vision_encoder_ls"),
+        ({"vision_encoder_ls": [["clip"]]}, "vision_encoder_ls"),
+        ({"rope_scaling": {"rope_type": None, "type": "yarn", "mrope_section": [4, 6, 6]}}, "yarn"),
         ({"rms_norm_eps": None, "vocab_size": None}, "lacks vocab_size, rms_norm_eps"),
         ({"num_attention_heads": 0}, "positive integers"),
         ({"hidden_size": "128"}, "positive integers"),

@@ -152,6 +152,7 @@ def test_conversion_declares_its_dtype_under_the_name_that_was_there(tmp_path: P
         ({"layer_types": ["sliding_attention"]}, ["config.json", "layer_types", "sliding_attention"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["config.json", "quantization_config", "awq"]),
         ({"model_type": "qwen2_5_vl"}, ["config.json", "model_type 'qwen2_5_vl'", "qwen2_vl_vpt", "checkpoint"]),
+        ({"layer_types": 3}, ["config.json", "layer_types", "full attention"]),
         ({"tie_word_embeddings": False}, ["missing lm_head.weight", "set tie_word_embeddings in config.json"]),
     ],
 )
@@ -163,6 +164,23 @@ def test_what_does_not_load_says_file_field_and_remedy(tmp_path: Path, change: d
     with pytest.raises(ValueError) as raised:
         Checkpoint.open(tmp_path)
     assert str(tmp_path) in str(raised.value) and all(text in str(raised.value) for text in named), raised.value
+
+
+def test_fields_that_are_null_are_as_if_they_were_absent(tmp_path: Path) -> None:
+    rope = {"rope_theta": 1e6, "rope_scaling": {"type": None, "rope_type": None, "mrope_section": [4, 6, 6]}}
+    absent = fields() | rope
+    null = absent | dict.fromkeys(("image_resolution", "layer_types", "text_config", "rope_parameters", "dinov2"))
+    names = ["clip_projector.linear_condition.weight"]
+    for name in null:
+        absent.pop(name) if null[name] is None and name in absent else None
+    assert parse_config(null, names) == parse_config(absent, names)
+
+
+def test_files_that_macos_puts_beside_others_are_no_weights(tmp_path: Path) -> None:
+    state = random_state(tiny_config())
+    write(tmp_path, state, fields())
+    (tmp_path / "._model.safetensors").write_bytes(b"\0\5\x16\7" + bytes(100))
+    assert Checkpoint.open(tmp_path).tensors.keys() == state.keys()
 
 
 def test_a_file_of_another_model_is_one_readable_line(tmp_path: Path) -> None:

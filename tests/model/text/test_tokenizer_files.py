@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.model.qwen import QWEN2_VL, base_tokenizer, write_tokenizer
@@ -85,6 +86,27 @@ def test_every_form_gives_the_ids_of_the_newest(tmp_path: Path, whole: Path, con
         assert found.encode(text) == ids and found.decode(ids) == expected.decode(ids)
 
 
+@pytest.mark.parametrize("beside", ["added_tokens", "added_tokens_decoder"])
+def test_tokens_of_the_vocabulary_that_a_file_beside_it_adds_are_whole(tmp_path: Path, beside: str) -> None:
+    """The vocabulary has them and `tokenizer.json` adds none: transformers adds them, else they are spelt in pieces."""
+    expected = Tokenizer.byte_level(320, "clip")
+    content = json.loads(expected.to_json())
+    files = {"tokenizer_json": content | {"added_tokens": []}}
+    if beside == "added_tokens":
+        files |= {"added_tokens_json": added(content), "special_tokens_map_json": special(content)}
+    else:
+        files |= {"tokenizer_config_json": {"added_tokens_decoder": decoder(content)}}
+    found, text = Tokenizer.from_folder(write(tmp_path, **files), "clip"), "<|im_start|>user\n<|x_2|><|im_end|>"
+    assert len(expected.encode(text)) == 5 and found.encode(text) == expected.encode(text)
+    assert found.decode(found.encode(text)) == expected.decode(expected.encode(text))
+    if beside == "added_tokens_decoder":
+        theirs = PreTrainedTokenizerFast(
+            tokenizer_file=str(tmp_path / "tokenizer.json"),
+            added_tokens_decoder={int(n): AddedToken(**token) for n, token in decoder(content).items()},
+        )
+        assert theirs(text)["input_ids"] == found.encode(text)
+
+
 @pytest.mark.parametrize("form", ["vocab and added_tokens", "vocab and added_tokens_decoder"])
 def test_transformers_reads_the_same_ids_from_the_same_files(tmp_path: Path, content: dict, form: str) -> None:
     folder = in_form(tmp_path, content, form)
@@ -134,6 +156,8 @@ SMALL = {"vocab_json": {"a": 0, "b": 1, "ab": 2}, "merges_txt": "#version: 0.2\n
         (SMALL | {"added_tokens_json": "{"}, ["added_tokens.json is not valid JSON"]),
         (SMALL | {"tokenizer_config_json": {"added_tokens_decoder": [1]}}, ["tokenizer_config.json", "no JSON object"]),
         (SMALL | {"tokenizer_config_json": {"added_tokens_decoder": {"3": 1}}}, ["tokenizer_config.json", "'3'"]),
+        (SMALL | {"tokenizer_config_json": {"eos_token": "\ud800"}}, ["tokenizer_config.json", "lone surrogate"]),
+        (SMALL | {"added_tokens_json": {"\ud800": 3}}, ["added_tokens.json", "lone surrogate"]),
         (SMALL, ["no token '<|endoftext|>'"]),
     ],
 )
