@@ -175,6 +175,7 @@ def _served(function: FunctionType, hidden: Tensor | None, given: dict[str, Any]
 
 def _make(original: Forward) -> Serve:
     function, exchange = innermost(original), dict.fromkeys(ROTATIONS, hold)
+    code, defaults = function.__code__, function.__defaults__
     with_norms, without = (changed_copy(original, exchange, dict.fromkeys(names, STAND_IN)) for names in ((), NORMS))
     fuses = normalises(function)
 
@@ -183,6 +184,9 @@ def _make(original: Forward) -> Serve:
             raise OwnForward("torch.compile")
         hidden: Any = inputs[0] if inputs else given.get("hidden_states")
         name = next((name for name in CACHES if name in given), "")
+        if function.__code__ is not code or function.__defaults__ is not defaults:
+            # As a notebook's autoreload exchanges it within the function.
+            raise OwnForward("its forward has other code than when it was patched")
         layer = _served(function, hidden, given, name, module.layer_idx)
         norms, own = head_norms(module, hidden) if fuses else ({}, None)
         makers = module.q_proj, module._modules.get("q_norm")
