@@ -78,7 +78,8 @@ class Sampler:
         temperature, _, top_p, uniform = uploaded(given, logits.device).split(1)
         self.spend()
         values, tokens = _candidates(logits.nan_to_num(), self.sampling)
-        place = _draw(_masses(values[None], temperature), top_p, uniform)
+        limited = self.sampling.top_p < 1
+        place = _draw(_masses(values[None], temperature), top_p if limited else None, uniform)
         return torch.where(logits.isnan().any(), -1, tokens.gather(0, place)[0])
 
     def draws(self, count: int) -> Tensor:
@@ -139,9 +140,14 @@ def _masses(scores: Tensor, temperature: Tensor) -> Tensor:
     return (((scores - scores.amax(1, keepdim=True)) / steps[:, None]).exp() * 2.0**40).long()
 
 
-def _draw(mass: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
-    """Return where in each row of masses [R, n], falling ones where top_p < 1, its draw [R] in [0, 1) lies."""
+def _draw(mass: Tensor, top_p: Tensor | None, uniform: Tensor) -> Tensor:
+    """Return where in each row of masses [R, n], falling ones where top_p < 1, its draw [R] in [0, 1) lies.
+
+    top_p: [R], or None if it is 1 for all.
+    """
     ends = mass.cumsum(1)
-    kept = (ends * (ends - mass < top_p[:, None] * ends[:, -1:])).amax(1)
+    kept = ends[:, -1]
+    if top_p is not None:
+        kept = (ends * (ends - mass < top_p[:, None] * kept[:, None])).amax(1)
     drawn = torch.minimum((uniform * kept).long(), kept - 1)
-    return (ends <= drawn[:, None]).sum(1)
+    return torch.searchsorted(ends, drawn[:, None], right=True)[:, 0]
