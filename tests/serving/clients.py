@@ -45,7 +45,7 @@ def ask_all(address: str, cases: Sequence[Case]) -> list[Any]:
 def assert_answered(told: Any, answer: Answer) -> None:
     """Text and looks are those of our engine; perception tokens in an answer, and what precedes them, are reasoning."""
     *_, spoken = re.split(r"<\|\w+\|>", answer.text)
-    assert told.choices[0].message.content == spoken
+    assert (told.choices[0].message.content or "") == spoken
     looks = (told.kv_transfer_params or {}).get("vpt_looks", [])
     seen = [(look.kind, [list(box) for box in look.boxes], look.tokens, look.appended) for look in answer.looks]
     # An action start was fed with its chunk in our engine, and in a step of its own before it here.

@@ -142,6 +142,7 @@ def test_rows_of_the_second_runner_are_found_in_every_order(capture):
         {LOOKS: 0},
         {LOOKS: "region:x1,y1,x2,y8"},
         {LOOKS: "region:x1,y1,x2"},
+        {LOOKS: "region:" + "+".join(["x0,y0,x1,y1"] * 65)},
         {LOOKS: ["clip", "sam"], MAX_LOOKS: 2},
         {"vpt_look": "clip"},
     ],
@@ -161,6 +162,7 @@ def test_a_vocabulary_without_looks_refuses_them_all():
 def test_good_options():
     assert read_options(None, "sam") == (1, ())
     assert read_options({LOOKS: "region:x1,y2,x4,y5+x0,y0,x1,y1"}, "sam").looks == ("region:x1,y2,x4,y5+x0,y0,x1,y1",)
+    assert read_options({LOOKS: (many := "region:" + "+".join(["x0,y0,x1,y1"] * 64))}, "sam").looks == (many,)
     assert read_options({LOOKS: ["sam", "sam"], MAX_LOOKS: 3}, "sam") == (3, ("sam", "sam"))
 
 

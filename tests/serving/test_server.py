@@ -56,7 +56,8 @@ def test_many_clients_at_a_time(address, engine):
     for case, told in zip(CASES, ask_all(address, CASES), strict=True):
         answer, choice = answer_of(engine, case), told.choices[0]
         assert_answered(told, answer)
-        assert choice.finish_reason == "stop" and bool(choice.message.reasoning) == bool(answer.looks)
+        assert choice.message.content == answer.text and choice.finish_reason == "stop"
+        assert bool(choice.message.reasoning) == bool(answer.looks)
         right += choice.message.content == case.answer
     assert right >= len(CASES) - 1
 
@@ -144,6 +145,7 @@ BAD = [
     {"vpt_looks": "region:"},
     {"vpt_looks": "region:x1,y1,x3,y3+"},
     {"vpt_looks": ""},
+    {"vpt_looks": "region:" + "+".join(["x0,y0,x1,y1"] * 65)},
     {"vpt_looks": "depth"},
     {"vpt_looks": "sam"},
     {"vpt_looks": ["clip", "dino"], "vpt_max_looks": 2},

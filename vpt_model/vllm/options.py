@@ -13,7 +13,8 @@ LOOKS, MAX_LOOKS = "vpt_looks", "vpt_max_looks"
 SLOT = "vpt_control_slot"
 """The scheduler's mark on a step: where the state behind its last token goes. No client may set it."""
 
-MOST_LOOKS = 8
+MOST_LOOKS, MOST_BOXES = 8, 64
+"""Looks of a request, and boxes of a look: cutting them out holds up all requests of the engine core."""
 _REGION = re.compile(r"region:x[0-7],y[0-7],x[0-7],y[0-7](\+x[0-7],y[0-7],x[0-7],y[0-7])*")
 
 
@@ -45,6 +46,8 @@ def read_options(extra: Mapping[str, Any] | None, encoder: str) -> Options:
             others = [name for name in ENCODERS if name != encoder]
             reason = f"this checkpoint re-encodes with {encoder!r}" if look in others else "that is no look"
             raise ValueError(f'{LOOKS} has {look!r}, but {reason}: give "region:x2,y1,x5,y4" or {encoder!r}')
+        if (boxes := look.count("+") + 1) > MOST_BOXES:
+            raise ValueError(f"{LOOKS} has a look of {boxes} boxes: give at most {MOST_BOXES}")
     if len(looks) > most:
         raise ValueError(f"{LOOKS} names {len(looks)} looks, but {MAX_LOOKS} is {most}: raise it, at most {MOST_LOOKS}")
     return Options(most, tuple(looks))
