@@ -39,7 +39,9 @@ COUNTS = ("passed", "failed", "skipped", "errors")
 def summary(output: str) -> dict[str, int]:
     """The sums of all of pytest's last lines: a suite runs it several times."""
     found = dict.fromkeys(COUNTS, 0)
-    for line in re.findall(r"^=* ?(\d+ (?:passed|failed|skipped|error).*) in [\d.]+s", output, flags=re.MULTILINE):
+    for line in re.findall(
+        r"^(?:=+ |\w+: )?(\d+ (?:passed|failed|skipped|error).*) in [\d.]+s", output, flags=re.MULTILINE
+    ):
         for count, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", line):
             found["errors" if kind == "error" else kind] += int(count)
     return found

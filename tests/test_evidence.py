@@ -75,7 +75,10 @@ def test_one_suite_that_fails_does_not_keep_the_next_from_running(suite, monkeyp
 
 def test_the_page_shows_the_last_run_of_each_suite(suite, monkeypatch):
     evidence.main("test")
-    (suite.parent / "output.txt").write_text("= 7 passed in 1.00s =\n")
+    # As the sanitizers' suite writes it, and as pytest does.
+    (suite.parent / "output.txt").write_text(
+        "operators: 3 passed, 1 warning in 897.91s (0:14:57)\n= 4 passed in 1.00s =\n"
+    )
     (suite.parent / "Makefile").write_text("test:\n\t@cat output.txt\n")
     evidence.main("test")
     assert len(recorded(suite)) == 2
