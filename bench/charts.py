@@ -24,6 +24,7 @@ MARKERS = {
     "roi_patches": "s",
     "control_cross_attention": "^",
     "append_visual_kv": "D",
+    "packed_linear": "P",
     "decode": "*",
 }
 COLOURS = {
@@ -31,6 +32,7 @@ COLOURS = {
     "roi_patches": "#56b4e9",
     "control_cross_attention": "#cc79a7",
     "append_visual_kv": "#009e73",
+    "packed_linear": "#e69f00",
     "decode": "#d55e00",
 }
 

@@ -237,6 +237,17 @@ def test_everything_is_drawn_and_written(tmp_path: Path) -> None:
     report.terminal(made)
 
 
+def test_rows_of_every_operator_have_a_mark_and_a_colour(tmp_path: Path) -> None:
+    made = merge([[result(case(1e-3, eager=4e-3))]])
+    made["environment"] |= {"threads": 2, "torch": "2", "date": "2026-01-01", "commit": "c", "capability": "AVX2"}
+    (row,) = made["rows"]
+    rows = (workloads.Append(1, "2b", "float32"), workloads.Product(1, "2b", "float32"))
+    operators = [*(one.op for one in rows), "roi_patch_embed", "roi_patches", "control_cross_attention", "decode"]
+    made["rows"] = [row | {"op": operator, "work": {"flops": 2, "bytes": 4}} for operator in operators]
+    charts.roofline(made, tmp_path / "a.svg")
+    assert all(operator in (tmp_path / "a.svg").read_text() for operator in operators)
+
+
 def test_a_file_that_is_no_result(tmp_path: Path) -> None:
     for text in ("", "[]", "{}"):
         (tmp_path / "x.json").write_text(text)
