@@ -136,3 +136,25 @@ def test_what_cannot_be_continued_is_refused_with_the_reason():
     ):
         with pytest.raises(ValueError, match=message):
             opened(**options)
+
+
+@pytest.mark.parametrize("name, value", (("use_cache", False), ("prompt_lookup_num_tokens", 3)))
+def test_what_the_models_own_generation_config_asks_for(name, value):
+    """What is refused as an argument is refused there, and nothing is fed."""
+    with opened() as chat:
+        chat.add(user("see", picture(60, 120)))
+        setattr(chat.model.generation_config, name, value)
+        with pytest.raises(ValueError, match=name):
+            chat.generate(**GREEDY)
+        assert chat.length == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", ({"max_new_tokens": float("inf")}, {"max_new_tokens": "3"}, {"generation_config": 3}), ids=str
+)
+def test_arguments_of_a_wrong_kind(arguments):
+    with opened() as chat:
+        chat.add(user("see"))
+        with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
+            chat.generate(**arguments)
+        assert chat.length == 0

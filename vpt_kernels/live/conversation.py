@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpt_kernels.checks import require_flag, shown
+from vpt_kernels.checks import require_flag, require_integer, require_type, shown
 from vpt_kernels.images import decode_image
 from vpt_kernels.live.family import Family
 from vpt_kernels.live.fed import Fed, Pending
@@ -307,13 +307,17 @@ def _most_new_tokens(arguments: Mapping[str, Any], usual: Any) -> int:
     if given := sorted(set(_OURS) & set(arguments)):
         raise ValueError(f"{', '.join(given)} follow from the conversation: leave them out")
     config = arguments.get("generation_config") or usual
+    require_type("generation_config", config, type(usual), f"a {type(usual).__name__}")
     for name in ("num_beams", "num_return_sequences"):
         if (value := arguments.get(name, getattr(config, name, None)) or 1) != 1:
             raise ValueError(f"{name} is {value}, and a live cache holds one sequence: ask once per answer")
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if arguments.get(name) is not None:
+        if arguments.get(name, getattr(config, name, None)) is not None:
             raise ValueError(f"{name} cuts tokens off the cache that the conversation counts: leave it out")
+    if getattr(config, "use_cache", True) is False:
+        raise ValueError("use_cache of the generation_config is False, and a conversation is its cache: set it to True")
     name = "prefill_chunk_size"
     if arguments.get(name, getattr(config, name, None)) is not None:
         raise ValueError(f"{name} feeds a conversation from its beginning, over what its cache holds: leave it out")
-    return int(arguments.get("max_new_tokens", getattr(config, "max_new_tokens", None)) or 1)
+    new = arguments.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+    return 1 if new is None else require_integer("max_new_tokens", new, 1)

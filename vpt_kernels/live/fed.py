@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vpt_kernels.live.family import Family, cache_argument, cache_length, capacity_of, new_cache, truncate
 
@@ -104,21 +105,38 @@ class Fed:
         """Give the first call of the model with this cache inside these arguments, instead of those of their names.
 
         `generate` itself would number a chunk as text, and every version of it reads `position_ids` in another way.
+
+        Raises:
+            ValueError: no such call was made, so that nothing has seen the pictures.
         """
+        handles: list[RemovableHandle] = []
+
+        def end() -> None:
+            while handles:
+                handles.pop().remove()
 
         def exchanged(model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-            if named.get(self._argument) is not self._cache:  # of another thread
+            # A call without our cache is another thread's. Inside a wrapper its argument may have another name.
+            if not handles or all(value is not self._cache for value in named.values()):
                 return arguments, named
-            handle.remove()
+            end()
             # From transformers 5.24 on: features of the pictures that `generate` was given, which are none.
             named.pop("mm_encoder_outputs", None)
             return arguments, {**named, **new}
 
-        handle = self._model.register_forward_pre_hook(exchanged, with_kwargs=True)
+        # What generates may be wrapped (by adapters, by torch.compile), and its `generate` then calls what is inside.
+        for part in self._model.modules():
+            if hasattr(type(part), "prepare_inputs_for_generation"):
+                handles.append(part.register_forward_pre_hook(exchanged, with_kwargs=True))
         try:
             yield
+            if handles:
+                raise ValueError(
+                    f"generate of this {type(self._model).__name__} calls no part of it with this conversation's cache "
+                    "and does not see pictures of later turns; open the conversation over the model inside"
+                )
         finally:
-            handle.remove()
+            end()
 
     def _advance(self, behind: Sequence[int], patches: int) -> None:
         self._next += behind

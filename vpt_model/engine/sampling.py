@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +38,10 @@ class Sampling:
                 raise TypeError(f"{name} is {shown(value)}; it must be a number")
         for name, low, high in (("seed", -(1 << 63), (1 << 64) - 1), ("top_k", 0, (1 << 63) - 1)):
             object.__setattr__(self, name, require_integer(name, getattr(self, name), low, high))
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if not 0 <= self.temperature <= sys.float_info.max:
+            raise ValueError(f"temperature is {shown(self.temperature)}; it must be 0 (greedy) or a positive number")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+            raise ValueError(f"top_p is {shown(self.top_p)}; it must lie in (0, 1]")
 
 
 class Sampler:
@@ -136,7 +137,8 @@ def _masses(scores: Tensor, temperature: Tensor) -> Tensor:
 
     Whole numbers add up to the same sum in any order, so a draw does not depend on how a device adds.
     """
-    steps = temperature.float().clamp_min(torch.finfo(torch.float32).tiny)
+    limits = torch.finfo(torch.float32)
+    steps = temperature.float().clamp(limits.tiny, limits.max)
     return (((scores - scores.amax(1, keepdim=True)) / steps[:, None]).exp() * 2.0**40).long()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -68,6 +69,18 @@ def test_broken_logits(sampling):
     for row in ([-1.0, nan, 3.0e4, -infinity], [1.0, infinity, nan], [nan, nan]):
         assert Sampler(sampling)(torch.tensor(row)) is None
     assert Sampler(sampling)(torch.tensor([1.0, infinity, -infinity])) == 1
+
+
+@pytest.mark.parametrize("temperature", (3.4e38, 1e39, sys.float_info.max))
+def test_a_temperature_beyond_float32(temperature):
+    """It counts as the largest one, in both ways to draw."""
+    row, sampler = torch.tensor([0.0, float("inf"), float("-inf"), 1.0]), Sampler(Sampling(temperature))
+    assert {sampler(row) for _ in range(60)} == {0, 1, 3}
+    apart = torch.tensor([[3.4e38, -3.4e38] * 150])
+    for seed in range(20):
+        given = Sampler(Sampling(temperature, top_k=299, seed=seed))
+        draw, known = given.draws(1), torch.tensor(given.limits, dtype=torch.float64)[:, None]
+        assert drawn(apart, greedy(apart), known, draw).tolist() == [given(apart[0])]
 
 
 def test_greedy_of_several_rows():
@@ -152,6 +165,9 @@ def test_draws_at_the_ends_of_their_range():
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 10**400}, "temperature is an integer of 1329 bits"),
+        ({"temperature": -(10**5000)}, "temperature is an integer of"),
+        ({"top_p": 10**5000}, "top_p is an integer of"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
