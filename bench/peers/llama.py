@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import llama_cpp
 import numpy as np
 
 from bench.peers.process import serve
+from bench.peers.timed import Timed
 
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0"}
 """Our precisions and the GGUF format of as many bits; int8 has a scale a row, Q8_0 one for every 32 weights."""
@@ -56,7 +56,7 @@ def write(folder: str, target: str, form: str) -> int:
     return total
 
 
-class Llama:
+class Llama(Timed):
     """One model and one conversation at a time."""
 
     def __init__(self) -> None:
@@ -98,24 +98,12 @@ class Llama:
             llama_cpp.llama_model_free(self.model)
         self.model = self.context = None
 
-    def append(self, ids: Sequence[int], behind: int) -> float:
-        """Return the seconds to append the ids behind the first `behind` tokens, logits of the last included."""
-        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, behind, -1)
-        begin = time.perf_counter()
-        self._step(ids)
-        return time.perf_counter() - begin
-
-    def decode(self, ids: Sequence[int], behind: int) -> float:
-        """Return the seconds a token of the ids fed one by one, each with the largest logit behind it."""
-        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, behind, -1)
-        begin = time.perf_counter()
-        for token in ids:
-            self._step([token]).argmax()
-        return (time.perf_counter() - begin) / len(ids)
-
     def logits(self, path: str) -> None:
         """Save those of the last token, float32 [vocab]."""
         np.save(path, self._logits())
+
+    def _forget(self, behind: int) -> None:
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, behind, -1)
 
     def _step(self, ids: Sequence[int]) -> np.ndarray:
         tokens = (llama_cpp.llama_token * len(ids))(*ids)

@@ -7,7 +7,6 @@ rotations, attention with the keys and values as the request's own state, weight
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from openvino import Node
 from openvino import opset13 as op
 
 from bench.peers.process import serve
+from bench.peers.timed import Timed
 
 TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "i8"}
 """Our precisions and OpenVINO's element types; i8 has a scale a row, as our int8."""
@@ -136,7 +136,7 @@ class Decoder:
         return op.reshape(apart, constant([0, heads, -1, size], "i64"), True)
 
 
-class OpenVino:
+class OpenVino(Timed):
     """One model and one conversation at a time."""
 
     def __init__(self) -> None:
@@ -160,21 +160,6 @@ class OpenVino:
 
     def free(self) -> None:
         self.request, self.states, self.length, self.last = None, {}, 0, np.empty(0)
-
-    def append(self, ids: Sequence[int], behind: int) -> float:
-        """Return the seconds to append the ids behind the first `behind` tokens, logits of the last included."""
-        self._forget(behind)
-        begin = time.perf_counter()
-        self._step(ids)
-        return time.perf_counter() - begin
-
-    def decode(self, ids: Sequence[int], behind: int) -> float:
-        """Return the seconds a token of the ids fed one by one, each with the largest logit behind it."""
-        self._forget(behind)
-        begin = time.perf_counter()
-        for token in ids:
-            self._step([token]).argmax()
-        return (time.perf_counter() - begin) / len(ids)
 
     def logits(self, path: str) -> None:
         """Save those of the last token, float32 [vocab]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.loops import Loops
+from bench.peers.timed import Timed
 from vpt_kernels import PackedWeight
 from vpt_model.config import ModelConfig
 from vpt_model.network.language import LanguageModel
@@ -47,30 +47,13 @@ def save(state: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None
     (folder / "config.json").write_text(json.dumps(asdict(config)))
 
 
-class Ours:
+class Ours(Timed):
     """One conversation; a call forgets what the one before appended."""
 
     def __init__(self, state: Mapping[str, Tensor], config: ModelConfig, weights: str, tokens: int) -> None:
         self.language = LanguageModel(config, State(state, weights))
         self.cache = self.language.new_cache(tokens)
         self.last = torch.empty(0)
-
-    @torch.inference_mode()
-    def append(self, ids: Sequence[int], behind: int) -> float:
-        """Return the seconds to append the ids behind the first `behind` tokens, logits of the last included."""
-        self._forget(behind)
-        begin = time.perf_counter()
-        self._step(ids)
-        return time.perf_counter() - begin
-
-    @torch.inference_mode()
-    def decode(self, ids: Sequence[int], behind: int) -> float:
-        """Return the seconds a token of the ids fed one by one, each with the largest logit behind it."""
-        self._forget(behind)
-        begin = time.perf_counter()
-        for token in ids:
-            self._step([token]).argmax()
-        return (time.perf_counter() - begin) / len(ids)
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +68,7 @@ class Ours:
     def _forget(self, behind: int) -> None:
         self.cache.truncate(behind, behind)
 
+    @torch.inference_mode()
     def _step(self, ids: Sequence[int]) -> Tensor:
         length = self.cache.length
         positions = torch.arange(length, length + len(ids)).expand(3, -1)
