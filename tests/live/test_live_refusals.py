@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.live.chats import GREEDY, model, opened, picture, processor, user
 from vpt_kernels.live import LiveConversation
@@ -138,14 +138,20 @@ def test_what_cannot_be_continued_is_refused_with_the_reason():
             opened(**options)
 
 
-@pytest.mark.parametrize("name, value", (("use_cache", False), ("prompt_lookup_num_tokens", 3)))
-def test_what_the_models_own_generation_config_asks_for(name, value):
+REFUSED = {"use_cache": False, "prompt_lookup_num_tokens": 3, "num_beams": 2, "prefill_chunk_size": 4}
+
+
+@pytest.mark.parametrize("where", ("the call's", "the model's", "the model's, where the call's leaves it open"))
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_generation_config_asks_for(name, where):
     """What is refused as an argument is refused there, and nothing is fed."""
     with opened() as chat:
         chat.add(user("see", picture(60, 120)))
-        setattr(chat.model.generation_config, name, value)
+        own = GenerationConfig(**{name: None}) if "call's" in where else None
+        holder = own if where == "the call's" else chat.model.generation_config
+        setattr(holder, name, REFUSED[name])
         with pytest.raises(ValueError, match=name):
-            chat.generate(**GREEDY)
+            chat.generate(**GREEDY, **({} if own is None else {"generation_config": own}))
         assert chat.length == 0
 
 

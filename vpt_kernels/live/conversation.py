@@ -306,18 +306,29 @@ def _most_new_tokens(arguments: Mapping[str, Any], usual: Any) -> int:
     """
     if given := sorted(set(_OURS) & set(arguments)):
         raise ValueError(f"{', '.join(given)} follow from the conversation: leave them out")
-    config = arguments.get("generation_config") or usual
-    require_type("generation_config", config, type(usual), f"a {type(usual).__name__}")
+    own = arguments.get("generation_config")
+    if own is not None:
+        from transformers import GenerationConfig
+
+        require_type("generation_config", own, GenerationConfig, "a GenerationConfig")
+
+    def asked(name: str) -> Any:
+        """Return what `generate` finds: what a call leaves open its generation_config says, and then the model's."""
+        if name in arguments:
+            return arguments[name]
+        return next((value for config in (own, usual) if (value := getattr(config, name, None)) is not None), None)
+
     for name in ("num_beams", "num_return_sequences"):
-        if (value := arguments.get(name, getattr(config, name, None)) or 1) != 1:
+        if (value := asked(name) or 1) != 1:
             raise ValueError(f"{name} is {value}, and a live cache holds one sequence: ask once per answer")
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if arguments.get(name, getattr(config, name, None)) is not None:
+        if asked(name) is not None:
             raise ValueError(f"{name} cuts tokens off the cache that the conversation counts: leave it out")
-    if getattr(config, "use_cache", True) is False:
+    if asked("use_cache") is False:
         raise ValueError("use_cache of the generation_config is False, and a conversation is its cache: set it to True")
-    name = "prefill_chunk_size"
-    if arguments.get(name, getattr(config, name, None)) is not None:
-        raise ValueError(f"{name} feeds a conversation from its beginning, over what its cache holds: leave it out")
-    new = arguments.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+    if asked("prefill_chunk_size") is not None:
+        raise ValueError(
+            "prefill_chunk_size feeds a conversation from its beginning, over what its cache holds: leave it out"
+        )
+    new = asked("max_new_tokens")
     return 1 if new is None else require_integer("max_new_tokens", new, 1)
