@@ -110,8 +110,9 @@ def test_the_table_is_complete() -> None:
     assert not missing and CALLS.keys() <= {*public_callables(), "QwenVLImageProcessor.__call__"}
 
 
-FOREIGN = [("zoom", "autocast")]
-"""The layers of somebody's model are what autocast is for; with it transformers' own static cache does not work."""
+FOREIGN = [("LiveConversation.generate", "autocast"), ("zoom", "autocast")]
+"""The layers of somebody's model are what autocast is for: `test_autocast_is_the_models_own` compares with the model's
+own answer in it. With autocast transformers' own static cache, which `zoom` is called with, does not work."""
 
 
 @pytest.mark.parametrize("name, state", [pair for pair in product(CALLS, STATES) if pair not in FOREIGN])

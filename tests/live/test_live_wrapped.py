@@ -1,4 +1,4 @@
-"""A model that is wrapped, by torch.compile, by adapters or by its owner, and whose `generate` calls what is inside."""
+"""Models that are wrapped, by torch.compile, adapters, autocast or their owner, and generate by what is inside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.live.chats import GREEDY, anew, model, picture, processor, steps, user
+from tests.live.chats import FAMILIES, GREEDY, anew, model, picture, processor, steps, user
 from vpt_kernels.live import LiveConversation
 
 
@@ -59,3 +59,23 @@ def test_a_model_that_generates_without_its_parts_is_refused(monkeypatch):
         with pytest.raises(ValueError, match="does not see pictures of later turns; open the"):
             chat.generate(**GREEDY)
         assert chat.fed == fed and chat.length == len(said) - 1
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_autocast_is_the_models_own(kind, kernels):
+    """Alone, a first turn has the bits of the model's `generate` in autocast. Our patch embedding stays in float32, and
+    a later turn multiplies other shapes: apart by autocast's rounding."""
+    network, shown = model(kind), [picture(60, 120), picture(70, 110)]
+    with LiveConversation(network, processor(FAMILIES[kind]), kernels=kernels) as chat:
+        for number, image in enumerate(shown):
+            chat.add(user("what is there?", image))
+            ids = list(chat.ids)
+            with torch.autocast("cpu", torch.bfloat16):
+                ours = steps(chat.generate(**GREEDY))
+                theirs = steps(anew(network, chat.processor, ids, shown[: number + 1], **GREEDY))
+            exactly = steps(anew(network, chat.processor, ids, shown[: number + 1], **GREEDY))[0]
+            if number or kernels:
+                assert (ours[0] - exactly).abs().max() <= 2 * (theirs[0] - exactly).abs().max()
+            else:
+                assert torch.equal(ours, theirs)
