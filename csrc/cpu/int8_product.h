@@ -4,7 +4,9 @@
 // the largest; rows whose largest weight stands out take four, or small weights would lose what float32 keeps.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "../stable.h"
 #include "simd.h"
@@ -13,6 +15,13 @@ namespace vpt::cpu {
 
 class Int8Weight {
  public:
+  // Whether byte products are fast here and, as a product of the largest bytes shows, exact: oneDNN without VNNI, also
+  // where ONEDNN_MAX_CPU_ISA keeps it from VNNI, adds pairs of products in 16 bits, which hold fewer than two.
+  static bool available(const Tensor& like) {
+    static const bool exact = has_int8_matmul() && multiplies_exactly(like);
+    return exact;
+  }
+
   // weight: float32 [rows, columns], columns adjacent. The slices live in per-thread buffers until the next call.
   explicit Int8Weight(const Tensor& weight) : rows_(weight.size(0)), columns_(weight.size(1)) {
     static thread_local Workspace slice_space, scale_space;
@@ -46,10 +55,7 @@ class Int8Weight {
   int64_t width() const { return slices_ * rows_; }
 
   // product int32 [n, width()] = pixels [n, columns]·slicesᵀ
-  void multiply(const Tensor& product, const Tensor& pixels) const {
-    Tensor transposed = torch::stable::transpose(matrix_, 0, 1);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(product.get(), pixels.get(), transposed.get()));
-  }
+  void multiply(const Tensor& product, const Tensor& pixels) const { int_multiply(product, pixels, matrix_); }
 
   // out [rows] = scale·(the slices' products of one product row) + bias
   void combine(const int32_t* product, const float* bias, float* out) const {
@@ -59,6 +65,21 @@ class Int8Weight {
  private:
   static constexpr float kOutlier = 8.f;  // in root mean squares
   static constexpr double kPixelScale = 256.0;
+
+  static void int_multiply(const Tensor& product, const Tensor& left, const Tensor& right) {
+    const Tensor transposed = torch::stable::transpose(right, 0, 1);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(product.get(), left.get(), transposed.get()));
+  }
+
+  static bool multiplies_exactly(const Tensor& like) {
+    constexpr int64_t kSide = 64, kLargest = 127;
+    std::vector<int8_t> bytes(kSide * kSide, kLargest);
+    std::vector<int32_t> sums(kSide * kSide);
+    const Tensor operand = wrap(bytes.data(), kSide, kSide, ScalarType::Char, like);
+    const Tensor product = wrap(sums.data(), kSide, kSide, ScalarType::Int, like);
+    int_multiply(product, operand, operand);
+    return std::all_of(sums.begin(), sums.end(), [](int32_t sum) { return sum == kSide * kLargest * kLargest; });
+  }
 
   int64_t rows_, columns_;
   int slices_ = 3;

@@ -154,7 +154,7 @@ class Embedding {
   // A float32 product; bias and rounding to T afterwards, while the tile is in cache.
   template <typename T>
   void widened(const std::vector<Strip>& strips, const Tensor& matrix) const {
-    if (has_int8_matmul()) {
+    if (Int8Weight::available(weight_)) {
       integral<T>(strips, matrix);
       return;
     }

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -290,3 +294,25 @@ def test_fold_accepts_other_dtypes_and_layouts():
     other = fold_patch_weight(weight.to(memory_format=torch.channels_last_3d), np.array(CLIP_MEAN), list(CLIP_STD))
     assert_same_bits(other.weight, fold_patch_weight(weight, CLIP_MEAN, CLIP_STD).weight)
     assert fold_patch_weight(weight.double(), CLIP_MEAN, CLIP_STD).bias.dtype == torch.float64
+
+
+ALLOWED = """
+import torch
+from vpt_kernels import fold_patch_weight, plan_regions, qwen2_vl_policy, roi_patch_embed
+
+weight = torch.randn(48, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+folded = fold_patch_weight(weight, (0.5,) * 3, (0.25,) * 3)
+plan = plan_regions([(112, 112)], [(0, 0, 0, 112, 112)], qwen2_vl_policy())
+image = torch.full((112, 112, 3), 255, dtype=torch.uint8)
+ours, plain = (roi_patch_embed([image], plan, folded, backend=name) for name in ("cpp", "reference"))
+print(((ours - plain).abs().max() / plain.abs().max()).item())
+"""
+
+
+@pytest.mark.parametrize("allowed", ["SSE41", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI", "ALL"])
+def test_what_the_library_of_products_may_use_changes_rounding_at_most(allowed):
+    """White pixels: without VNNI the byte products of oneDNN saturate."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": allowed}
+    done = subprocess.run([sys.executable, "-c", ALLOWED], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 1e-5
