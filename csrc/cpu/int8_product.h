@@ -5,8 +5,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
-#include <vector>
 
 #include "../stable.h"
 #include "simd.h"
@@ -16,11 +16,9 @@ namespace vpt::cpu {
 class Int8Weight {
  public:
   // Whether byte products are fast here and, as a product of the largest bytes shows, exact: oneDNN without VNNI, also
-  // where ONEDNN_MAX_CPU_ISA keeps it from VNNI, adds pairs of products in 16 bits, which hold fewer than two.
-  static bool available(const Tensor& like) {
-    static const bool exact = has_int8_matmul() && multiplies_exactly(like);
-    return exact;
-  }
+  // where ONEDNN_MAX_CPU_ISA keeps it from VNNI, adds pairs of products in 16 bits, which hold fewer than two. Asked in
+  // every call (some 3 µs), for PyTorch may be told between calls to do without oneDNN.
+  static bool available(const Tensor& like) { return has_int8_matmul() && multiplies_exactly(like); }
 
   // weight: float32 [rows, columns], columns adjacent. The slices live in per-thread buffers until the next call.
   explicit Int8Weight(const Tensor& weight) : rows_(weight.size(0)), columns_(weight.size(1)) {
@@ -72,13 +70,13 @@ class Int8Weight {
   }
 
   static bool multiplies_exactly(const Tensor& like) {
-    constexpr int64_t kSide = 64, kLargest = 127;
-    std::vector<int8_t> bytes(kSide * kSide, kLargest);
-    std::vector<int32_t> sums(kSide * kSide);
-    const Tensor operand = wrap(bytes.data(), kSide, kSide, ScalarType::Char, like);
-    const Tensor product = wrap(sums.data(), kSide, kSide, ScalarType::Int, like);
-    int_multiply(product, operand, operand);
-    return std::all_of(sums.begin(), sums.end(), [](int32_t sum) { return sum == kSide * kLargest * kLargest; });
+    constexpr int64_t kRows = 16, kColumns = 64, kLargest = 127;
+    std::array<int8_t, kRows * kColumns> bytes;
+    std::array<int32_t, kRows * kRows> sums;
+    bytes.fill(kLargest);
+    const Tensor operand = wrap(bytes.data(), kRows, kColumns, ScalarType::Char, like);
+    int_multiply(wrap(sums.data(), kRows, kRows, ScalarType::Int, like), operand, operand);
+    return std::all_of(sums.begin(), sums.end(), [](int32_t sum) { return sum == kColumns * kLargest * kLargest; });
   }
 
   int64_t rows_, columns_;
