@@ -289,6 +289,8 @@ def verify(
         raise ValueError("--dump writes what --recordings computes: give --recordings too")
     if dump is not None and not dump.absolute().parent.is_dir():
         raise ValueError(f"--dump {dump}: there is no folder {dump.absolute().parent}; make it first")
+    if dump is not None and dump.exists() and not dump.is_file():  # which the finished file would replace
+        raise ValueError(f"--dump {dump} is a device: name a file in a folder")
     rows: list[Any] = []
     if recordings is not None:
         with progress(len(FILES), quiet=False) as begin:

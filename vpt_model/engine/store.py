@@ -64,8 +64,8 @@ def save(chat: Chat, file: Path) -> None:
         ],
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    if os.path.isdir(file):
-        raise ValueError(f"{str(file)!a:.300} is a folder: name a file in it")
+    if os.path.exists(file) and not os.path.isfile(file):  # which the finished file would replace
+        raise ValueError(f"{str(file)!a:.300} is a folder or a device: name a file in a folder")
     partial = file.with_name(f"{file.name}.incomplete")
     try:
         save_file(tensors, partial, {"vpt": json.dumps(about)})

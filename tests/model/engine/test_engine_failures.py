@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 from collections.abc import Callable
 
@@ -178,3 +180,14 @@ def test_a_chat_is_saved_under_no_name_that_no_file_can_have(name, tmp_path, mon
             chat.save(name)
     assert len(str(raised.value)) < 900
     assert [path.name for path in tmp_path.iterdir()] == ["chat"] and (tmp_path / "chat").read_text() == "before"
+
+
+def test_a_chat_replaces_no_device(tmp_path):
+    """A file that takes its name when it is complete would take that of /dev/null for good; a pipe stands for it."""
+    os.mkfifo(tmp_path / "pipe")
+    with engine_of().chat(IMAGE) as chat:
+        chat.ask(QUESTION, max_new_tokens=2)
+        for place in (tmp_path, tmp_path / "pipe"):
+            with pytest.raises(ValueError, match="is a folder or a device"):
+                chat.save(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -278,6 +278,7 @@ def test_arguments_of_verify(tmp_path):
         ((), "nothing to verify"),
         (("--dump", tmp_path / "x", "--model", "random:tiny"), "--dump writes what --recordings computes"),
         (("--recordings", GOLDEN, "--dump", tmp_path / "no/x"), "there is no folder"),
+        (("--recordings", GOLDEN, "--dump", "/dev/full"), "is a device"),
         (("--golden", tmp_path), "has none of projectors.safetensors"),
         (("--model", "random:9b"), "random weights have the shapes of one of"),
     ):
