@@ -93,7 +93,7 @@ def unpatchify(rows: Tensor, grid: tuple[int, int], patch: int, merge: int = 1) 
 
 def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, so that NaN equals NaN and −0 differs from 0."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
+    return tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> None:
