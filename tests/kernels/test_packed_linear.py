@@ -276,6 +276,18 @@ def test_out_over_anything_else_is_refused(backend):
 
 
 @each_backend
+def test_out_that_begins_where_the_residual_does_is_refused(backend):
+    """Rows that lie closer together would overwrite what later ones read."""
+    packed = pack_weight(normal(21, 50, key="w"))
+    memory = normal(6 * 40, key="r")
+    before = memory.clone()
+    residual, out = memory.view(6, 40)[:, :21], memory[: 6 * 21].view(6, 21)
+    with pytest.raises(ValueError, match="residual and out share memory"):
+        packed_linear(normal(6, 50, key="x"), packed, None, residual, out=out, backend=backend)
+    assert_same_bits(memory, before)
+
+
+@each_backend
 def test_leading_dimensions(backend):
     packed = pack_weight(normal(21, 50, key="w"))
     x = normal(2, 3, 50, key="x")
