@@ -1,0 +1,119 @@
+"""What `packed_linear`'s kernels are handed past its Python: refused where they would read or write out of bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import assert_same_bits, normal
+from tests.kernels.packed_checks import not_interpreted
+from vpt_kernels import pack_weight, packed_linear
+
+pytestmark = not_interpreted
+
+N, K, ROWS = 37, 70, 6
+
+
+def operands(stored: str = "int8", gated: bool = False) -> dict[str, Any]:
+    """Of the operator, in the schema's order."""
+    packed = pack_weight(normal(2 * N if gated else N, K, key="w"), stored, gated=gated)
+    return {
+        "x": normal(ROWS, K, key="x"),
+        "data": packed.data,
+        "scales": packed.scales,
+        "features": N,
+        "gated": gated,
+        "bias": normal(2 * N if gated else N, key="b"),
+        "residual": normal(ROWS, N, key="r"),
+        "activation": 1 if gated else 0,
+    }
+
+
+def wide(*shape: int) -> torch.Tensor:
+    """Rows whose columns are not adjacent."""
+    return normal(*shape[::-1], key="wide").T
+
+
+BAD = {
+    "fewer panels": {"data": operands()["data"][:-1]},
+    "more panels": {"data": torch.zeros(4, K // 2, 32, dtype=torch.int8)},
+    "narrower panels": {"data": operands()["data"][:, :-1].contiguous()},
+    "wider panels": {"data": torch.zeros(3, K // 2 + 1, 32, dtype=torch.int8)},
+    "panels of 16": {"data": operands()["data"][..., :16].contiguous()},
+    "panels with strides": {"data": torch.zeros(3, 32, K // 2, dtype=torch.int8).transpose(1, 2)},
+    "flat panels": {"data": operands()["data"].flatten()},
+    "no scales": {"scales": None},
+    "scales of fewer panels": {"scales": operands()["scales"][:-1]},
+    "scales of two groups": {"scales": torch.ones(3, 2, 16)},
+    "scales of 8 rows": {"scales": torch.ones(3, 1, 8)},
+    "scales in float64": {"scales": torch.ones(3, 1, 16, dtype=torch.float64)},
+    "scales with strides": {"scales": torch.ones(3, 16, 3).transpose(1, 2)[:, :1]},
+    "scales beside floats": {"data": pack_weight(normal(N, K, key="w")).data},
+    "more features": {"features": N + 16},
+    "negative features": {"features": -1},
+    "gated": {"gated": True, "activation": 1},
+    "bias of one less": {"bias": normal(N - 1, key="b")},
+    "bias in bfloat16": {"bias": normal(N, key="b", dtype=torch.bfloat16)},
+    "bias with strides": {"bias": normal(2 * N, key="b")[::2]},
+    "residual of fewer rows": {"residual": normal(ROWS - 1, N, key="r")},
+    "residual of fewer columns": {"residual": normal(ROWS, N - 1, key="r")},
+    "residual in bfloat16": {"residual": normal(ROWS, N, key="r", dtype=torch.bfloat16)},
+    "residual with strides": {"residual": wide(ROWS, N)},
+    "flat residual": {"residual": normal(ROWS * N, key="r")},
+    "x of one column more": {"x": normal(ROWS, K + 2, key="x")},
+    "x with strides": {"x": wide(ROWS, K)},
+    "flat x": {"x": normal(K, key="x")},
+    "x in float64": {"x": normal(ROWS, K, key="x").double(), "residual": None},
+    "activation 5": {"activation": 5},
+    "activation −1": {"activation": -1},
+}
+BAD_OUT = {
+    "fewer rows": torch.zeros(ROWS - 1, N),
+    "fewer columns": torch.zeros(ROWS, N - 1),
+    "bfloat16": torch.zeros(ROWS, N, dtype=torch.bfloat16),
+    "strides": torch.zeros(N, ROWS).T,
+    "flat": torch.zeros(ROWS * N),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_operands_that_do_not_fit(what):
+    given = operands() | BAD[what]
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.vpt_kernels.packed_linear.cpp(*given.values())
+    out = torch.full((ROWS, N), 7.0)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.vpt_kernels.packed_linear_into.cpp(*given.values(), out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("what", BAD_OUT)
+def test_an_out_that_does_not_fit(what):
+    out = BAD_OUT[what]
+    before = out.clone()
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.vpt_kernels.packed_linear_into.cpp(*operands().values(), out)
+    assert_same_bits(out, before)
+
+
+def test_operands_that_fit():
+    """What the cases above change is right before."""
+    for stored, gated in (("int8", False), ("float32", True)):
+        torch.ops.vpt_kernels.packed_linear.cpp(*operands(stored, gated).values())
+
+
+@pytest.mark.parametrize("stored", ("float32", "int8"))
+def test_a_weight_put_together_by_hand(stored):
+    """Its fields contradict each other."""
+    packed = pack_weight(normal(N, K, key="w"), stored)
+    for columns in (K - 2, K + 2):
+        with pytest.raises((ValueError, RuntimeError)):
+            packed_linear(normal(ROWS, columns, key="x"), replace(packed, in_features=columns))
+    for features in (N - 16, N + 16, -1):
+        with pytest.raises((ValueError, RuntimeError)):
+            packed_linear(normal(ROWS, K, key="x"), replace(packed, out_features=features))
+    with pytest.raises((ValueError, RuntimeError)):
+        packed_linear(normal(ROWS, K, key="x"), replace(packed, gated=True), activation="silu")
