@@ -87,6 +87,7 @@ float merge(const AttentionJob& job, int64_t row, T* out) {
 
 std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor keys, Tensor values, bool causal) {
   const CachedAttentionCall c{q, keys, values, causal};
+  c.check();
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
   Tensor out = torch::stable::new_empty(q, {tokens, heads, dim});
   Tensor log_sum = torch::stable::new_empty(q, {tokens, heads}, ScalarType::Float);

@@ -149,3 +149,32 @@ def test_what_does_not_fit() -> None:
             cached_attention(*wrong)
     with pytest.raises(ValueError, match="forward only"):
         cached_attention(q.requires_grad_(), keys, values)
+
+
+BAD = {
+    "wider keys": {"keys": normal(9, 2, 24, key="k")},
+    "narrower values": {"values": normal(9, 2, 8, key="v")},
+    "fewer values": {"values": normal(8, 2, 16, key="v")},
+    "values of more heads": {"values": normal(9, 3, 16, key="v")},
+    "heads no multiple": {"q": normal(4, 5, 16, key="q")},
+    "no heads": {"keys": normal(9, 0, 16, key="k"), "values": normal(9, 0, 16, key="v")},
+    "flat keys": {"keys": normal(9, 32, key="k")},
+    "q of four dimensions": {"q": normal(1, 4, 6, 16, key="q")},
+    "more tokens than keys": {"keys": normal(3, 2, 16, key="k"), "values": normal(3, 2, 16, key="v")},
+    "columns apart": {"keys": normal(9, 2, 32, key="k")[..., ::2]},
+    "two dtypes": {"values": normal(9, 2, 16, key="v", dtype=torch.bfloat16)},
+    "float64": {"keys": normal(9, 2, 16, key="k").double(), "values": normal(9, 2, 16, key="v").double()},
+    "bytes": {"keys": torch.zeros(9, 2, 16, dtype=torch.int8), "values": torch.zeros(9, 2, 16, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_operands_that_do_not_fit(what: str) -> None:
+    """Past the operator's Python as well: the kernels would read beside the tensors."""
+    given = {"q": normal(4, 6, 16, key="q"), "keys": normal(9, 2, 16, key="k"), "values": normal(9, 2, 16, key="v")}
+    torch.ops.vpt_kernels.cached_attention.cpp(*given.values(), True)
+    given |= BAD[what]
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.vpt_kernels.cached_attention.cpp(*given.values(), True)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        cached_attention(**given, backend="cpp")
