@@ -13,9 +13,9 @@ namespace vpt {
 constexpr int64_t kPanel = 16;
 // Columns of W that one sum in float32 runs over: longer ones are added up block by block, as exact as a pairwise sum.
 constexpr int64_t kDepth = 256;
-// Panels and rows of x whose blocks stay in the second-level cache together: 128 and 256 KiB.
-constexpr int64_t kPanelGroup = 8;
-constexpr int64_t kRowsAtOnce = 256;
+// Panels and rows of x whose blocks and sums stay in the second-level cache together: 256 KiB, and 384 twice at most.
+constexpr int64_t kPanelGroup = 16;
+constexpr int64_t kRowsAtOnce = 384;
 
 struct Int8 {
   int8_t value;

@@ -8,7 +8,17 @@
 namespace vpt {
 namespace {
 
-template <typename T>
+// Columns of R rows, `stride` apart, one after the other. Reads follow R rows at once, so that writes are in one place.
+template <typename T, int R>
+void arrange_rows(int64_t rows, const T* from, int64_t stride, int64_t columns, float* to) {
+  if constexpr (R > 1)
+    if (rows < R) return arrange_rows<T, R - 1>(rows, from, stride, columns, to);
+  for (int64_t i = 0; i < columns; ++i)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) to[i * R + r] = to_float(from[r * stride + i]);
+}
+
+template <typename V, typename T>
 void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, int64_t last) {
   const int64_t columns = 2 * job.pairs();
   for (int64_t t = first; t < last; ++t) {
@@ -16,11 +26,9 @@ void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, in
     for (int64_t k = 0; k < columns; k += kDepth) {
       const int64_t depth = least(kDepth, columns - k), given = least(depth, job.columns - k);
       float* to = job.arranged + k * job.rows + depth * row;
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* from = static_cast<const T*>(job.x.base) + (row + r) * job.x.stride + k;
-        for (int64_t i = 0; i < given; ++i) to[i * rows + r] = to_float(from[i]);
-        if (given < depth) to[given * rows + r] = 0.f;
-      }
+      const T* from = static_cast<const T*>(job.x.base) + row * job.x.stride + k;
+      arrange_rows<T, V::kTileRows>(rows, from, job.x.stride, given, to);
+      for (int64_t r = 0; given < depth && r < rows; ++r) to[given * rows + r] = 0.f;
     }
   }
 }
@@ -31,7 +39,7 @@ void arrange(const PackedJob& job, int64_t first, int64_t last) {
   const bool integers = job.stored == Element::int8 && job.rows <= V::kInt8Rows;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    integers ? arrange_int16<T>(job, tiling, first, last) : arrange_tiles<T>(job, tiling, first, last);
+    integers ? arrange_int16<T>(job, tiling, first, last) : arrange_tiles<V, T>(job, tiling, first, last);
   };
   if (job.x.type == Element::f32) return run(float{});
   if (job.x.type == Element::bf16) return run(BFloat16{});
@@ -76,38 +84,54 @@ void multiply_few(const PackedJob& job, const Tiling& tiling, int64_t first, int
         const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
         const auto run =
             t == 0 ? tile_of<V, S, Source::memory>(rows, whole) : tile_of<V, S, Source::cache>(rows, whole);
-        run(pairs, job.arranged + k * job.rows + 2 * pairs * row, b, sums + row * stride, stride, k > 0);
+        run(pairs, job.arranged + k * job.rows + 2 * pairs * row, b, sums + row * stride, stride, k > 0, {});
       }
     }
     for (int64_t p = 0; p < panels; ++p) finish(job, sums + p * kPanel, stride, 0, job.rows, panel + p);
   }
 }
 
-// Many rows: blocks of a group of panels are expanded once into the second-level cache, where some tiles of x join them;
-// the panels of one tile stay in the first while those pass.
+// Many rows: what some tiles of x and a group of panels have to do with each other is done block by block, so that a
+// block of x and the sums stay in the second-level cache. The panels of a tile are expanded into the first when it is
+// their turn, and meanwhile the next are asked for.
 template <typename V, typename S>
 void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, int64_t last, float* scratch) {
-  constexpr int64_t kTogether = V::kTilePanels, kBlock = kDepth * kPanel, kTiles = kRowsAtOnce / V::kTileRows;
-  float* const sums = scratch + kPanelGroup * kBlock;
-  for (int64_t group = first; group < last; group += kPanelGroup) {
-    const int64_t panels = least(kPanelGroup, last - group), stride = panels * kPanel;
-    for (int64_t k = 0; k < job.columns; k += kDepth) {
-      const int64_t pairs = least(kDepth / 2, job.pairs() - k / 2);
-      const float* b[kPanelGroup];
-      for (int64_t p = 0; p < panels; ++p) b[p] = expand<V, S>(job, group + p, k, pairs, scratch + p * kBlock);
-      for (int64_t tiles = 0; tiles < tiling.count; tiles += kTiles)
-        for (int64_t p = 0; p < panels; p += kTogether)
-          for (int64_t t = tiles; t < least(tiling.count, tiles + kTiles); ++t) {
+  constexpr int64_t kTogether = V::kTilePanels, kBlock = kDepth * kPanel;
+  float* const sums = scratch + kTogether * kBlock;
+  const Tiling turns(tiling.count, kRowsAtOnce / V::kTileRows);
+  for (int64_t group = first; group < last; group += kPanelGroup)
+    for (int64_t turn = 0; turn < turns.count; ++turn) {
+      const int64_t panels = least(kPanelGroup, last - group), stride = panels * kPanel;
+      const int64_t begin = turns.begin(turn), end = turns.begin(turn + 1);
+      for (int64_t k = 0; k < job.columns; k += kDepth) {
+        const int64_t pairs = least(kDepth / 2, job.pairs() - k / 2);
+        const bool ends = k + kDepth >= job.columns;
+        for (int64_t p = 0; p < panels; p += kTogether) {
+          const float* b[kTogether];
+          for (int64_t i = 0; i < least(kTogether, panels - p); ++i)
+            b[i] = expand<V, S>(job, group + p + i, k, pairs, scratch + i * kBlock);
+          // The next panels, of which every tile asks for a share. Where they end it is for others, which harms nobody.
+          const bool here = p + kTogether < panels;
+          const int64_t next_k = here ? k : ends ? 0 : k + kDepth;
+          const int64_t next_panel = here ? group + p + kTogether
+              : ends && turn + 1 == turns.count ? group + kPanelGroup
+                                                : group;
+          const int64_t share = pairs * 2 * kPanel * sizeof(S) / (end - begin) + 1;
+          for (int64_t t = begin; t < end; ++t) {
             const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
+            const char* next[kTogether];
+            for (int64_t i = 0; i < kTogether; ++i)
+              next[i] = reinterpret_cast<const char*>(block<S>(job, next_panel + i, next_k)) + share * (t - begin);
             const float* a = job.arranged + k * job.rows + 2 * pairs * row;
-            float* c = sums + row * stride + p * kPanel;
-            tile_of<V, float, Source::expanded>(rows, p + kTogether <= panels)(pairs, a, b + p, c, stride, k > 0);
-            if (k + kDepth < job.columns) continue;
-            for (int64_t i = 0; i < least(kTogether, panels - p); ++i)
+            float* c = sums + (row - tiling.begin(begin)) * stride + p * kPanel;
+            const auto run = tile_of<V, float, Source::expanded>(rows, p + kTogether <= panels);
+            run(pairs, a, b, c, stride, k > 0, {next, share / pairs + 1});
+            for (int64_t i = 0; ends && i < least(kTogether, panels - p); ++i)
               finish(job, c + i * kPanel, stride, row, rows, group + p + i);
           }
+        }
+      }
     }
-  }
 }
 
 template <typename V, typename S>

@@ -50,9 +50,15 @@ template <typename V, int odd, int R, int P, typename S>
   }
 }
 
-// c [R][16·P] (+)= a [2·pairs][R] · the blocks b of P panels, each [pairs][32] of type S.
+// Where the next weights lie in memory, of every panel of a tile, and how many bytes of them a pair of columns asks for.
+struct Ahead {
+  const char* const* next;
+  int64_t step;
+};
+
+// c [R][16·P] (+)= a [2·pairs][R] · the blocks b of P panels, each [pairs][32] of type S; `ahead` of expanded ones.
 template <typename V, typename S, int R, int P, Source source>
-void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add) {
+void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add, Ahead ahead) {
   using F = typename V::Float;
   constexpr int W = P * kVectors<V>, kSplit = split(R * W);
   for (int64_t i = 0; i < pairs;) {
@@ -73,6 +79,8 @@ void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t st
       }
     for (; i < end; ++i) {
       if constexpr (source == Source::memory) ask_for<S, P>(b, i);
+      if constexpr (source == Source::expanded)
+        for (int p = 0; p < P; ++p) __builtin_prefetch(ahead.next[p] + i * ahead.step);
       step<V, 0, R, P>(b, i, a + 2 * i * R, sums[0]);
       step<V, 1, R, P>(b, i, a + (2 * i + 1) * R, sums[kSplit > 1]);
     }
@@ -90,7 +98,8 @@ void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t st
 }
 
 template <typename S>
-using Tile = void (*)(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add);
+using Tile =
+    void (*)(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add, Ahead ahead);
 
 // The tile of 1 … V::kTileRows rows.
 template <typename V, typename S, int P, Source source, int R = V::kTileRows>
