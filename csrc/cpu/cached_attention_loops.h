@@ -49,11 +49,24 @@ void score(const float* q, const S* keys, int64_t stride, int64_t padded, float*
   for (int r = 0; r < R; ++r) V::sums(sums[r], scores + r * kKeys);
 }
 
+// The tokens whose numbers are wanted after those at hand; `next` null: none. Where the keys end others are asked for,
+// which harms nobody.
+template <typename T>
+struct Ahead {
+  const T* next;
+  int64_t stride, dim;
+
+  [[gnu::always_inline]] void ask(int64_t token) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < dim; i += kLine) __builtin_prefetch(next + token * stride + i);
+  }
+};
+
 // mixed [R][padded] = factor·mixed + weights [R][kKeys]·values, of W vectors from `mixed` on.
-template <typename V, int R, int W, typename S>
+template <typename V, int R, int W, typename S, typename T>
 void mix(
     const float* weights, const S* values, int64_t stride, int64_t count, int64_t padded, const float* factors,
-    float* mixed) {
+    float* mixed, Ahead<T> ahead) {
   using F = typename V::Float;
   F sums[R][W];
 #pragma GCC unroll 8
@@ -62,6 +75,7 @@ void mix(
     for (int w = 0; w < W; ++w)
       sums[r][w] = V::multiply(V::broadcast(factors[r]), V::load(mixed + r * padded + w * V::kLanes));
   for (int64_t k = 0; k < count; ++k) {
+    if (ahead.next != nullptr) ahead.ask(k);
     F value[W];
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) value[w] = V::load(values + k * stride + w * V::kLanes);
@@ -101,34 +115,32 @@ inline float weigh(float* scores, int64_t visible, float* top, float* sum) {
   return factor;
 }
 
-// Asks for a token's numbers before it is their turn. Where the keys end it asks for others, which harms nobody.
-template <typename S>
-[[gnu::always_inline]] inline void ahead(const S* token, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(S);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(token + i);
-}
-
-template <typename V, typename S, int R = V::kRows>
-void score_rows(int64_t rows, const float* q, const S* keys, int64_t stride, int64_t padded, bool next, float* scores) {
+template <typename V, typename S, typename T, int R = V::kRows>
+void score_rows(
+    int64_t rows, const float* q, const S* keys, int64_t stride, int64_t padded, Ahead<T> ahead, float* scores) {
   if constexpr (R > 1)
-    if (rows < R) return score_rows<V, S, R - 1>(rows, q, keys, stride, padded, next, scores);
+    if (rows < R) return score_rows<V, S, T, R - 1>(rows, q, keys, stride, padded, ahead, scores);
   for (int64_t k = 0; k < kKeys; k += 4) {
-    for (int64_t i = k; next && i < k + 4; ++i) ahead(keys + (i + kKeys) * stride, padded);
+    for (int64_t i = k; ahead.next != nullptr && i < k + 4; ++i) ahead.ask(i);
     score<V, R>(q, keys + k * stride, stride, padded, scores + k);
   }
 }
 
-template <typename V, typename S, int R = V::kRows>
+template <typename V, typename S, typename T, int R = V::kRows>
 void mix_rows(
-    int64_t rows, const float* weights, const S* values, int64_t stride, int64_t count, int64_t padded, bool next,
+    int64_t rows, const float* weights, const S* values, int64_t stride, int64_t count, int64_t padded, Ahead<T> ahead,
     const float* factors, float* mixed) {
   if constexpr (R > 1)
-    if (rows < R) return mix_rows<V, S, R - 1>(rows, weights, values, stride, count, padded, next, factors, mixed);
-  for (int64_t i = 0; next && i < count; ++i) ahead(values + (i + kKeys) * stride, padded);
+    if (rows < R) return mix_rows<V, S, T, R - 1>(rows, weights, values, stride, count, padded, ahead, factors, mixed);
   int64_t d = 0;
-  for (; d + 4 * V::kLanes <= padded; d += 4 * V::kLanes)
-    mix<V, R, 4>(weights, values + d, stride, count, padded, factors, mixed + d);
-  for (; d < padded; d += V::kLanes) mix<V, R, 1>(weights, values + d, stride, count, padded, factors, mixed + d);
+  for (; d + 4 * V::kLanes <= padded; d += 4 * V::kLanes) {
+    mix<V, R, 4>(weights, values + d, stride, count, padded, factors, mixed + d, ahead);
+    ahead.next = nullptr;
+  }
+  for (; d < padded; d += V::kLanes) {
+    mix<V, R, 1>(weights, values + d, stride, count, padded, factors, mixed + d, ahead);
+    ahead.next = nullptr;
+  }
 }
 
 // Rows [first, first + rows) of a KV head meet `count` keys from `k` on; what they have seen before is in the job's
@@ -136,7 +148,7 @@ void mix_rows(
 template <typename V, typename T>
 void attend_block(
     const AttentionJob& job, int64_t head, int64_t first, int64_t rows, int64_t place, int64_t k, int64_t count,
-    float* scratch) {
+    const T* next, float* scratch) {
   const int64_t padded = job.padded;
   const float* q = job.q + (head * job.rows + first) * padded;
   const T* keys = static_cast<const T*>(job.keys) + head * job.key_head + k * job.key_token;
@@ -149,13 +161,14 @@ void attend_block(
   const auto score_tiles = [&](const auto* from, int64_t stride) {
     for (int64_t r = 0; r < rows; r += deal)
       score_rows<V>(
-          smaller(deal, rows - r), q + r * padded, from, stride, padded, registers && r == 0, scores + r * kKeys);
+          smaller(deal, rows - r), q + r * padded, from, stride, padded,
+          Ahead<T>{registers && r == 0 ? values : nullptr, job.value_token, padded}, scores + r * kKeys);
   };
   const auto mix_tiles = [&](const auto* from, int64_t stride) {
     for (int64_t r = 0; r < rows; r += deal)
       mix_rows<V>(
-          smaller(deal, rows - r), scores + r * kKeys, from, stride, count, padded, registers && r == 0, factors + r,
-          mixed + r * padded);
+          smaller(deal, rows - r), scores + r * kKeys, from, stride, count, padded,
+          Ahead<T>{registers && r == 0 ? next : nullptr, job.key_token, padded}, factors + r, mixed + r * padded);
   };
   if (registers) {
     score_tiles(keys, job.key_token);
@@ -184,8 +197,12 @@ void attend_item(const AttentionJob& job, int64_t item, float* scratch) {
     for (int64_t d = 0; d < job.padded; ++d) job.mixed[r * job.padded + d] = 0.f;
   }
   for (int64_t k = split * job.split; k < last; k += kKeys)
-    for (int64_t h = 0; h < heads; ++h)
-      attend_block<V, T>(job, head + h, first, rows, place + h * job.rows, k, smaller(kKeys, last - k), scratch);
+    for (int64_t h = 0; h < heads; ++h) {
+      const bool here = h + 1 < heads;
+      const T* next = static_cast<const T*>(job.keys) + (here ? head + h + 1 : head) * job.key_head +
+          (here ? k : k + kKeys) * job.key_token;
+      attend_block<V, T>(job, head + h, first, rows, place + h * job.rows, k, smaller(kKeys, last - k), next, scratch);
+    }
 }
 
 template <typename V, typename T>

@@ -113,7 +113,7 @@ void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, in
           // The next panels, of which every tile asks for a share. Where they end it is for others, which harms nobody.
           const bool here = p + kTogether < panels;
           const int64_t next_k = here ? k : ends ? 0 : k + kDepth;
-          const int64_t next_panel = here ? group + p + kTogether
+          const int64_t next_panel = here       ? group + p + kTogether
               : ends && turn + 1 == turns.count ? group + kPanelGroup
                                                 : group;
           const int64_t share = pairs * 2 * kPanel * sizeof(S) / (end - begin) + 1;

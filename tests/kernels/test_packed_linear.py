@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ pytestmark = not_interpreted
 
 STORED = ("float32", "bfloat16", "float16", "int8")
 each_stored = pytest.mark.parametrize("stored", STORED)
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 16, 17, 19, 28, 29, 128, 257)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 16, 17, 19, 28, 29, 128, 257, 811)
 """Around every tile, every path and a prime."""
 
 
@@ -309,3 +311,21 @@ def test_inputs_stay(backend):
     packed_linear(given[0], packed, *given[1:], "gelu", backend=backend)
     for now, then in zip((*given, packed.data, packed.scales), before, strict=True):
         assert_same_bits(now, then)
+
+
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE") or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="this system has no huge pages",
+)
+def test_panels_ask_for_huge_pages():
+    data = pack_weight(normal(1024, 4096, key="w")).data
+    middle, inside = data.data_ptr() + data.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *fields = line.split()
+        if first == "VmFlags:" and inside:
+            assert "hg" in fields
+            return
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(address, 16) for address in first.split("-"))
+            inside = begin <= middle < end
+    raise AssertionError("the panels are in no mapping")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +22,7 @@ GROUP = 32
 _GATE = PANEL // 2
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _ROWS_AT_ONCE = 64 * PANEL
+_HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +167,7 @@ def pack_weight(
     device = parts[0].device
     data = torch.empty((panels, -(-columns // 2), 2 * PANEL), dtype=stored, device=device)
     scales = torch.empty((panels, groups, PANEL), dtype=torch.float32, device=device) if stored == torch.int8 else None
+    _advise_huge_pages(data)
     done = 0
     for rows in _panels(parts, features if gated else None):
         count = len(rows) // PANEL
@@ -173,6 +177,19 @@ def pack_weight(
         _lay_out(rows.to(stored), data[done : done + count])
         done += count
     return PackedWeight(data, scales, columns, features, gated)
+
+
+def _advise_huge_pages(tensor: Tensor) -> None:
+    """Ask Linux for pages of 2 MiB where a tensor that nobody has written to covers whole ones.
+
+    One row reads all panels once: the fewer pages, the less time goes into finding them. Nobody need follow the advice.
+    """
+    if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    first = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    whole = (tensor.data_ptr() + tensor.nbytes - first) // _HUGE_PAGE * _HUGE_PAGE
+    if whole > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), mmap.MADV_HUGEPAGE)
 
 
 def _checked(weight: Tensor | Sequence[Tensor], gated: bool) -> list[Tensor]:
