@@ -13,7 +13,9 @@ namespace vpt {
 constexpr int64_t kPanel = 16;
 // Columns of W that one sum in float32 runs over: longer ones are added up block by block, as exact as a pairwise sum.
 constexpr int64_t kDepth = 256;
-// Panels and rows of x whose blocks and sums stay in the second-level cache together: 256 KiB, and 384 twice at most.
+// Panels side by side in a tile, at most.
+constexpr int64_t kMostTilePanels = 2;
+// Panels and rows of x of which a block of x and the sums stay in the second-level cache: 384 KiB each at most.
 constexpr int64_t kPanelGroup = 16;
 constexpr int64_t kRowsAtOnce = 384;
 
@@ -69,8 +71,12 @@ struct Tiling {
   }
 };
 
-// Floats of scratch memory that `multiply` needs.
-[[gnu::always_inline]] inline int64_t scratch_floats(int64_t rows) { return kPanelGroup * kPanel * (kDepth + rows); }
+// Floats of scratch memory that `multiply` needs: a tile's blocks, and sums of all rows and a tile's panels, or of some
+// rows and a group of panels.
+[[gnu::always_inline]] inline int64_t scratch_floats(int64_t rows) {
+  const int64_t some = kPanelGroup * (rows < kRowsAtOnce ? rows : kRowsAtOnce), all = kMostTilePanels * rows;
+  return kPanel * (kMostTilePanels * kDepth + (some > all ? some : all));
+}
 
 extern const PackedKernels kPackedGeneric;
 #ifdef __x86_64__

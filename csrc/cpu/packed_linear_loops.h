@@ -166,6 +166,7 @@ void multiply(const PackedJob& job, int64_t first, int64_t last, float* scratch)
 
 template <typename V>
 constexpr PackedKernels packed_kernels(const char* name) {
+  static_assert(V::kTilePanels <= kMostTilePanels);
   return {name, V::kTileRows, arrange<V>, multiply<V>};
 }
 
