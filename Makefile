@@ -22,6 +22,7 @@
 # make bench       operators and engine against their alternatives on this machine, quick set, in 5 minutes where set-up allows
 # make bench-full  all workloads (40 minutes); both go on where an interrupted run stopped
 # make bench-peers  the language model beside llama.cpp and OpenVINO over the same weights, in an environment of its own
+# make bench-serve  vLLM with second looks under load, in the environment of test-vllm (BENCH_ARGS="--model 2b-slice")
 # make gpu         on a machine with an NVIDIA GPU and a CUDA torch, offline, with its own python; within 570 seconds
 # make gpu-rehearsal  the same on a CPU: every part, tiny models, no number that means anything
 PYTHON ?= python3
@@ -51,7 +52,7 @@ EVIDENCE_ARGS ?=
 
 .PHONY: help demo app test test-long test-page interpret test-full test-hub test-latest test-oldest test-vllm test-pythons evidence
 .PHONY: docs dist
-.PHONY: test-dist aarch64 sanitize types mutate bench bench-full bench-peers gpu gpu-rehearsal lint clean
+.PHONY: test-dist aarch64 sanitize types mutate bench bench-full bench-peers bench-serve gpu gpu-rehearsal lint clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -122,6 +123,10 @@ bench-full: $(VENV)/.ready
 
 bench-peers: $(VENV)/peers/.ready
 	$(BIN)/python -m bench.peers $(BENCH_ARGS)
+
+# In the environment of `make test-vllm`, of which the build of vLLM for the CPU needs more than pip gives it.
+bench-serve:
+	$(PYTHON) -m tests.serving --run -m bench serve --out "$(abspath build/serving)" $(BENCH_ARGS)
 
 gpu:
 	timeout -k 5 570 $(PYTHON) -m bench.gpu $(GPU_ARGS)

@@ -62,20 +62,24 @@ def serve(
     requests: Annotated[int, typer.Option(min=8, help="Requests of each load.")] = 128,
     soak: Annotated[int, typer.Option(min=0, help="Requests of the endurance run, of which a fifth goes away.")] = 1000,
     parallel: Annotated[int, typer.Option(min=1, help="Engines side by side, behind the server of one.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="File for the figures; default build/serve-<model>.json.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = ROOT / "build" / "serving",
 ) -> None:
-    """Put vLLM with second looks under load; in an environment that has vLLM."""
+    """Put vLLM with second looks under load; in an environment that has vLLM (`make bench-serve` makes one for a CPU).
+
+    Every figure is kept as soon as it is measured: the same command goes on where an interrupted one stopped.
+    """
     from bench import serve as serving  # its clients are needed here alone
 
     if model not in ("mini", "2b-slice"):
         raise typer.BadParameter(f"model is {model!r}; give mini or 2b-slice")
-    found = serving.measure(model, requests, soak, sorted({1, parallel}), out or ROOT / "build" / f"serve-{model}.json")
-    for server in found["servers"]:
-        table = Table(*server["loads"][0], title=f"{model}, data parallel {server['data parallel']}")
-        for row in server["loads"]:
-            table.add_row(*("" if value is None else str(value) for value in row.values()))
+    path = out / f"{model}-{machine()}.json"
+    found = serving.measure(model, requests, soak, sorted({1, parallel}), path)
+    for engines, rows in found["servers"].items():
+        table = Table("load", *next(iter(rows.values())), title=f"{model}, data parallel {engines}")
+        for name, row in rows.items():
+            table.add_row(name, *("" if value is None else str(value) for value in row.values()))
         console.print(table)
-    console.print(found.get("soak", ""), found.get("engine", ""))
+    console.print(found.get("soak", ""), found["engine"], path)
 
 
 @app.command()

@@ -1,10 +1,11 @@
 """`python -m bench serve`: vLLM with second looks under load, its clients being real HTTP streams.
 
-A server runs on vpt-mini and on random weights of `2b-slice`. Closed loop: C clients, each with one request at a time;
-open loop: requests arrive by a Poisson process at 70 % of the rate that 16 clients reach. Paths are mixed. Against the
-way people look at a region today (a first request, the crop made by the client, a second request with it; the same
-server, its prefix cache on), and against `vpt_model.Engine`. Nothing is judged by these figures: mini's are Python
-overhead of a tiny model, and on a machine of few cores server, clients and model share them.
+A server runs on vpt-mini, or on random weights of `2b-slice` that are made to ask for looks token by token. Closed
+loop: C clients, each with one request at a time; open loop: requests arrive by a Poisson process at 70 % of the rate
+that 16 clients reach. Paths are mixed. Against the way people look at a region today (a first request, the crop made by
+the client, a second request with it; the same server, its prefix cache on), and against `vpt_model.Engine`. Nothing is
+judged by these figures: mini's are Python overhead of a tiny model, and on a machine of few cores server, clients and
+model share them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import statistics
 import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bench.environment import ROOT, commit, machine
+from bench.scripted import NAME, SCRIPT
 from bench.vllm_server import served, user
 
 CLIENTS = (1, 4, 16, 64)
@@ -34,12 +37,24 @@ REGION = re.compile(r"<\|x_(\d)\|><\|y_(\d)\|><\|x_(\d)\|><\|y_(\d)\|>")
 
 @dataclass(frozen=True)
 class Ask:
-    """A question. looks: forced, for weights that ask for none. answer: the right one, where there is one."""
+    """A question.
+
+    is_about_region: whether a region is what it takes to answer. answer: the right one, where there is one. turns: ids
+    of each turn, for weights that say nothing of their own. look: what they ask for, in the syntax of `Engine.stream`.
+    """
 
     pixels: np.ndarray
     text: str
-    looks: str | None = None
+    is_about_region: bool
     answer: str | None = None
+    turns: tuple[list[int], ...] = ()
+    look: str | None = None
+
+    def options(self, turns: slice = slice(None), **options: Any) -> dict[str, Any]:
+        """Return the fields of a request that is answered with these turns."""
+        if script := sum(self.turns[turns], start=[]):
+            options |= {SCRIPT: script, NAME: uuid.uuid4().hex}
+        return {"vllm_xargs": options} if options else {}
 
 
 @dataclass
@@ -57,8 +72,7 @@ class Seen:
 class Load:
     """The outcome of one load."""
 
-    name: str
-    seconds: float
+    seconds: float = 0.0
     seen: list[Seen] = field(default_factory=list)
     lost: int = 0
 
@@ -67,7 +81,6 @@ class Load:
         looks = [each.look for each in self.seen if each.look is not None]
         tokens = sum(each.tokens for each in self.seen)
         return {
-            "load": self.name,
             "requests": len(self.seen),
             "lost": self.lost,
             "requests/s": round(len(self.seen) / self.seconds, 2),
@@ -104,8 +117,7 @@ async def streamed(client: Any, messages: list[Any], **options: Any) -> AsyncIte
 
 async def ask(client: Any, asked: Ask) -> Seen:
     """Ask one question of a server that looks by itself."""
-    options: dict[str, Any] = {"vllm_xargs": {"vpt_looks": asked.looks}} if asked.looks else {}
-    return await _watched(client, [user(asked.text, asked.pixels)], options)
+    return await _watched(client, [user(asked.text, asked.pixels)], asked.options())
 
 
 async def _watched(client: Any, messages: list[Any], options: dict[str, Any]) -> Seen:
@@ -126,9 +138,8 @@ async def _watched(client: Any, messages: list[Any], options: dict[str, Any]) ->
 
 async def ask_twice(client: Any, asked: Ask) -> Seen:
     """Look at a region as people do today: the client reads the box, cuts it out and asks a second time."""
-    messages, none = [user(asked.text, asked.pixels)], {"vllm_xargs": {"vpt_max_looks": 0}}
-    began = time.perf_counter()
-    first = await _watched(client, messages, none)
+    messages, began = [user(asked.text, asked.pixels)], time.perf_counter()
+    first = await _watched(client, messages, asked.options(slice(1), vpt_max_looks=0))
     found = REGION.findall(first.text)
     if not found:
         return first
@@ -139,14 +150,15 @@ async def ask_twice(client: Any, asked: Ask) -> Seen:
         right, bottom = min(x1 + 2, 8) * width // 8, min(y1 + 2, 8) * height // 8
         crops.append(asked.pixels[top:bottom, left:right])
     said = {"role": "assistant", "content": first.text.removesuffix("<|im_end|>")}
-    second = await _watched(client, [*messages, said, user("", *crops)], none)
+    options = asked.options(slice(1, None), vpt_max_looks=0)
+    second = await _watched(client, [*messages, said, user("", *crops)], options)
     look = time.perf_counter() - asking - second.end + second.first if second.first else None
     return Seen(first.first, time.perf_counter() - began, look, first.tokens + second.tokens, second.text)
 
 
 async def closed_loop(address: str, asks: Sequence[Ask], clients: int, question: Any = ask) -> Load:
     """Let `clients` clients share the questions, each with one request at a time."""
-    waiting, load = list(asks), Load(f"closed, {clients} clients", 0.0)
+    waiting, load = list(asks), Load()
 
     async def one(client: Any) -> None:
         while waiting:
@@ -165,7 +177,7 @@ async def closed_loop(address: str, asks: Sequence[Ask], clients: int, question:
 
 async def open_loop(address: str, asks: Sequence[Ask], rate: float) -> Load:
     """Let questions arrive `rate` times a second on average, whether the server keeps up or not."""
-    draw, load = np.random.default_rng(1), Load(f"open, {rate:.1f}/s", 0.0)
+    draw, load = np.random.default_rng(1), Load()
     began = time.perf_counter()
 
     async def one(client: Any, asked: Ask, after: float) -> None:
@@ -263,16 +275,23 @@ def mini_asks(count: int) -> list[Ask]:
     for seed in range(-(-count // len(KINDS))):
         scene = make_scene(seed, "test")
         questions = [make_question(scene, kind, seed) for kind in KINDS]
-        asks += [Ask(scene.pixels, question.text, None, question.answer) for question in questions]
+        asks += [Ask(scene.pixels, each.text, "tag" in each.text, each.answer) for each in questions]
     return asks[:count]
 
 
 def slice_asks(count: int) -> list[Ask]:
-    """Return forced looks at noise, for random weights: regions, re-encoding, and none."""
-    draw, asks = np.random.default_rng(3), []
+    """Return questions about noise; the model is made to ask for a region, for a re-encoding, or for nothing."""
+    from vpt_model import PRESETS
+    from vpt_model.text.tokens import Tokenizer, parse_look
+
+    config, draw, asks = PRESETS["2b-slice"], np.random.default_rng(3), []
+    tokenizer = Tokenizer.byte_level(config.vocab_size, config.kind)
+    answer = [*tokenizer.encode("an answer of 24 letters."), tokenizer.ids.im_end]
     for number in range(count):
         pixels = draw.integers(0, 256, (384, 512, 3), dtype=np.uint8)
-        asks.append(Ask(pixels, f"what is it {number}?", (None, "region:x2,y2,x4,y4", "clip")[number % 3]))
+        look = ("region:x2,y2,x4,y4", "clip", None)[number % 3]
+        turns = (answer,) if look is None else (parse_look(look, tokenizer.ids), answer)
+        asks.append(Ask(pixels, f"what is it {number}?", number % 3 == 0, None, turns, look))
     return asks
 
 
@@ -310,65 +329,89 @@ def slice_folder(folder: Path) -> Path:
     return folder
 
 
-def engine_looks(asks: Sequence[Ask]) -> list[float]:
+def engine_looks(folder: Path, asks: Sequence[Ask]) -> list[float]:
     """Return seconds from the token that asks to the first behind the look, in our engine, one question at a time."""
     from vpt_model import Engine, mini
     from vpt_model.engine.events import Reencode, Region, Token
 
-    engine, times = Engine(*mini.load()), []
+    engine, times = Engine(*mini.load(folder=folder)), []
     for asked in asks:
-        asking = None
-        for event in engine.stream(asked.pixels, asked.text):
+        asking, looks = None, [asked.look] if asked.look else None
+        for event in engine.stream(asked.pixels, asked.text, looks=looks):
             if isinstance(event, (Region, Reencode)):
                 asking = time.perf_counter()
             elif isinstance(event, Token) and asking is not None:
                 times.append(time.perf_counter() - asking)
                 asking = None
+                if asked.turns:
+                    break  # random weights do not come to an end
     return times
 
 
-def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out: Path) -> dict[str, Any]:
-    """Run every load on one model and write the figures to `out` as they come.
+def planned(asks: Sequence[Ask], requests: int) -> dict[str, Any]:
+    """Return the loads by name, each a function of the server's address and the rate of an open loop."""
+    regions = [asked for asked in asks[:requests] if asked.is_about_region]
+    loads: dict[str, Any] = {}
 
-    model: "mini" or "2b-slice". requests: of each load. soaked: requests of the endurance run, on mini alone. parallel:
-    engines side by side, a server each.
+    def closed(name: str, asked: Sequence[Ask], clients: int, question: Any = ask) -> None:
+        loads[f"{name}, {clients} clients"] = lambda address, _: closed_loop(address, asked, clients, question)
+
+    for clients in CLIENTS:
+        closed("closed", asks[: max(requests, clients)], clients)
+    loads["open"] = lambda address, rate: open_loop(address, asks[:requests], rate)
+    for name, question in (("regions, second look", ask), ("regions, second request", ask_twice)):
+        for clients in (1, 16):
+            closed(name, regions, clients, question)
+    return loads
+
+
+def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out: Path) -> dict[str, Any]:
+    """Run every load on one model and write the figures to `out` as they come; what stands there is not run again.
+
+    model: "mini" or "2b-slice". requests: of each load, and no fewer than its clients. soaked: requests of the
+    endurance run, on mini and one engine alone. parallel: engines side by side, a server each. Raises ValueError where
+    `out` holds figures of another model, machine, commit or number of requests.
     """
     from vpt_model import mini
 
     is_mini = model == "mini"
     folder = mini.FOLDER if is_mini else slice_folder(ROOT / "build" / model)
-    asks = (mini_asks if is_mini else slice_asks)(requests)
-    found: dict[str, Any] = {"model": model, "machine": machine(), "commit": commit(), "servers": []}
+    asks = (mini_asks if is_mini else slice_asks)(max(requests, *CLIENTS))
+    head = {"model": model, "machine": machine(), "commit": commit(), "requests": requests}
+    found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {**head, "servers": {}}
+    if began := {name: found[name] for name in head if found[name] != head[name]}:
+        raise ValueError(f"{out} was begun with {began}, and this is {head}: move it away")
+    loads = planned(asks, requests)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    async def drive(address: str, pid: int, rows: list[dict[str, Any]]) -> None:
-        await closed_loop(address, asks[:8], 4)  # warm
-        rate = 1.0
-        for clients in CLIENTS:
-            load = await closed_loop(address, asks, clients)
-            rate = len(load.seen) / load.seconds if clients == 16 else rate
-            rows.append(load.row())
-            out.write_text(json.dumps(found, indent=1) + "\n")
-        rows.append((await open_loop(address, asks, OPEN * rate)).row())
-        if is_mini:
-            regions = [asked for asked in asks if "tag" in asked.text]
-            for name, question in (("regions, second look", ask), ("regions, second request", ask_twice)):
-                for clients in (1, 16):
-                    load = await closed_loop(address, regions, clients, question)
-                    rows.append(load.row() | {"load": f"{name}, {clients} clients"})
-            if soaked:
-                found["soak"] = await soak(address, pid, asks, soaked)
+    def keep() -> None:
         out.write_text(json.dumps(found, indent=1) + "\n")
 
+    async def drive(address: str, rows: dict[str, Any]) -> None:
+        await closed_loop(address, asks[:8], 4)  # warm
+        for name, load in loads.items():
+            if name not in rows:
+                rate = OPEN * rows["closed, 16 clients"]["requests/s"] if name == "open" else 0.0
+                rows[name] = (await load(address, rate)).row() | {"offered/s": round(rate, 2)}
+                keep()
+
+    async def endure(address: str, pid: int) -> None:
+        found["soak"] = await soak(address, pid, asks, soaked)
+        keep()
+
     for engines in parallel:
+        rows = found["servers"].setdefault(str(engines), {})
+        soaks = is_mini and engines == 1 and bool(soaked) and "soak" not in found
+        if not soaks and all(name in rows for name in loads):
+            continue
         flags = ["--data-parallel-size", str(engines)] if engines > 1 else []
+        flags += [] if is_mini else ["--logits-processors", "bench.scripted:Scripted"]
         with served(folder, out.with_suffix(f".{engines}.log"), *flags) as (address, pid):
-            rows: list[dict[str, Any]] = []
-            found["servers"].append({"data parallel": engines, "loads": rows})
-            asyncio.run(drive(address, pid, rows))
-        soaked = 0
-    if is_mini:
-        times = engine_looks(asks)
+            asyncio.run(drive(address, rows))
+            if soaks:
+                asyncio.run(endure(address, pid))
+    if "engine" not in found:
+        times = engine_looks(folder, asks[:requests])
         found["engine"] = {"looks": len(times), "look p50": _ms(times, 50), "look p99": _ms(times, 99)}
-    out.write_text(json.dumps(found, indent=1) + "\n")
+        keep()
     return found

@@ -2,6 +2,7 @@
 
     python3 -m tests.serving [pytest arguments]      all of them
     python3 -m tests.serving --quick                 contract, simulation, one model against the engine, one server
+    python3 -m tests.serving --run ARGUMENTS         no test: Python in that environment, say -m bench serve
 
 The build of vLLM for the CPU has the libraries of its release inside. An environment is kept by what pip resolves, as
 those of `tests.sets`, and works on a copy of the tree whose CPU extension is built there.
@@ -54,7 +55,7 @@ def environment() -> Path:
 
 
 def main(*arguments: str) -> int:
-    """Run pytest in the environment; its exit status, or that of `tests.sets` where it cannot be made."""
+    """Run pytest or Python in the environment; its exit status, or that of `tests.sets` where it cannot be made."""
     with sets.alone():
         try:
             python = environment()
@@ -70,9 +71,12 @@ def main(*arguments: str) -> int:
     subprocess.run([str(python), "-c", f"import sys; {said}", *names], check=True)
     path = os.pathsep.join((str(tree), str(tree / "tests" / "serving" / "shim")))
     settings = {"PYTHONPATH": path, "VPT_REQUIRE": "vllm", "OMP_WAIT_POLICY": "passive"}
-    chosen = QUICK if arguments == ("--quick",) else arguments or ("tests/serving",)
-    command = [str(python), "-m", "pytest", "-m", "not slow", "-p", "no:logging", "--durations=8", *chosen]
-    return subprocess.run(command, cwd=tree, env=os.environ | settings).returncode
+    if arguments[:1] == ("--run",):
+        command = arguments[1:]
+    else:
+        chosen = QUICK if arguments == ("--quick",) else arguments or ("tests/serving",)
+        command = ("-m", "pytest", "-m", "not slow", "-p", "no:logging", "--durations=8", *chosen)
+    return subprocess.run([str(python), *command], cwd=tree, env=os.environ | settings).returncode
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 
+from bench.scripted import NAME, SCRIPT
 from tests.helpers import noise
 from tests.serving.engines import (
     Case,
@@ -22,7 +23,6 @@ from tests.serving.engines import (
     vllm_engine,
 )
 from tests.serving.folders import folder_of
-from tests.serving.scripted import NAME, SCRIPT
 from vpt_model.engine.sampling import Sampler
 
 pytestmark = pytest.mark.unpoisoned
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 def served(request, root):
     """Our engine and vLLM's, of the same folder."""
     folder = folder_of(request.param, root)
-    with vllm_engine(folder, logits_processors=["tests.serving.scripted:Scripted"]) as llm:
+    with vllm_engine(folder, logits_processors=["bench.scripted:Scripted"]) as llm:
         yield our_engine(folder), llm, request.param
 
 

@@ -10,6 +10,7 @@ from vpt_model import mini
 pytestmark = pytest.mark.unpoisoned
 SETTINGS = {
     "chunks of a prompt": {"max_num_batched_tokens": 48, "max_num_seqs": 4},
+    "chunks of 300 tokens": {"max_num_batched_tokens": 300},
     "few blocks": {"num_gpu_blocks_override": 12, "max_model_len": 320},
     "no prefix cache": {"enable_prefix_caching": False},
 }

@@ -1,4 +1,7 @@
-"""A logits processor by which the model "generates" what a test gives, and goes on by itself behind it."""
+"""A logits processor of vLLM by which a model "generates" what a request gives, and goes on by itself behind it.
+
+For random weights, which ask for no look: tests script odd turns, the benchmark the turns of its load.
+"""
 
 from __future__ import annotations
 
