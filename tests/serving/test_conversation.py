@@ -10,7 +10,7 @@ import torch
 
 from tests.serving.folders import folder_of
 from vpt_model.text.tokens import Tokenizer
-from vpt_model.vllm.conversation import Append, Conversation, End
+from vpt_model.vllm.conversation import Append, Conversation, End, State
 from vpt_model.vllm.perception import Perception, checkpoint_config
 
 
@@ -51,3 +51,19 @@ def test_a_region_whose_answer_is_read_again_needs_every_embedding(perception, r
     else:
         assert isinstance(found, Append) and len(one.looks) == 1 and one.notices == []
         assert found.keep == (5 if reread else 5 + len(turn) - 1)
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_an_action_may_be_the_last_token_that_is_allowed(perception, most):
+    """The client sees it instead of what was sampled behind its start; where there is room, its state is next."""
+    ids, one = perception.tokenizer.ids, conversation(perception)
+    one.max_looks, one.params.max_tokens = 0, most
+    start = one.take([ids.action_start], [0] * one.round_start + [ids.action_start])
+    assert isinstance(start, Append) and one.state is State.ANNOUNCED
+    one.streamed += len(start.streamed)
+    sampled = [65]
+    found = one.take(sampled, [0] * one.round_start + [ids.action_start, *sampled])
+    if most == 2:
+        assert found is End.FULL and sampled == [ids.action]
+    else:
+        assert isinstance(found, Append) and found.streamed == [ids.action]

@@ -11,31 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.vllm_server import picture_url, served, user
-from tests.serving.clients import ask, ask_all, assert_answered, client_of, metric, openai
-from tests.serving.engines import Case, our_engine, reference, scene_cases
+from bench.vllm_server import picture_url, user
+from tests.serving.clients import ask, ask_all, assert_answered, metric, openai
+from tests.serving.engines import Case, reference, scene_cases
 from vpt_model import mini
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.unpoisoned
 CASES = scene_cases(3)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with served(mini.FOLDER, log, "--reasoning-parser", "vpt", "--max-num-seqs", "8") as (where, _):
-        yield where
-
-
-@pytest.fixture(scope="module")
-def client(address):
-    return client_of(address)
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return our_engine(mini.FOLDER)
 
 
 def test_the_client_of_the_page(address, tmp_path, monkeypatch, capsys):

@@ -62,6 +62,9 @@ class ControlCapture(ProcessorV1, ProcessorV2):  # type: ignore[misc]
             raise ValueError(str(error)) from None
         if options.looks and sampling_params.structured_outputs is not None:
             raise ValueError(f"{LOOKS} and a grammar or JSON schema exclude each other: a look has tokens of its own")
+        for name in ("kv_transfer_params", "ec_transfer_params"):  # vLLM's own, which it does not check
+            if not isinstance((sampling_params.extra_args or {}).get(name, {}), dict):
+                raise ValueError(f"{name} is no object: leave it out of vllm_xargs")
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.instance = vllm_config.instance_id

@@ -129,11 +129,12 @@ class Conversation:
     def take(self, tokens: list[int], all_token_ids: Sequence[int]) -> Append | End:
         """Take the tokens with which a turn may end; return what is appended, or why the request ends.
 
-        all_token_ids: the request's tokens so far, these included.
+        tokens: where the request ends, they become what the client sees last. all_token_ids: the request's tokens so
+        far, these included.
         """
         ids = self.perception.tokenizer.ids
         if self.state is not State.ANSWERING:
-            return self._captured(tokens[-1], len(all_token_ids) - 1)
+            return self._captured(tokens, len(all_token_ids) - 1)
         forced = self.is_forced
         self.turn += self.forced.popleft() if forced else tokens
         # Tokens that the client asked for are not told; there are no log-probabilities to go with them either.
@@ -188,21 +189,24 @@ class Conversation:
         self.slots.append((keep + 1, slot))
         return Append(keep, [token], slot=slot, streamed=streamed)
 
-    def _captured(self, token: int, keep: int) -> Append | End:
-        """Go on behind the token whose state was captured; `token` was sampled behind it, at place `keep`."""
+    def _captured(self, tokens: list[int], keep: int) -> Append | End:
+        """Go on behind the token whose state was captured; `tokens` was sampled behind it, at place `keep`."""
         ids, state, (_, slot) = self.perception.tokenizer.ids, self.state, self.slots[-1]
         self.state = State.ANSWERING
         assert ids.kind_pad is not None and ids.action is not None, "states are captured for actions alone"
         if state is State.CAPTURING:
-            tokens = action_round(ids, self._reencoded)
-            first, (name, pixels) = tokens.index(ids.kind_pad), self._picture
+            span = action_round(ids, self._reencoded)
+            first, (name, pixels) = span.index(ids.kind_pad), self._picture
             length = first + self._reencoded
             look = Shown(keep, length, first, uuid.uuid4().hex, pixels, slot=slot, picture=name)
-            return self._look(keep, tokens, (look,), ())
-        if state is State.ANNOUNCED and token in ids.stop:
-            self.turn.append(token)
+            return self._look(keep, span, (look,), ())
+        if state is State.ANNOUNCED and tokens[-1] in ids.stop:
+            self.turn += tokens
             return End.FOUND
         streamed = [ids.action] if state is State.ANNOUNCED else []
+        if streamed and self.left <= 1:
+            tokens[:] = streamed
+            return End.FULL
         self.turn += streamed
         lone = Shown(keep, 1, 1, uuid.uuid4().hex, _NO_PIXELS, slot=slot)
         return Append(keep, [ids.action], (lone,), streamed=streamed)

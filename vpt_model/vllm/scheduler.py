@@ -172,7 +172,7 @@ class Looks:
     def _asked(self, conversation: Conversation, tokens: list[int], request: Request) -> Append | End:
         began, taken = time.monotonic(), len(conversation.looks)
         try:
-            answer = conversation.take(list(tokens), request.all_token_ids)
+            answer = conversation.take(tokens, request.all_token_ids)
         except Exception:
             logger.exception("the request %s ends: its look failed", request.request_id)
             return End.FAILED
