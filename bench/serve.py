@@ -17,8 +17,9 @@ import re
 import statistics
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +195,9 @@ async def open_loop(address: str, asks: Sequence[Ask], rate: float) -> Load:
     return load
 
 
-async def soak(address: str, pid: int, asks: Sequence[Ask], count: int, clients: int = 16) -> dict[str, Any]:
+async def soak(address: str, pid: int, asks: Sequence[Ask], requests: int, clients: int = 16) -> dict[str, Any]:
     """Send requests, a fifth of which goes away in the middle: right answers, what is left over, memory on the way."""
-    draw, numbers, right, told, left, lost = np.random.default_rng(2), iter(range(count)), 0, 0, 0, 0
+    draw, numbers, right, told, left, lost = np.random.default_rng(2), iter(range(requests)), 0, 0, 0, 0
     memory = [resident(pid)]
 
     async def one(client: Any) -> None:
@@ -215,7 +216,7 @@ async def soak(address: str, pid: int, asks: Sequence[Ask], count: int, clients:
                     right += text.removesuffix("<|im_end|>").endswith(str(asked.answer))
             except Exception:
                 lost += 1
-            if number % max(count // 10, 1) == 0:
+            if number % max(requests // 10, 1) == 0:
                 memory.append(resident(pid))
 
     async with http(address) as client:
@@ -226,7 +227,7 @@ async def soak(address: str, pid: int, asks: Sequence[Ask], count: int, clients:
     memory.append(resident(pid))
     busy = {name: _total(metrics, f"vllm:{name}") for name in ("num_requests_running", "num_requests_waiting")}
     return {
-        "requests": count,
+        "requests": requests,
         "told": told,
         "right": right,
         "went away": left,
@@ -267,32 +268,29 @@ def http(address: str) -> Any:
     return httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None))
 
 
-def mini_asks(count: int) -> list[Ask]:
-    """Return questions of every kind, so that regions, re-encoding and direct answers are mixed."""
+def mini_asks() -> Iterator[Ask]:
+    """Yield questions of every kind without end: regions, re-encoding and direct answers are mixed."""
     from vpt_model.mini.scenes import KINDS, make_question, make_scene
 
-    asks = []
-    for seed in range(-(-count // len(KINDS))):
+    for seed in count():
         scene = make_scene(seed, "test")
-        questions = [make_question(scene, kind, seed) for kind in KINDS]
-        asks += [Ask(scene.pixels, each.text, "tag" in each.text, each.answer) for each in questions]
-    return asks[:count]
+        for question in (make_question(scene, kind, seed) for kind in KINDS):
+            yield Ask(scene.pixels, question.text, "tag" in question.text, question.answer)
 
 
-def slice_asks(count: int) -> list[Ask]:
-    """Return questions about noise; the model is made to ask for a region, for a re-encoding, or for nothing."""
+def slice_asks() -> Iterator[Ask]:
+    """Yield questions about noise; the model is made to ask for a region, for a re-encoding, and for nothing."""
     from vpt_model import PRESETS
     from vpt_model.text.tokens import Tokenizer, parse_look
 
-    config, draw, asks = PRESETS["2b-slice"], np.random.default_rng(3), []
+    config, draw = PRESETS["2b-slice"], np.random.default_rng(3)
     tokenizer = Tokenizer.byte_level(config.vocab_size, config.kind)
     answer = [*tokenizer.encode("an answer of 24 letters."), tokenizer.ids.im_end]
-    for number in range(count):
+    for number in count():
         pixels = draw.integers(0, 256, (384, 512, 3), dtype=np.uint8)
         look = ("region:x2,y2,x4,y4", "clip", None)[number % 3]
         turns = (answer,) if look is None else (parse_look(look, tokenizer.ids), answer)
-        asks.append(Ask(pixels, f"what is it {number}?", number % 3 == 0, None, turns, look))
-    return asks
+        yield Ask(pixels, f"what is it {number}?", number % 3 == 0, None, turns, look)
 
 
 def slice_folder(folder: Path) -> Path:
@@ -348,21 +346,30 @@ def engine_looks(folder: Path, asks: Sequence[Ask]) -> list[float]:
     return times
 
 
-def planned(asks: Sequence[Ask], requests: int) -> dict[str, Any]:
-    """Return the loads by name, each a function of the server's address and the rate of an open loop."""
-    regions = [asked for asked in asks[:requests] if asked.is_about_region]
+def planned(asks: Iterator[Ask], requests: int) -> dict[str, Any]:
+    """Return the loads by name, each a function of the server's address and the rate of an open loop.
+
+    No picture comes twice: its features would be cached. The loads at regions have half as many requests.
+    """
     loads: dict[str, Any] = {}
+    regions = (asked for asked in asks if asked.is_about_region)
 
     def closed(name: str, asked: Sequence[Ask], clients: int, question: Any = ask) -> None:
         loads[f"{name}, {clients} clients"] = lambda address, _: closed_loop(address, asked, clients, question)
 
     for clients in CLIENTS:
-        closed("closed", asks[: max(requests, clients)], clients)
-    loads["open"] = lambda address, rate: open_loop(address, asks[:requests], rate)
+        closed("closed", take(asks, max(requests, clients)), clients)
+    arriving = take(asks, requests)
+    loads["open"] = lambda address, rate: open_loop(address, arriving, rate)
     for name, question in (("regions, second look", ask), ("regions, second request", ask_twice)):
         for clients in (1, 16):
-            closed(name, regions, clients, question)
+            closed(name, take(regions, max(requests // 2, clients)), clients, question)
     return loads
+
+
+def take(asks: Iterator[Ask], number: int) -> list[Ask]:
+    """Return the next questions."""
+    return list(islice(asks, number))
 
 
 def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out: Path) -> dict[str, Any]:
@@ -376,7 +383,8 @@ def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out
 
     is_mini = model == "mini"
     folder = mini.FOLDER if is_mini else slice_folder(ROOT / "build" / model)
-    asks = (mini_asks if is_mini else slice_asks)(max(requests, *CLIENTS))
+    asks = mini_asks() if is_mini else slice_asks()
+    first, endless, lone = take(asks, 8), take(asks, 128 * is_mini), take(asks, requests)
     head = {"model": model, "machine": machine(), "commit": commit(), "requests": requests}
     found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {**head, "servers": {}}
     if began := {name: found[name] for name in head if found[name] != head[name]}:
@@ -388,7 +396,7 @@ def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out
         out.write_text(json.dumps(found, indent=1) + "\n")
 
     async def drive(address: str, rows: dict[str, Any]) -> None:
-        await closed_loop(address, asks[:8], 4)  # warm
+        await closed_loop(address, first, 4)  # warm
         for name, load in loads.items():
             if name not in rows:
                 rate = OPEN * rows["closed, 16 clients"]["requests/s"] if name == "open" else 0.0
@@ -396,7 +404,7 @@ def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out
                 keep()
 
     async def endure(address: str, pid: int) -> None:
-        found["soak"] = await soak(address, pid, asks, soaked)
+        found["soak"] = await soak(address, pid, endless, soaked)
         keep()
 
     for engines in parallel:
@@ -411,7 +419,7 @@ def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out
             if soaks:
                 asyncio.run(endure(address, pid))
     if "engine" not in found:
-        times = engine_looks(folder, asks[:requests])
+        times = engine_looks(folder, lone)
         found["engine"] = {"looks": len(times), "look p50": _ms(times, 50), "look p99": _ms(times, 99)}
         keep()
     return found
