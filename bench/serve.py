@@ -77,6 +77,11 @@ class Load:
     seen: list[Seen] = field(default_factory=list)
     lost: int = 0
 
+    def add(self, other: Load) -> None:
+        """Take another outcome of the same load in."""
+        self.seconds, self.lost = self.seconds + other.seconds, self.lost + other.lost
+        self.seen += other.seen
+
     def row(self) -> dict[str, Any]:
         """Return figures of a table: rates per second, times in milliseconds."""
         looks = [each.look for each in self.seen if each.look is not None]
@@ -174,6 +179,18 @@ async def closed_loop(address: str, asks: Sequence[Ask], clients: int, question:
         await asyncio.gather(*(one(client) for _ in range(clients)))
     load.seconds = time.perf_counter() - began
     return load
+
+
+async def in_turn(address: str, asks: Sequence[Ask], clients: int) -> dict[str, Load]:
+    """Ask half of the questions by second looks and half by second requests, in turn: the machine's speed changes."""
+    ways, per = {"second look": ask, "second request": ask_twice}, max(clients, 2)
+    loads = {name: Load() for name in ways}
+    for first in range(0, len(asks), 2 * per):
+        for place, (name, way) in enumerate(ways.items()):
+            start = first + place * per
+            part = await closed_loop(address, asks[start : start + per], clients, way)
+            loads[name].add(part)
+    return loads
 
 
 async def open_loop(address: str, asks: Sequence[Ask], rate: float) -> Load:
@@ -349,21 +366,26 @@ def engine_looks(folder: Path, asks: Sequence[Ask]) -> list[float]:
 def planned(asks: Iterator[Ask], requests: int) -> dict[str, Any]:
     """Return the loads by name, each a function of the server's address and the rate of an open loop.
 
-    No picture comes twice: its features would be cached. The loads at regions have half as many requests.
+    No picture comes twice: its features would be cached. The loads at regions have as many requests of either way, or
+    half as many with one client.
     """
-    loads: dict[str, Any] = {}
     regions = (asked for asked in asks if asked.is_about_region)
+    loads: dict[str, Any] = {}
 
-    def closed(name: str, asked: Sequence[Ask], clients: int, question: Any = ask) -> None:
-        loads[f"{name}, {clients} clients"] = lambda address, _: closed_loop(address, asked, clients, question)
+    def closed(clients: int) -> Any:
+        asked = take(asks, max(requests, clients))
+        return lambda address, _: closed_loop(address, asked, clients)
+
+    def both_ways(clients: int) -> Any:
+        asked = take(regions, 2 * max(requests // 2, 2 * clients))
+        return lambda address, _: in_turn(address, asked, clients)
 
     for clients in CLIENTS:
-        closed("closed", take(asks, max(requests, clients)), clients)
+        loads[f"closed, {clients} clients"] = closed(clients)
     arriving = take(asks, requests)
     loads["open"] = lambda address, rate: open_loop(address, arriving, rate)
-    for name, question in (("regions, second look", ask), ("regions, second request", ask_twice)):
-        for clients in (1, 16):
-            closed(name, take(regions, max(requests // 2, clients)), clients, question)
+    for clients in (1, 16):
+        loads[f"regions, {clients} clients"] = both_ways(clients)
     return loads
 
 
@@ -398,10 +420,13 @@ def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out
     async def drive(address: str, rows: dict[str, Any]) -> None:
         await closed_loop(address, first, 4)  # warm
         for name, load in loads.items():
-            if name not in rows:
-                rate = OPEN * rows["closed, 16 clients"]["requests/s"] if name == "open" else 0.0
-                rows[name] = (await load(address, rate)).row() | {"offered/s": round(rate, 2)}
-                keep()
+            if any(row.startswith(name) for row in rows):
+                continue
+            rate = OPEN * rows["closed, 16 clients"]["requests/s"] if name == "open" else 0.0
+            outcome = await load(address, rate)
+            for way, each in (outcome if isinstance(outcome, dict) else {"": outcome}).items():
+                rows[f"{name}{way and ': '}{way}"] = each.row() | {"offered/s": round(rate, 2)}
+            keep()
 
     async def endure(address: str, pid: int) -> None:
         found["soak"] = await soak(address, pid, endless, soaked)
@@ -410,7 +435,7 @@ def measure(model: str, requests: int, soaked: int, parallel: Sequence[int], out
     for engines in parallel:
         rows = found["servers"].setdefault(str(engines), {})
         soaks = is_mini and engines == 1 and bool(soaked) and "soak" not in found
-        if not soaks and all(name in rows for name in loads):
+        if not soaks and all(any(row.startswith(name) for row in rows) for name in loads):
             continue
         flags = ["--data-parallel-size", str(engines)] if engines > 1 else []
         flags += [] if is_mini else ["--logits-processors", "bench.scripted:Scripted"]
