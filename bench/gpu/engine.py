@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.cases import WrongResult
 from bench.gpu import DEVICE, REHEARSAL, record
 from bench.gpu.timing import copy_bandwidth, device_seconds, synchronize
-from vpt_model.checkpoint.load import expected_shapes
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.config import ENCODERS, PRESETS, ModelConfig
 from vpt_model.engine import Engine
 from vpt_model.engine.events import Look, Token

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from bench.launches.pretended import Pretended, Tally
-from vpt_model.checkpoint.load import expected_shapes
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.config import ENCODERS, PRESETS
 from vpt_model.engine import Engine, Sampling
 from vpt_model.engine.events import Look, Token

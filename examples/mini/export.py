@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from examples.mini.conversations import CONFIG
-from vpt_model.checkpoint.load import expected_shapes
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.mini.vocabulary import tokenizer
 
 _SIZES = (

@@ -19,7 +19,7 @@ from bench.launches import counts
 from bench.launches.pretended import DEVICE, Pretended, Tally
 from tests.model.inputs import tiny_model
 from vpt_kernels import append_visual_kv, rotary_table
-from vpt_model.checkpoint.load import expected_shapes
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.config import PRESETS
 from vpt_model.engine import Engine
 from vpt_model.text.tokens import Tokenizer

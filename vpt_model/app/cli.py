@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from vpt_model.app.terminal import (
     print_table,
     progress,
     question_progress,
+    resident_memory,
 )
 from vpt_model.checkpoint import Checkpoint
 from vpt_model.checkpoint.convert import convert as write_converted
@@ -128,7 +130,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 def demo(
     preset: Annotated[
         str,
-        typer.Option(help="mini, which is trained; or random weights of shapes tiny, 2b-slice, 2b (13 GB), 7b (51 GB)"),
+        typer.Option(help="mini, which is trained; or random weights of shapes tiny, 2b-slice, 2b (10 GB), 7b (35 GB)"),
     ] = demonstration.TRAINED,
     look: Looks = None,
     out: Annotated[Path, typer.Option(help="the picture to write", dir_okay=False)] = Path("vpt-demo.png"),
@@ -198,7 +200,9 @@ def ask(
         raise ValueError("there is no image: give --image FILE")
     figure = None if draw is None else _figure("--draw", draw)
     picture = torch.from_numpy(make_scene(seed, "test").pixels) if image is None else decode_image(image)
+    begun = time.perf_counter()
     loaded, tokenizer, _ = load_model(model, choose_device(device), as_json, weights)
+    seconds = time.perf_counter() - begun
     engine = Engine(loaded, tokenizer, max_looks=max(1, len(look or ())))
     console = Console(quiet=as_json)
     warm = engine.warm_up()
@@ -210,7 +214,8 @@ def ask(
         shown = sights(loaded, engine.policy, picture.to(loaded.device), answer, watched.take())
         figure.draw_answer(picture.numpy(), question, answer, shown, draw)
     if as_json:
-        typer.echo(json.dumps(answer_as_json(answer) | {"device": str(loaded.device), "warm_up_seconds": warm}))
+        load = {"load_seconds": seconds, "memory_bytes": resident_memory()}
+        typer.echo(json.dumps(answer_as_json(answer) | {"device": str(loaded.device), "warm_up_seconds": warm} | load))
         return
     for notice in answer.notices:
         console.print(Text(f"note: {notice}", style="yellow"))
@@ -223,6 +228,8 @@ def ask(
         )
     table.columns[1].justify = "right"
     console.print(table)
+    kept = ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in resident_memory().items())
+    console.print(Text(f"loaded in {seconds:.1f} s; memory: {kept}", style="dim"))
     console.print(Text(answer.text, style="bold"))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vpt_kernels import decode_image
 from vpt_model import mini
-from vpt_model.checkpoint import random_state
+from vpt_model.checkpoint import random_weights
+from vpt_model.checkpoint.draw import Drawn
 from vpt_model.checkpoint.load import moved
 from vpt_model.config import ENCODERS, PRESETS, ModelConfig
 from vpt_model.engine import Engine
@@ -252,32 +253,39 @@ def run(
     report = Report(preset, photo, question, LIMITS[preset], inject, device)
     options = {"max_new_tokens": max_new_tokens, "keep_logits": True}
     for encoder, group in groups.items():
-        config, state, tokenizer = _weights(preset, encoder, progress)
-        if weights != "auto":
-            state = rounded(state, weights)
-        state = moved(state, device)
-        model = Model.from_state(config, state, weights)
+        # One procedure after the other: both together would have the weights in memory twice.
+        progress(f"{_made(preset, encoder)} for this engine")
+        config, state, tokenizer = _weights(preset, encoder, weights, device)
+        model = Model.from_state(config, state, weights, consume=True)
         model.language.cache_dtype = model.dtype
         engine = Engine(model, tokenizer)
         if inject is not None:
             engine.executor = FAULTS[inject](engine.executor)
-        published = PublishedProcedure(config, state, tokenizer.ids, tokenizer)
         progress("warming up")
         if inject is None:
             report.warm_up.update({f"{encoder}: {part}": spent for part, spent in engine.warm_up().items()})
-        for procedure in (engine, published):
-            procedure.ask(photo.resize((112, 112)), question, looks=[encoder], max_new_tokens=2)
+        engine.ask(photo.resize((112, 112)), question, looks=[encoder], max_new_tokens=2)
         if scene is not None:
             progress("vpt-mini answers by itself")
             report.story.extend(tell(engine, scene, seed))
+        ours = {}
         for look in group:
             progress(f"{look}: this engine")
-            ours, logits, boxes = _median(report, partial(_ours, engine, photo, question, looks=[look], **options))
+            ours[look] = _median(report, partial(_ours, engine, photo, question, looks=[look], **options))
+        del engine, model, state
+
+        progress(f"{_made(preset, encoder)} for the published procedure")
+        config, state, tokenizer = _weights(preset, encoder, weights, device)
+        published = PublishedProcedure(config, state, tokenizer.ids, tokenizer)
+        published.ask(photo.resize((112, 112)), question, looks=[encoder], max_new_tokens=2)
+        for look in group:
             progress(f"{look}: published procedure")
             theirs, expected = _median(report, partial(_published, published, photo, question, looks=[look], **options))
+            mine, logits, boxes = ours[look]
             common = min(len(logits), len(expected))
             difference = (logits[:common] - expected[:common]).abs().max().item()
-            report.comparisons.append(Comparison(look, regions[look], boxes, ours, theirs, difference))
+            report.comparisons.append(Comparison(look, regions[look], boxes, mine, theirs, difference))
+        del published, state
     return report
 
 
@@ -289,15 +297,21 @@ def default_looks(preset: str, seed: int) -> list[str]:
     return [region, "clip"] if region else ["clip"]
 
 
+def _made(preset: str, encoder: str) -> str:
+    return "loading vpt-mini" if preset == TRAINED else f"making random weights of {preset} with {encoder}"
+
+
 def _weights(
-    preset: str, encoder: str, progress: Callable[[str], None]
+    preset: str, encoder: str, weights: str, device: torch.device
 ) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer]:
+    """Return the numbers that both compute with, float32, the same in every call."""
+    made: Mapping[str, Tensor | Drawn]
     if preset == TRAINED:
-        progress("loading vpt-mini")
-        return mini.load_state()
-    progress(f"making random weights for {preset} with {encoder}")
-    config = replace(PRESETS[preset], kind=ENCODERS[encoder])
-    return config, random_state(config), Tokenizer.byte_level(config.vocab_size, config.kind)
+        config, made, tokenizer = mini.load_state()
+    else:
+        config = replace(PRESETS[preset], kind=ENCODERS[encoder])
+        made, tokenizer = random_weights(config), Tokenizer.byte_level(config.vocab_size, config.kind)
+    return config, moved(rounded(made, weights), device), tokenizer
 
 
 def _by_encoder(looks: Sequence[str]) -> dict[str, list[str]]:
@@ -313,7 +327,7 @@ def _by_encoder(looks: Sequence[str]) -> dict[str, list[str]]:
 
 def activities(preset: str, looks: Sequence[str]) -> int:
     """Return how often `run` calls `progress`."""
-    return (2 + (preset == TRAINED)) * len(_by_encoder(looks)) + 2 * len(looks)
+    return (3 + (preset == TRAINED)) * len(_by_encoder(looks)) + 2 * len(looks)
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -24,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vpt_model import mini
-from vpt_model.checkpoint import Checkpoint, random_state
+from vpt_model.checkpoint import Checkpoint, random_state, random_weights
+from vpt_model.checkpoint.draw import Drawn
 from vpt_model.checkpoint.hub import model_folder
 from vpt_model.checkpoint.load import moved
 from vpt_model.config import PRESETS, ModelConfig
@@ -72,26 +74,43 @@ def load_model(
             raise ValueError(f"model {model}: random weights have the shapes of one of {', '.join(PRESETS)}")
         config = PRESETS[preset]
         tokenizer = Tokenizer.byte_level(config.vocab_size, config.kind)
+        if device == CPU:
+            drawn = random_weights(config, dtype=torch.bfloat16)
+            return _build(config, drawn, weights, quiet, f"drawing random weights for {preset}"), tokenizer, None
         with byte_progress(f"drawing random weights for {preset}", quiet) as advance:
             state = random_state(config, dtype=torch.bfloat16, progress=advance)
-        return _build(config, state, device, weights, quiet), tokenizer, None
+        return _build(config, moved(state, device), weights, quiet), tokenizer, None
     checkpoint = Checkpoint.open(mini.FOLDER if model == MINI else model_folder(model))
     tokenizer = checkpoint.tokenizer()
     if not quiet:
         print_notices(checkpoint.notices)
     with byte_progress("loading", quiet) as advance:
         state = checkpoint.load(torch.float32 if model == MINI else None, progress=advance)
-    return _build(checkpoint.config, state, device, weights, quiet), tokenizer, checkpoint
+    return _build(checkpoint.config, moved(state, device), weights, quiet), tokenizer, checkpoint
 
 
 def _build(
-    config: ModelConfig, state: dict[str, torch.Tensor], device: torch.device, weights: str, quiet: bool
+    config: ModelConfig,
+    state: dict[str, torch.Tensor] | dict[str, Drawn],
+    weights: str,
+    quiet: bool,
+    activity: str = "building",
 ) -> Model:
     """Return the model of a state dict that nobody else has."""
-    state = moved(state, device)
     total = sum(tensor.nbytes for tensor in state.values())
-    with byte_progress("building", quiet) as advance:
+    with byte_progress(activity, quiet) as advance:
         return Model.from_state(config, state, weights, consume=True, progress=lambda done: advance(done, total))
+
+
+def resident_memory() -> dict[str, int]:
+    """Return the bytes of this process that are in memory "now" and were "at most"; nothing where Linux is not there to
+    say it.
+    """
+    with suppress(OSError):
+        said = Path("/proc/self/status").read_text()
+        found = {name: re.search(rf"{key}:\s*(\d+) kB", said) for name, key in (("now", "VmRSS"), ("at most", "VmHWM"))}
+        return {name: int(match[1]) * 1024 for name, match in found.items() if match}
+    return {}
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from vpt_model.checkpoint.load import Checkpoint, Progress, expected_shapes, fused_groups
+from vpt_model.checkpoint.draw import Progress
+from vpt_model.checkpoint.load import Checkpoint
+from vpt_model.checkpoint.shapes import expected_shapes, fused_groups
 from vpt_model.checkpoint.weights import Stored, write_safetensors
 from vpt_model.config import ENCODERS
 

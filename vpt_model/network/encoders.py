@@ -7,7 +7,7 @@ patch convolution, is one `roi_patch_embed`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from vpt_kernels import (
     sam_policy,
 )
 from vpt_model.checkpoint.encoder_names import state_for
+from vpt_model.checkpoint.weights import release
 from vpt_model.config import DinoConfig, ModelConfig, SamConfig
 from vpt_model.network import fused
 from vpt_model.network.linear import linear
@@ -74,12 +75,13 @@ class _Encoder(nn.Module):
         self.patch_size = patch_size
         self.grid = (patches, patches)
 
-    def load(self, state: Mapping[str, Tensor], packed: str | None = None) -> None:
+    def load(self, state: dict[str, Tensor], packed: str | None = None, consume: bool = False) -> None:
         """Take the tensors of `state` as parameters, without a copy, and fold the patch embedding.
 
         state: every tensor under the checkpoint's name or transformers', all of one dtype and device. packed: the
-        precision in which linear layers' weights are packed; all others are float32 then. Raises ValueError naming
-        those that are missing, unexpected or misshapen.
+        precision in which linear layers' weights are packed; all others are float32 then. consume: empty `state`, so
+        that no more than one weight is in memory twice while they are packed. Raises ValueError naming those that are
+        missing, unexpected or misshapen.
         """
         for module in self.modules():
             if isinstance(module, _Linear):
@@ -88,6 +90,8 @@ class _Encoder(nn.Module):
             self.load_state_dict(state_for(self, state), strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{error}: give exactly the tensors of {type(self).__name__}") from error
+        if consume:
+            state.clear()
         self.requires_grad_(False).eval()
         if packed is not None:
             for module in self.modules():
@@ -159,8 +163,8 @@ class DinoEncoder(_Encoder):
             self.embeddings, self.encoder, self.layernorm = whole.embeddings, whole.encoder, whole.layernorm
             _use_fast_linear(self)
 
-    def load(self, state: Mapping[str, Tensor], packed: str | None = None) -> None:
-        super().load(state, packed)
+    def load(self, state: dict[str, Tensor], packed: str | None = None, consume: bool = False) -> None:
+        super().load(state, packed, consume)
         # The grid never changes, so the positions are interpolated once, by transformers' own function.
         sequence = self.embeddings.position_embeddings.new_empty(1, 1 + self.tokens, 1)
         sequence = sequence.expand(-1, -1, self.embeddings.position_embeddings.shape[2])
@@ -207,8 +211,8 @@ class SamEncoder(_Encoder):
                 layer.attn = SamAttention(layer.attn)
             _use_fast_linear(self)
 
-    def load(self, state: Mapping[str, Tensor], packed: str | None = None) -> None:
-        super().load(state, packed)
+    def load(self, state: dict[str, Tensor], packed: str | None = None, consume: bool = False) -> None:
+        super().load(state, packed, consume)
         for layer in self.layers:
             layer.attn.prepare()
 
@@ -272,6 +276,7 @@ class _Linear(nn.Linear):
     def pack(self, precision: str) -> None:
         """Keep the weight packed, and only so."""
         self.packed = pack_weight(self.weight, precision)
+        release(self.weight)
         self.register_parameter("weight", None)
 
     def unpack(self) -> None:

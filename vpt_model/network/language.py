@@ -60,14 +60,17 @@ class LanguageModel:
     def __init__(self, config: ModelConfig, state: State) -> None:
         self.config, self.dtype, self.device = config, state.dtype, state.device
         self.cache_dtype = state.cache_dtype
-        # The largest weight is packed first, while nothing else is in memory twice.
-        self.head = state.weight("lm_head.weight")
-        self.embedding: Weight = state.table("model.embed_tokens.weight")
-        if config.tie_word_embeddings and isinstance(self.head, PackedWeight):
-            self.embedding = self.head
-            state.finish("model.embed_tokens.")
-        self.norm = state.tensor("model.norm.weight")
+        # In the order of their names, in which weights that are drawn as they are taken come one by one.
+        self.embedding: Weight
+        if config.tie_word_embeddings:
+            self.embedding = self.head = state.weight("lm_head.weight")
+            state.finish("model.embed_tokens.weight")
+        else:
+            self.embedding = state.table("model.embed_tokens.weight")
         self.layers = [_Layer.from_state(state, f"model.layers.{index}.") for index in range(config.num_hidden_layers)]
+        self.norm = state.tensor("model.norm.weight")
+        if not config.tie_word_embeddings:
+            self.head = state.weight("lm_head.weight")
         table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
         self.rotary = Rotary(table.to(self.device), config.mrope_section)
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vpt_kernels import ControlProjector, fold_projector
+from vpt_model.checkpoint.draw import Drawn
 from vpt_model.checkpoint.load import check_state
 from vpt_model.config import ModelConfig
 from vpt_model.network.encoders import DinoEncoder, SamEncoder, build_encoder
@@ -39,13 +41,14 @@ class Model:
     def from_state(
         cls,
         config: ModelConfig,
-        state: Mapping[str, torch.Tensor],
+        state: Mapping[str, Tensor | Drawn],
         weights: str | None = "auto",
         *,
         consume: bool = False,
         progress: Progress | None = None,
     ) -> Model:
-        """Build from a state dict with the checkpoint's names, all tensors of one floating dtype on one device.
+        """Build from a state dict with the checkpoint's names, all tensors of one floating dtype on one device, or from
+        `random_weights`, which are drawn one by one.
 
         weights: the precision in which the products' weights are kept, "float32", "bfloat16", "float16" or "int8"; the
         default, "auto", is the stored one. On a CPU they are packed and the arithmetic is float32. Elsewhere, and with
@@ -64,8 +67,7 @@ class Model:
             projector = build_projector(config.kind, kept.tensors(f"{config.kind}_projector."))
         if config.kind in ("detection", "seg"):
             encoder, prefix = build_encoder(config.kind, config), f"{config.kind}_model."
-            encoder.load(kept.within(prefix), kept.packed)
-            kept.finish(prefix)
+            encoder.load(kept.within(prefix), kept.packed, consume=True)
         return cls(config, language, vision, projector, encoder)
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from vpt_kernels import BackendUnavailable, PackedWeight, pack_weight, packed_linear
+from vpt_model.checkpoint.draw import Drawn
 from vpt_model.checkpoint.weights import release, return_free_memory
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
@@ -63,12 +64,12 @@ class State:
 
     packed: the precision of packed weights, or None. dtype: of activations, and of every tensor that is no product's
     weight. cache_dtype: of keys and values. consume: tensors leave the dict that was given, so that no weight is in
-    memory twice.
+    memory twice. What is drawn when it is taken (`Drawn`) is drawn here, and best in the order of its names.
     """
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | Drawn],
         weights: str | None = "auto",
         consume: bool = False,
         progress: Progress = lambda done: None,
@@ -81,6 +82,7 @@ class State:
         cached = {"float32": torch.float32, "float16": torch.float16}
         self.cache_dtype = cached.get(self.packed, torch.bfloat16) if self.packed else self.dtype
         self._tensors = tensors
+        self._taken: dict[str, Tensor] = {}
         self._consume, self._progress, self._done, self._trimmed = consume, progress, 0, 0
 
     def weight(self, *names: str, gated: bool = False) -> Weight:
@@ -88,18 +90,18 @@ class State:
 
         gated: the first name's product is the gate of the second's.
         """
-        parts = [self._tensors[name].detach().flatten(1) for name in names]
+        parts = [self._take(name).flatten(1) for name in names]
         kept = stack(parts) if self.packed is None else pack_weight(parts, self.packed, gated=gated)
         self._finish(names)
         return kept
 
     def table(self, name: str) -> Tensor:
         """Return a tensor of which single rows are read, as it is stored."""
-        return self._tensors[name].detach()
+        return self._take(name)
 
     def tensor(self, *names: str) -> Tensor:
         """Return a bias, a norm or whatever else is no product's weight: all names' rows, in the activations' dtype."""
-        parts = [self._tensors[name].detach() for name in names]
+        parts = [self._take(name) for name in names]
         kept = stack(parts).to(self.dtype)
         if kept.data_ptr() != parts[0].data_ptr():
             self._finish(names)
@@ -110,42 +112,63 @@ class State:
         return {name: self.tensor(name) for name in list(self._tensors) if name.startswith(prefix)}
 
     def within(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin with `prefix`, without it, as they are stored."""
+        """Return the tensors whose names begin with `prefix`, without it, as they are stored, and keep none of them."""
         names = [name for name in self._tensors if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self._tensors[name].detach() for name in names}
+        found = {name.removeprefix(prefix): self._take(name) for name in names}
+        self._finish(names, released=False)
+        return found
 
-    def finish(self, prefix: str) -> None:
-        """Count every tensor under `prefix` as placed."""
-        self._finish([name for name in self._tensors if name.startswith(prefix)])
+    def finish(self, name: str) -> None:
+        """Count a tensor as placed that is another one's, too."""
+        self._finish([name])
 
-    def _finish(self, names: list[str] | tuple[str, ...]) -> None:
+    def _take(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        if isinstance(tensor, Drawn):
+            # Once, whoever reads it again before it is finished.
+            if tensor.name not in self._taken:
+                self._taken[tensor.name] = tensor.take()
+            tensor = self._taken[tensor.name]
+        return tensor.detach()
+
+    def _finish(self, names: Sequence[str], released: bool = True) -> None:
         for name in names:
-            self._done += self._tensors[name].nbytes
+            tensor = self._tensors[name]
+            self._done += tensor.nbytes
+            if isinstance(tensor, Drawn):
+                self._taken.pop(tensor.name, None)
             if self._consume and isinstance(self._tensors, dict):
-                release(self._tensors.pop(name))
+                del self._tensors[name]
+                if released and isinstance(tensor, Tensor):
+                    release(tensor)
         if self._done - self._trimmed > _TRIMMED_EVERY:
             self._trimmed = self._done
             return_free_memory()
         self._progress(self._done)
 
 
-def rounded(state: Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
+def rounded(state: Mapping[str, Tensor | Drawn], weights: str) -> dict[str, Tensor]:
     """Return the tensors with numbers that weights kept in a precision hold exactly, in the dtype that they have.
 
-    So models that keep them in any other way compute with the same numbers. int8: the matrices of layers alone.
+    So models that keep them in any other way compute with the same numbers. auto: as they are. int8: the matrices of
+    layers alone. What is one tensor under two names stays one.
     """
+    found: dict[int, Tensor] = {}
+    for name, one in state.items():
+        if id(one) not in found:
+            found[id(one)] = _rounded(name, one.take() if isinstance(one, Drawn) else one, weights)
+    return {name: found[id(one)] for name, one in state.items()}
+
+
+def _rounded(name: str, tensor: Tensor, weights: str) -> Tensor:
+    if weights == "auto":
+        return tensor
     if weights != "int8":
-        dtype = getattr(torch, weights)
-        return {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in state.items()}
-    return {
-        name: pack_weight(tensor, weights).dequantize(tensor.dtype)
-        if tensor.dim() == 2
-        and name.endswith(("_proj.weight", "lm_head.weight", "embed_tokens.weight"))
-        or re.search(r"^visual.*(qkv|proj|fc\d|mlp\.\d)\.weight$", name)
-        and tensor.dim() == 2
-        else tensor
-        for name, tensor in state.items()
-    }
+        return tensor.to(getattr(torch, weights)).to(tensor.dtype)
+    language = name.endswith(("_proj.weight", "lm_head.weight", "embed_tokens.weight"))
+    if tensor.dim() == 2 and (language or re.search(r"^visual.*(qkv|proj|fc\d|mlp\.\d)\.weight$", name)):
+        return pack_weight(tensor, weights).dequantize(tensor.dtype)
+    return tensor
 
 
 def stack(parts: list[Tensor]) -> Tensor:

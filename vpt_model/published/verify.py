@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vpt_kernels import control_cross_attention, fold_projector
-from vpt_model.checkpoint.load import expected_shapes
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.config import ModelConfig
 from vpt_model.published.recordings import Recording, Replay, Request, left_padded, load_recording
 

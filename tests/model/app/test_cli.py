@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -163,6 +164,7 @@ def test_ask_prints_what_happened(checkpoint: Path, photo: Path) -> None:
     assert result.exit_code == 0, result.output
     for line in ("said", "<|region_token_start|>", "region", "(35, 0, 245, 150)", "looked", "done", "append"):
         assert line in result.stdout
+    assert re.search(r"loaded in \d+\.\d s; memory: now \d+\.\d\d GiB, at most \d+\.\d\d GiB", result.stdout)
 
 
 def test_ask_answers_as_json(checkpoint: Path, photo: Path) -> None:
@@ -174,6 +176,7 @@ def test_ask_answers_as_json(checkpoint: Path, photo: Path) -> None:
     assert answer["looks"][1]["boxes"] == [[35, 0, 245, 150]]
     assert 1 <= len(answer["ids"]) <= 3 and answer["finish_reason"] in ("stop", "length")
     assert [stage["stage"] for stage in answer["stages"]][:3] == ["crop+embed", "ViT", "prefill"]
+    assert 1e8 < answer["memory_bytes"]["now"] <= answer["memory_bytes"]["at most"] and answer["load_seconds"] > 0
 
 
 @pytest.mark.parametrize("look", ["region:x2,y1,x5,y4+x0,y0,x1,y1", "clip", None])

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from tests.model.checkpoints import EMBEDDING, HEAD, PUBLISHED_2B, fields, write
 from tests.model.inputs import tiny_config, tiny_model, tiny_state
-from vpt_model.checkpoint.load import check_state, expected_shapes, load_checkpoint, random_state
+from vpt_model.checkpoint import load_checkpoint, random_state
+from vpt_model.checkpoint.load import check_state
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.config import PRESETS, parse_config
 from vpt_model.network.model import Model
 
@@ -293,23 +295,3 @@ def test_broken_config_file(tmp_path, text):
 def test_unsupported_config(changes, message):
     with pytest.raises(ValueError, match=message):
         parse_config(fields(**changes), ["clip_projector.linear_condition.weight"])
-
-
-def test_random_state_is_a_function_of_its_seed():
-    first, again, other = (random_state(tiny_config(), seed) for seed in (0, 0, 1))
-    assert equal(first, again)
-    assert not torch.equal(first[EMBEDDING], other[EMBEDDING])
-    assert equal(random_state(tiny_config(), 0, torch.bfloat16), {k: v.bfloat16() for k, v in first.items()})
-    assert {name: tuple(tensor.shape) for name, tensor in first.items()} == expected_shapes(tiny_config())
-
-
-def test_random_state_makes_a_lively_model():
-    model, ids = tiny_model(), torch.arange(200)
-    hidden = model.language.forward(
-        model.language.embed(ids), ids.expand(3, -1), [model.language.new_cache(200)], [200]
-    )
-    logits = model.language.logits(hidden)
-    margin = logits.topk(2).values.diff().abs()
-    assert 0.8 < logits.std() < 1.3
-    assert margin.median() > 0.1
-    assert len(logits.argmax(-1).unique()) > 40

@@ -22,8 +22,9 @@ from tests.model.checkpoints import EMBEDDING, HEAD, VARIANTS, byte_level, field
 from tests.model.inputs import tiny_config
 from vpt_model import Model
 from vpt_model.app.cli import app
-from vpt_model.checkpoint import convert
-from vpt_model.checkpoint.load import Checkpoint, fused_groups, load_checkpoint, random_state
+from vpt_model.checkpoint import convert, load_checkpoint, random_state
+from vpt_model.checkpoint.load import Checkpoint
+from vpt_model.checkpoint.shapes import fused_groups
 from vpt_model.config import ENCODERS
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -17,8 +17,10 @@ from tests.model.checkpoints import VARIANTS, byte_level, fields, write, write_v
 from tests.model.inputs import random_image, tiny_config, tiny_state
 from vpt_model import Engine, Model
 from vpt_model.app.cli import app
+from vpt_model.checkpoint import random_state
 from vpt_model.checkpoint.encoder_names import state_for
-from vpt_model.checkpoint.load import Checkpoint, check_state, expected_shapes, random_state
+from vpt_model.checkpoint.load import Checkpoint, check_state
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.config import PRESETS
 from vpt_model.published.verify import SAMPLE_QUESTION, parameter_counts, sample_picture
 from vpt_model.text.tokens import Tokenizer

@@ -17,7 +17,7 @@ from examples.mini.card import table
 from vpt_model import mini
 from vpt_model.app import demo as demonstration
 from vpt_model.app.cli import app
-from vpt_model.checkpoint.load import expected_shapes
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.config import PRESETS
 from vpt_model.mini.evaluation import CONTROLS, PATHS, READ, Score, agreement, evaluate, make_engine, plan, using
 from vpt_model.mini.scenes import KINDS, fingerprint

@@ -14,7 +14,8 @@ from examples.mini.learner import Learner, initial_state
 from examples.mini.network import Network
 from examples.mini.train import train
 from vpt_model import mini
-from vpt_model.checkpoint.load import expected_shapes, random_state
+from vpt_model.checkpoint import random_state
+from vpt_model.checkpoint.shapes import expected_shapes
 from vpt_model.engine import Engine
 from vpt_model.mini.scenes import KINDS, make_question, make_scene
 from vpt_model.mini.vocabulary import DIRECT_TRIGGER, LOOK_TRIGGERS, tokenizer

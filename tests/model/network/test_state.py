@@ -15,7 +15,6 @@ from vpt_kernels.backends import EXTENSION_PROBLEM, INTERPRETED
 from vpt_model.checkpoint import Checkpoint, random_state
 from vpt_model.checkpoint.convert import convert
 from vpt_model.checkpoint.weights import Maps, release, stored_tensors
-from vpt_model.config import PRESETS
 from vpt_model.engine import Engine
 from vpt_model.network.model import Model
 from vpt_model.network.state import PRECISIONS, State, packed_precision, rounded
@@ -129,13 +128,3 @@ def test_a_mapped_file_that_shrank(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ended while it was read"):
         Maps().tensor([stored[-1]])
     assert Maps().tensor([stored[0]]) is not None
-
-
-def test_random_weights_are_drawn_where_they_stay() -> None:
-    config, told = replace(PRESETS["tiny"], kind=None), []
-    state = random_state(config, 1, torch.bfloat16, lambda done, total: told.append((done, total)))
-    assert told[-1][0] == told[-1][1] == sum(tensor.nbytes for tensor in state.values())
-    gate, up = (state[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
-    assert gate.data_ptr() + gate.nbytes == up.data_ptr()
-    wide = random_state(config, 1)
-    assert all(torch.equal(tensor, wide[name].bfloat16()) for name, tensor in state.items())
