@@ -100,7 +100,7 @@ RULES = {
     "engine": {"network", "checkpoint", "text", "config", "vpt_kernels"},
     "vllm": {"network", "checkpoint", "text", "config", "vpt_kernels"},
     "network": {"checkpoint", "text", "config", "vpt_kernels"},
-    "checkpoint": {"text", "config"},
+    "checkpoint": {"text", "config", "vpt_kernels"},
     "text": {"config"},
 }
 """What the sentences must say: a wing cannot allow itself more in passing."""

@@ -132,6 +132,11 @@ class Problem:
         self.stages: dict[str, list[dict[str, float]]] = {}
 
     @cached_property
+    def twin(self) -> Any:
+        """transformers' model over the same weights."""
+        return transformers_twin(*self.names)
+
+    @cached_property
     def continued(self) -> Continued:
         """transformers behind the first look, for both of its ways."""
         return Continued(self)
@@ -205,7 +210,7 @@ class Continued:
         fed = engine.executor.fed
         first, self.second = fed[: problem.before], fed[problem.before :]
         self.problem, self.state, self.ids = problem, problem.state, engine.ids
-        self.model = transformers_twin(*problem.names)
+        self.model = problem.twin
         self.processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12_845_056)
         self.clock = Clock(torch.device("cpu"))
         self.cache = DynamicCache(config=self.model.config.get_text_config())

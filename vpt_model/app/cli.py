@@ -374,6 +374,12 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; by default as stored", show_default=False)
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(PRECISIONS[1:])}: store the weights of products packed, for CPUs", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint as sharded safetensors with fused weights: nothing to unpickle, and quick to load.
 
@@ -381,11 +387,15 @@ def convert(
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype {dtype}: it must be one of {', '.join(DTYPES)}")
+    if weights not in (None, *PRECISIONS[1:]):
+        raise ValueError(f"--weights {weights}: it must be one of {', '.join(PRECISIONS[1:])}")
+    if dtype and weights:
+        raise ValueError(f"--dtype {dtype} and --weights {weights}: give one of them; what is not packed stays")
     checkpoint = Checkpoint.open(model_folder(source))
     checkpoint.tokenizer()
     print_notices(checkpoint.notices)
     with byte_progress("converting") as advance:
-        write_converted(checkpoint, target, DTYPES[dtype] if dtype else None, progress=advance)
+        write_converted(checkpoint, target, DTYPES[dtype] if dtype else None, progress=advance, weights=weights)
     typer.echo(f"{target}: {parameter_counts(checkpoint.config)['total']:,} parameters")
 
 

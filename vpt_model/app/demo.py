@@ -6,6 +6,7 @@ vpt-mini, whose weights are trained, first answers questions about a picture of 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -273,6 +274,7 @@ def run(
             progress(f"{look}: this engine")
             ours[look] = _median(report, partial(_ours, engine, photo, question, looks=[look], **options))
         del engine, model, state
+        gc.collect()  # an engine's parts know each other
 
         progress(f"{_made(preset, encoder)} for the published procedure")
         config, state, tokenizer = _weights(preset, encoder, weights, device)
@@ -286,6 +288,7 @@ def run(
             difference = (logits[:common] - expected[:common]).abs().max().item()
             report.comparisons.append(Comparison(look, regions[look], boxes, mine, theirs, difference))
         del published, state
+        gc.collect()
     return report
 
 
@@ -402,7 +405,7 @@ def _ours(engine: Engine, *request: Any, **options: Any) -> tuple[Run, Tensor, l
         elif isinstance(event, Done):
             answer = event.answer
     assert answer is not None and answer.logits is not None, "a stream ends with an answer, whose logits are kept"
-    run = Run(answer.ids, answer.text, list(_steps(answer.timings)), **times, total=now)
+    run = Run(answer.ids, answer.text, list(steps(answer.timings)), **times, total=now)
     return run, answer.logits, [box for look in answer.looks for box in look.boxes]
 
 
@@ -412,8 +415,7 @@ def _published(procedure: PublishedProcedure, *request: Any, **options: Any) -> 
     total = (time.perf_counter() - start) * 1e3
     assert answer.second_look_ms is not None, "a forced look is always taken"
     answered = (answer.rounds[-1].chosen_at[0] - start) * 1e3
-    steps = list(_steps(answer.timings))
-    run = Run(answer.ids, answer.text, steps, answered - answer.second_look_ms, answered, total)
+    run = Run(answer.ids, answer.text, list(steps(answer.timings)), answered - answer.second_look_ms, answered, total)
     return run, torch.stack(answer.logits)
 
 
@@ -422,18 +424,18 @@ _COUNTS = {"tokens": "tokens", "token_forwards": "tokens", "lm_calls": "LM calls
 _COUNTS |= {"images": "images", "vit_patches": "patches", "vit_calls": "ViT calls"}
 
 
-def _steps(timings: Sequence[Any]) -> Iterator[Step]:
+def steps(timings: Sequence[Any]) -> Iterator[Step]:
     """Yield the stages of a conversation, summed by name within the first and the second look."""
     looks: tuple[dict[str, Step], ...] = ({}, {})
     second = False
     for index, stage in enumerate(timings):
         # The first look ends with its prefill and, if the model said something, the decoding behind it.
         second = second or (index > 0 and timings[index - 1].name in ("prefill", "decode") and stage.name != "decode")
-        steps = looks[second]
-        before = steps.get(stage.name, Step(1 + second, stage.name, 0.0, {}))
+        found = looks[second]
+        before = found.get(stage.name, Step(1 + second, stage.name, 0.0, {}))
         work = Counter(before.work)
         for name, count in stage.work.items():
             if name in _COUNTS and (name != "images" or stage.name == "crop+embed"):
                 work[_COUNTS[name]] += count
-        steps[stage.name] = Step(1 + second, stage.name, before.milliseconds + stage.milliseconds, dict(work))
-    yield from (step for steps in looks for step in steps.values())
+        found[stage.name] = Step(1 + second, stage.name, before.milliseconds + stage.milliseconds, dict(work))
+    yield from (step for found in looks for step in found.values())

@@ -15,7 +15,7 @@ import struct
 import weakref
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -215,27 +215,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], list[Stored]]], dtype: torch.dtype
-) -> Iterator[str]:
-    """Write tensors to a new file and yield each one's name when its last byte is written.
-
-    tensors: name → its shape, and what it consists of, one after the other along the first dimension.
+@dataclass(frozen=True)
+class Written:
+    """A tensor that is to be written. chunks: its elements in order, contiguous, in memory no sooner than they are
+    asked for.
     """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Written]) -> Iterator[str]:
+    """Write tensors to a new file and yield each one's name when its last byte is written."""
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (shape, _) in tensors.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+    for name, one in tensors.items():
+        place = [offset, offset + one.nbytes]
+        header[name] = {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": place}
+        offset += one.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    # Mapped, the tensors begin where a vector and a line of the cache begin.
+    text += b" " * (-(8 + len(text)) % 64)
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, (_, parts) in tensors.items():
-            for part in parts:
-                for chunk in part.chunks():
-                    file.write(memoryview(_bytes(chunk.to(dtype))))
+        for name, one in tensors.items():
+            for chunk in one.chunks():
+                file.write(memoryview(_bytes(chunk)))
             yield name
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt_kernels import ControlProjector, fold_projector
+from vpt_kernels import ControlProjector, PackedWeight, fold_projector
 from vpt_model.checkpoint.draw import Drawn
 from vpt_model.checkpoint.load import check_state
 from vpt_model.config import ModelConfig
@@ -41,7 +41,7 @@ class Model:
     def from_state(
         cls,
         config: ModelConfig,
-        state: Mapping[str, Tensor | Drawn],
+        state: Mapping[str, Tensor | Drawn | PackedWeight],
         weights: str | None = "auto",
         *,
         consume: bool = False,
@@ -52,7 +52,8 @@ class Model:
 
         weights: the precision in which the products' weights are kept, "float32", "bfloat16", "float16" or "int8"; the
         default, "auto", is the stored one. On a CPU they are packed and the arithmetic is float32. Elsewhere, and with
-        None, the arithmetic is in the stored precision and weights that need no fusing are shared with `state`.
+        None, the arithmetic is in the stored precision and weights that need no fusing are shared with `state`. Weights
+        that a folder stores packed stay what they are.
         consume: take the tensors out of `state`, a dict, one after the other, so that no weight is in memory twice;
         else it is not modified, and both are in memory. progress: is told how many bytes have found their place.
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vpt_kernels import BackendUnavailable, PackedWeight, pack_weight, packed_linear
 from vpt_model.checkpoint.draw import Drawn
+from vpt_model.checkpoint.packed import precision_of
+from vpt_model.checkpoint.shapes import fused_name
 from vpt_model.checkpoint.weights import release, return_free_memory
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
@@ -69,13 +71,22 @@ class State:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor | Drawn],
+        tensors: Mapping[str, Tensor | Drawn | PackedWeight],
         weights: str | None = "auto",
         consume: bool = False,
         progress: Progress = lambda done: None,
     ) -> None:
-        first = next(iter(tensors.values()))
-        self.packed = packed_precision(weights, first.dtype, first.device)
+        first = next(one for one in tensors.values() if not isinstance(one, PackedWeight))
+        ready = precision_of(tensors)
+        if ready is None:
+            self.packed = packed_precision(weights, first.dtype, first.device)
+        elif weights in ("auto", ready):
+            self.packed = ready
+        else:
+            raise ValueError(
+                f"weights is {weights!r}, and these are stored packed in {ready}: use 'auto', or the checkpoint that "
+                "they were converted from"
+            )
         self.dtype = torch.float32 if self.packed else first.dtype
         self.device = first.device
         # A cache is as exact as the weights that fill it; next to int8 weights bfloat16 costs nothing.
@@ -88,8 +99,12 @@ class State:
     def weight(self, *names: str, gated: bool = False) -> Weight:
         """Return the weight of one product: the rows of all names; dimensions behind the first are one.
 
-        gated: the first name's product is the gate of the second's.
+        gated: the first name's product is the gate of the second's. What is packed already is under one name.
         """
+        ready = self._tensors.get(fused_name(names[0]))
+        if isinstance(ready, PackedWeight):
+            self._finish([fused_name(names[0])])
+            return ready
         parts = [self._take(name).flatten(1) for name in names]
         kept = stack(parts) if self.packed is None else pack_weight(parts, self.packed, gated=gated)
         self._finish(names)
@@ -124,6 +139,7 @@ class State:
 
     def _take(self, name: str) -> Tensor:
         tensor = self._tensors[name]
+        assert not isinstance(tensor, PackedWeight), f"{name} is packed, and is no product's weight"
         if isinstance(tensor, Drawn):
             # Once, whoever reads it again before it is finished.
             if tensor.name not in self._taken:

@@ -23,7 +23,7 @@ from tests.model.checkpoints import VARIANTS, byte_level, write_variant
 from tests.model.inputs import random_image, tiny_config
 from vpt_model.app.cli import app
 from vpt_model.checkpoint import Checkpoint
-from vpt_model.checkpoint.weights import CHUNK_BYTES, Stored, stored_tensors, write_safetensors
+from vpt_model.checkpoint.weights import CHUNK_BYTES, Stored, Written, stored_tensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[3]
 PICKLED, NORM = "pytorch_model.bin", "model.norm.weight"
@@ -252,8 +252,13 @@ def test_written_safetensors_read_back(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     file = target / "model.safetensors"
-    stacked = {"stacked": ((7, 3), [parts["first"], parts["second"]]), "rows": ((2, 3), [parts["first"].rows(1, 3)])}
-    assert list(write_safetensors(file, stacked, torch.bfloat16)) == ["stacked", "rows"]
+
+    def written(shape: tuple[int, ...], *stored: Stored) -> Written:
+        return Written(torch.bfloat16, shape, lambda: (chunk.bfloat16() for part in stored for chunk in part.chunks()))
+
+    stacked = {"stacked": written((7, 3), parts["first"], parts["second"])}
+    stacked["rows"] = written((2, 3), parts["first"].rows(1, 3))
+    assert list(write_safetensors(file, stacked)) == ["stacked", "rows"]
     found = stored_tensors(target)
     out = torch.empty(7, 3, dtype=torch.bfloat16)
     found["stacked"].read_into(out)
@@ -263,7 +268,7 @@ def test_written_safetensors_read_back(tmp_path: Path) -> None:
         assert torch.equal(torch.cat(chunks).view(2, 3), first[1:3].bfloat16())
         assert all(chunk.nbytes <= max(size, 2) for chunk in chunks)
     with pytest.raises(FileExistsError):
-        list(write_safetensors(file, stacked, torch.float32))
+        list(write_safetensors(file, stacked))
     assert Stored(file, torch.float16, (3, 4), 0).nbytes == 24
 
 

@@ -53,7 +53,7 @@ def make_answerer(model: str, device: torch.device, weights: str = "auto") -> An
         if checkpoint is None:
             stored = random_state(config, dtype=torch.bfloat16)
         else:
-            stored = checkpoint.load(torch.float32 if model == MINI else None)
+            stored = checkpoint.load(torch.float32 if model == MINI or checkpoint.weights else None)
         return config, moved(stored if weights == "auto" else rounded(stored, weights), device)
 
     return Answerer(loaded, tokenizer, state)
