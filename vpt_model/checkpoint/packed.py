@@ -24,6 +24,7 @@ from vpt_model.config import ModelConfig
 
 LAYOUT = 1
 """Rises with every change of the panels, so that nothing is read as what it is not."""
+_WIDEST = 1 << 20
 _FIELD, _METHOD = "quantization_config", "vpt_packed"
 _PRODUCT = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(qkv|o)|mlp\.(gate_up|down))_proj\.weight|lm_head\.weight"
@@ -62,7 +63,7 @@ def precision_of(state: Mapping[str, Any]) -> str | None:
 
 
 def outlines(config: ModelConfig, weights: str) -> dict[str, PackedWeight]:
-    """Return all `products` packed in a precision, without numbers: on the meta device.
+    """Return all `products` as packed in a precision, of which types and shapes are true and no number is.
 
     Raises ValueError for a precision that is unknown.
     """
@@ -75,8 +76,13 @@ def outlines(config: ModelConfig, weights: str) -> dict[str, PackedWeight]:
 
 @lru_cache(maxsize=64)
 def _outline(rows: int, columns: int, weights: str, gated: bool) -> PackedWeight:
-    # One panel tells them all, and a file that claims a billion rows costs nothing.
-    panel = pack_weight(torch.empty(16, columns, dtype=torch.float32, device="meta"), weights, gated=gated)
+    if columns > _WIDEST:
+        raise ValueError(
+            f"a product has {columns:,} columns; packed weights have at most {_WIDEST:,}: convert it unpacked"
+        )
+    # One panel tells the shapes of all, at no cost of memory whatever a file claims. Not on the meta device: its first
+    # use imports a compiler, two seconds long.
+    panel = pack_weight(torch.zeros(16, columns, dtype=torch.float32, device="cpu"), weights, gated=gated)
     features = rows // 2 if gated else rows
     panels = -(-features // panel.out_features)
     parts: dict[str, Any] = {
@@ -106,9 +112,9 @@ def wanted(config: ModelConfig, weights: str | None) -> dict[str, tuple[tuple[in
     shapes = {name: (shape, None) for name, shape in expected_shapes(config).items()}
     if weights is None:
         return shapes
+    for part in (part for parts in products(config).values() for part in parts):
+        del shapes[part]
     for name, outline in outlines(config, weights).items():
-        for part in products(config)[name]:
-            del shapes[part]
         shapes |= {full: (tuple(one.shape), one.dtype) for full, one in tensors_of(name, outline).items()}
     if config.tie_word_embeddings:
         del shapes[HEAD]
