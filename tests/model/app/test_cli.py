@@ -6,8 +6,11 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +100,27 @@ def test_demo_counts_the_work_of_both_procedures(photo: Path) -> None:
     conversation = ours[1, "prefill"]["tokens"] + 1 + ours[2, "append"]["tokens"]
     assert published[2, "perceive"]["tokens"] == published[2, "append"]["tokens"] == conversation
     assert published[2, "decode"]["cache copies"] == 2 * ours[2, "decode"]["LM calls"]
+
+
+def test_demo_has_one_procedures_weights_in_memory(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, published = [], []
+
+    class Watched(demonstration.PublishedProcedure):
+        def __init__(self, *arguments: Any) -> None:
+            assert made and not [model for model in made if model() is not None]
+            super().__init__(*arguments)
+            published.append(weakref.ref(self))
+
+    def build(*arguments: Any, **options: Any) -> Model:
+        assert not [procedure for procedure in published if procedure() is not None]
+        model = Model.from_state(*arguments, **options)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(demonstration, "PublishedProcedure", Watched)
+    monkeypatch.setattr(demonstration, "Model", SimpleNamespace(from_state=build))
+    assert demo(photo, "--look", "clip", "--look", "dino", "--json").exit_code == 0
+    assert len(made) == len(published) == 2
 
 
 def test_demo_takes_every_re_encoder(photo: Path) -> None:

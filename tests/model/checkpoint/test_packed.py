@@ -184,6 +184,15 @@ def test_configurations_that_do_not_fit(folder: Path, said, message: str) -> Non
     assert message in str(error.value)
 
 
+def test_a_configuration_that_claims_too_much_costs_nothing(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 90_000_000}))
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match="a product has 90,000,000 columns; packed weights have at most 1,048,576"):
+        Checkpoint.open(folder)
+    assert time.perf_counter() - begin < 5
+
+
 def test_a_file_that_is_cut_short(folder: Path) -> None:
     """Before it is opened it is refused; while it is read, too."""
     checkpoint = Checkpoint.open(folder)
