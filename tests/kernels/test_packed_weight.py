@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers import assert_same_bits, normal, numbers
 from tests.kernels.packed_checks import check, each_set, kernels, not_interpreted
@@ -91,6 +92,13 @@ def test_rows_are_those_of_the_weight(shape, stored):
         as_rows(packed, torch.arange(shape[0] - 1, -1, -1, dtype=torch.int32), dtype)
         as_rows(packed, ids[0, 0], dtype)
         as_rows(packed, ids[:, :0], dtype)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fake_weight_is_packed_without_memory():
+    with FakeTensorMode():
+        packed = pack_weight(torch.empty(4096, 1024))
+    assert packed.data.shape == (256, 512, 32) and packed.out_features == 4096
 
 
 def test_rows_that_are_not_there():

@@ -184,7 +184,8 @@ def _advise_huge_pages(tensor: Tensor) -> None:
 
     One row reads all panels once: the fewer pages, the less time goes into finding them. Nobody need follow the advice.
     """
-    if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    # A subclass, such as a fake tensor, need not have memory.
+    if tensor.device.type != "cpu" or type(tensor) is not Tensor or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     first = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     whole = (tensor.data_ptr() + tensor.nbytes - first) // _HUGE_PAGE * _HUGE_PAGE
