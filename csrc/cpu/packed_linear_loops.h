@@ -67,8 +67,8 @@ const float* expand(const PackedJob& job, int64_t panel, int64_t k, int64_t pair
   return to;
 }
 
-// Few rows: weights become float32 in registers. One tile runs through a panel at once; of several the first reads a
-// block from memory, and the others find it in the first cache.
+// Few rows: weights become float32 in registers. One tile runs through a panel at once; of several each asks for a part of
+// the next block, so that memory never rests, and finds its own in the first cache.
 template <typename V, typename S>
 void multiply_few(const PackedJob& job, const Tiling& tiling, int64_t first, int64_t last, float* sums) {
   const int64_t depth = tiling.count == 1 ? 2 * job.pairs() : kDepth;
@@ -78,13 +78,17 @@ void multiply_few(const PackedJob& job, const Tiling& tiling, int64_t first, int
     const bool whole = panels == V::kTilePanels;
     for (int64_t k = 0; k < 2 * job.pairs(); k += depth) {
       const int64_t pairs = least(depth / 2, job.pairs() - k / 2);
+      const bool ends = k + depth >= 2 * job.pairs();
       const S* b[V::kTilePanels];
       for (int64_t p = 0; p < panels; ++p) b[p] = block<S>(job, panel + p, k);
       for (int64_t t = 0; t < tiling.count; ++t) {
         const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
         const auto run =
-            t == 0 ? tile_of<V, S, Source::memory>(rows, whole) : tile_of<V, S, Source::cache>(rows, whole);
-        run(pairs, job.arranged + k * job.rows + 2 * pairs * row, b, sums + row * stride, stride, k > 0, {});
+            tiling.count == 1 ? tile_of<V, S, Source::memory>(rows, whole) : tile_of<V, S, Source::cache>(rows, whole);
+        const float* a = job.arranged + k * job.rows + 2 * pairs * row;
+        const auto next =
+            share_of<S>(job, ends ? panel + together : panel, ends ? 0 : k + depth, pairs, t, tiling.count);
+        run(pairs, a, b, sums + row * stride, stride, k > 0, next);
       }
     }
     for (int64_t p = 0; p < panels; ++p) finish(job, sums + p * kPanel, stride, 0, job.rows, panel + p);
@@ -110,22 +114,20 @@ void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, in
           const float* b[kTogether];
           for (int64_t i = 0; i < least(kTogether, panels - p); ++i)
             b[i] = expand<V, S>(job, group + p + i, k, pairs, scratch + i * kBlock);
-          // The next panels, of which every tile asks for a share. Where they end it is for others, which harms nobody.
           const bool here = p + kTogether < panels;
           const int64_t next_k = here ? k : ends ? 0 : k + kDepth;
           const int64_t next_panel = here       ? group + p + kTogether
               : ends && turn + 1 == turns.count ? group + kPanelGroup
                                                 : group;
-          const int64_t share = pairs * 2 * kPanel * sizeof(S) / (end - begin) + 1;
           for (int64_t t = begin; t < end; ++t) {
             const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
-            const char* next[kTogether];
-            for (int64_t i = 0; i < kTogether; ++i)
-              next[i] = reinterpret_cast<const char*>(block<S>(job, next_panel + i, next_k)) + share * (t - begin);
             const float* a = job.arranged + k * job.rows + 2 * pairs * row;
             float* c = sums + (row - tiling.begin(begin)) * stride + p * kPanel;
             const auto run = tile_of<V, float, Source::expanded>(rows, p + kTogether <= panels);
-            run(pairs, a, b, c, stride, k > 0, {next, share / pairs + 1});
+            Ahead ahead = share_of<S>(job, next_panel, next_k, pairs, t - begin, end - begin);
+            // The first panels of a group bring a block of x into the second-level cache for all.
+            if (p == 0) ahead.x = a + 2 * pairs * rows;
+            run(pairs, a, b, c, stride, k > 0, ahead);
             for (int64_t i = 0; ends && i < least(kTogether, panels - p); ++i)
               finish(job, c + i * kPanel, stride, row, rows, group + p + i);
           }

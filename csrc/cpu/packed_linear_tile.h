@@ -13,7 +13,8 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 template <typename V>
 constexpr int kVectors = kPanel / V::kLanes;
 
-// Where a tile finds its weights: in memory, which it is the first to read; in a cache; or expanded, for many rows.
+// Where a tile finds its weights: in memory, which it alone reads; in a cache, where it or an earlier tile asked for them
+// to be; or expanded, for many rows.
 enum class Source { memory, cache, expanded };
 
 // Sums for each number of the result, so that no multiply-add waits for the one before it.
@@ -50,15 +51,18 @@ template <typename V, int odd, int R, int P, typename S>
   }
 }
 
-// Where the next weights lie in memory, of every panel of a tile, and how many bytes of them a pair of columns asks for.
+// The weights that come next, of every panel of a tile, and how many bytes of them a pair of columns asks for; the x of
+// the next tile where the third-level cache or memory has it, else null.
 struct Ahead {
-  const char* const* next;
+  const char* next[kMostTilePanels];
   int64_t step;
+  const float* x;
 };
 
-// c [R][16·P] (+)= a [2·pairs][R] · the blocks b of P panels, each [pairs][32] of type S; `ahead` of expanded ones.
+// c [R][16·P] (+)= a [2·pairs][R] · the blocks b of P panels, each [pairs][32] of type S; `ahead` where they are not
+// in memory.
 template <typename V, typename S, int R, int P, Source source>
-void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add, Ahead ahead) {
+void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add, const Ahead& ahead) {
   using F = typename V::Float;
   constexpr int W = P * kVectors<V>, kSplit = split(R * W);
   for (int64_t i = 0; i < pairs;) {
@@ -79,8 +83,10 @@ void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t st
       }
     for (; i < end; ++i) {
       if constexpr (source == Source::memory) ask_for<S, P>(b, i);
-      if constexpr (source == Source::expanded)
+      if constexpr (source != Source::memory)
         for (int p = 0; p < P; ++p) __builtin_prefetch(ahead.next[p] + i * ahead.step);
+      if (source == Source::expanded && ahead.x != nullptr)
+        for (int line = 0; line < 2 * R; line += 16) __builtin_prefetch(ahead.x + 2 * i * R + line);
       step<V, 0, R, P>(b, i, a + 2 * i * R, sums[0]);
       step<V, 1, R, P>(b, i, a + (2 * i + 1) * R, sums[kSplit > 1]);
     }
@@ -99,7 +105,7 @@ void tile(int64_t pairs, const float* a, const S* const* b, float* c, int64_t st
 
 template <typename S>
 using Tile =
-    void (*)(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add, Ahead ahead);
+    void (*)(int64_t pairs, const float* a, const S* const* b, float* c, int64_t stride, bool add, const Ahead& ahead);
 
 // The tile of 1 … V::kTileRows rows.
 template <typename V, typename S, int P, Source source, int R = V::kTileRows>
@@ -118,6 +124,17 @@ Tile<S> tile_of(int64_t rows, bool whole) {
 template <typename S>
 const S* block(const PackedJob& job, int64_t panel, int64_t k) {
   return static_cast<const S*>(job.data) + (panel * job.pairs() * 2 + k) * kPanel;
+}
+
+// The share of tile t of `tiles` in what comes next: blocks of as many pairs from `panel` and column k on. Where the panels
+// end it is for others, which harms nobody.
+template <typename S>
+Ahead share_of(const PackedJob& job, int64_t panel, int64_t k, int64_t pairs, int64_t t, int64_t tiles) {
+  const int64_t share = pairs * 2 * kPanel * sizeof(S) / tiles + 1;
+  Ahead ahead{{}, share / pairs + 1, nullptr};
+  for (int64_t i = 0; i < kMostTilePanels; ++i)
+    ahead.next[i] = reinterpret_cast<const char*>(block<S>(job, panel + i, k)) + share * t;
+  return ahead;
 }
 
 inline int64_t scale_groups(const PackedJob& job) { return (job.columns + job.group - 1) / job.group; }
