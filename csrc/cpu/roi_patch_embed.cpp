@@ -13,8 +13,6 @@ namespace vpt::cpu {
 namespace {
 
 constexpr int64_t kTileRows = 1024;
-// Patches of a call from which byte products are worth writing the weight in bytes.
-constexpr int64_t kByteRows = 64;
 constexpr int kPixelZero = 128;
 
 // A run of merge-block rows of one region.
@@ -156,9 +154,7 @@ class Embedding {
   // A float32 product; bias and rounding to T afterwards, while the tile is in cache.
   template <typename T>
   void widened(const std::vector<Strip>& strips, const Tensor& matrix) const {
-    int64_t rows = 0;
-    for (const Strip& strip : strips) rows += strip.rows();
-    if (rows >= kByteRows && Int8Weight::available(weight_)) {
+    if (Int8Weight::available(weight_)) {
       integral<T>(strips, matrix);
       return;
     }
