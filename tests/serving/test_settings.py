@@ -44,7 +44,8 @@ def test_the_look_is_the_same(setting):
     expected = [reference(engine, case)[0] for case in scene_cases(3)]
     counters.clear()
     assert tokens_under(SETTINGS[setting], generate) == expected
-    assert bool(counters["stats"]["unique_graphs"]) == (setting == "compiled")
+    # vLLM compiles a few operations of its own in any case.
+    assert (counters["stats"]["calls_captured"] > 100) == (setting == "compiled")
 
 
 @pytest.mark.parametrize("encoder", ["clip", "dino", "sam"])
