@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor import process_dict_updates
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
 
+from vpt_model.config import shown
 from vpt_model.vllm.options import LOOKS, SLOT, read_options
 
 
@@ -63,8 +64,9 @@ class ControlCapture(ProcessorV1, ProcessorV2):  # type: ignore[misc]
         if options.looks and sampling_params.structured_outputs is not None:
             raise ValueError(f"{LOOKS} and a grammar or JSON schema exclude each other: a look has tokens of its own")
         for name in ("kv_transfer_params", "ec_transfer_params"):  # vLLM's own, which it does not check
-            if not isinstance((sampling_params.extra_args or {}).get(name, {}), dict):
-                raise ValueError(f"{name} is no object: leave it out of vllm_xargs")
+            value = (sampling_params.extra_args or {}).get(name, {})
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} is {shown(value)}; it must be an object: leave it out of vllm_xargs")
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.instance = vllm_config.instance_id
