@@ -52,6 +52,15 @@ struct Vector : Lanes {
   static void load_words(const Int8* pair, Int words[2]) {
     for (int w = 0; w < 2; ++w) words[w] = _mm256_cvtepi8_epi16(load_half(pair + 16 * w));
   }
+  static Int load_int(const int32_t* x) { return load_bytes(x); }
+  static void store_int(int32_t* x, Int v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), v); }
+  static void load_raw(const Int4* from, Int raw[2]) {
+    for (int w = 0; w < 2; ++w) raw[w] = load_bytes(from + 8 * w);
+  }
+  template <int shift, int mask>
+  static Int bits(Int raw) {
+    return _mm256_and_si256(_mm256_srli_epi32(raw, shift), _mm256_set1_epi32(mask));
+  }
 };
 
 }  // namespace

@@ -46,6 +46,13 @@ struct Vector : Lanes {
   static void load_words(const Int8* pair, Int* words) {
     *words = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pair)));
   }
+  static Int load_int(const int32_t* x) { return _mm512_loadu_si512(x); }
+  static void store_int(int32_t* x, Int v) { _mm512_storeu_si512(x, v); }
+  static void load_raw(const Int4* from, Int* raw) { *raw = _mm512_loadu_si512(from); }
+  template <int shift, int mask>
+  static Int bits(Int raw) {
+    return _mm512_and_si512(_mm512_srli_epi32(raw, shift), _mm512_set1_epi32(mask));
+  }
 };
 
 }  // namespace

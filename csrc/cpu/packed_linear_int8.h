@@ -1,4 +1,4 @@
-// Few rows times int8 weights in integers: x is rounded to 16 bits per row and block of 256 columns, products and sums
+// Few rows times int8 or int4 weights in integers: x is rounded to 16 bits per row and block of 256 columns, products and sums
 // of a block are exact in int32, and blocks are added up in float32. Included by each packed_linear_*.cpp through
 // packed_linear_loops.h; V has besides: Int, zero_int, broadcast_int, load_words, dot, to_floats.
 #pragma once
@@ -12,14 +12,20 @@ namespace {
 static_assert(kDepth * 127 * 32767 < (int64_t{1} << 31));
 
 // x as pairs of 16-bit integers, [blocks of kDepth columns][tiles of rows][pairs][rows of the tile], and behind them
-// the scales, [blocks][rows].
+// the scales, [blocks][rows]; for int4 also the sums of kGroup columns each, [tiles of rows][groups, rounded up to
+// even][rows of the tile]. In all no more than x in float32.
 struct Int16Rows {
   int32_t* pairs;
-  float* scales;
+  float *scales, *sums;
 
   explicit Int16Rows(const PackedJob& job)
-      : pairs(reinterpret_cast<int32_t*>(job.arranged)), scales(job.arranged + job.rows * job.pairs()) {}
+      : pairs(reinterpret_cast<int32_t*>(job.arranged)),
+        scales(job.arranged + job.rows * job.pairs()),
+        sums(scales + job.rows * ((job.columns + kDepth - 1) / kDepth)) {}
 };
+
+// Of int4, rounded up to even: minima are columns of panels.
+inline int64_t even_groups(const PackedJob& job) { return (job.columns + 2 * kGroup - 1) / (2 * kGroup) * 2; }
 
 // The largest magnitude, NaN if there is one.
 template <typename T>
@@ -40,19 +46,26 @@ void arrange_int16(const PackedJob& job, const Tiling& tiling, int64_t first, in
   for (int64_t t = first; t < last; ++t) {
     const int64_t row = tiling.begin(t), rows = tiling.begin(t + 1) - row;
     for (int64_t k = 0; k < job.columns; k += kDepth) {
-      const int64_t given = least(kDepth, job.columns - k), pairs = (given + 1) / 2;
+      const int64_t given = least(kDepth, job.columns - k), pairs = least(kDepth / 2, job.pairs() - k / 2);
       int32_t* target = to.pairs + k / 2 * job.rows + pairs * row;
       for (int64_t r = 0; r < rows; ++r) {
         const T* x = static_cast<const T*>(job.x.base) + (row + r) * job.x.stride + k;
         const float most = largest_magnitude(x, given), inverse = most > 0x1p-100f ? kTop / most : 0.f;
         to.scales[k / kDepth * job.rows + row + r] = most / kTop;
-        int32_t rounded[kDepth + 1];
+        int32_t rounded[kDepth] = {};
 #pragma omp simd
         for (int64_t i = 0; i < given; ++i)
           rounded[i] = static_cast<int32_t>(bits_of(VPT_FMA(to_float(x[i]), inverse, kRound)) << 10) >> 10;
-        rounded[given] = 0;
         for (int64_t i = 0; i < pairs; ++i)
           target[i * rows + r] = (rounded[2 * i] & 0xFFFF) | static_cast<int32_t>(uint32_t(rounded[2 * i + 1]) << 16);
+        if (job.stored != Element::int4) continue;
+        const int64_t groups = least(kDepth / kGroup, even_groups(job) - k / kGroup);
+        float* sums = to.sums + even_groups(job) * row + k / kGroup * rows + r;
+        for (int64_t g = 0; g < groups; ++g) {
+          int32_t sum = 0;
+          for (int64_t i = 0; i < kGroup; ++i) sum += rounded[g * kGroup + i];
+          sums[g * rows] = static_cast<float>(sum) * (most / kTop);
+        }
       }
     }
   }

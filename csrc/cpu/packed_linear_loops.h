@@ -2,7 +2,7 @@
 // vectors `V`.
 #pragma once
 
-#include "packed_linear_int8.h"
+#include "packed_linear_int4.h"
 #include "packed_linear_tile.h"
 
 namespace vpt {
@@ -19,7 +19,7 @@ void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, in
       for (int64_t r = 0; r < rows; ++r) {
         const T* from = static_cast<const T*>(job.x.base) + (row + r) * job.x.stride + k;
         for (int64_t i = 0; i < given; ++i) to[i * rows + r] = to_float(from[i]);
-        if (given < depth) to[given * rows + r] = 0.f;
+        for (int64_t i = given; i < depth; ++i) to[i * rows + r] = 0.f;
       }
     }
   }
@@ -28,7 +28,7 @@ void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, in
 template <typename V>
 void arrange(const PackedJob& job, int64_t first, int64_t last) {
   const Tiling tiling(job.rows, V::kTileRows);
-  const bool integers = job.stored == Element::int8 && job.rows <= V::kInt8Rows;
+  const bool integers = (job.stored == Element::int8 || job.stored == Element::int4) && job.rows <= V::kInt8Rows;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     integers ? arrange_int16<T>(job, tiling, first, last) : arrange_tiles<T>(job, tiling, first, last);
@@ -94,7 +94,13 @@ void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, in
     for (int64_t k = 0; k < job.columns; k += kDepth) {
       const int64_t pairs = least(kDepth / 2, job.pairs() - k / 2);
       const float* b[kPanelGroup];
-      for (int64_t p = 0; p < panels; ++p) b[p] = expand<V, S>(job, group + p, k, pairs, scratch + p * kBlock);
+      for (int64_t p = 0; p < panels; ++p) {
+        float* const to = scratch + p * kBlock;
+        if constexpr (__is_same(S, Int4))
+          b[p] = expand_int4<V>(job, group + p, k, pairs, to);
+        else
+          b[p] = expand<V, S>(job, group + p, k, pairs, to);
+      }
       for (int64_t tiles = 0; tiles < tiling.count; tiles += kTiles)
         for (int64_t p = 0; p < panels; p += kTogether)
           for (int64_t t = tiles; t < least(tiling.count, tiles + kTiles); ++t) {
@@ -115,6 +121,8 @@ void multiply_stored(const PackedJob& job, int64_t first, int64_t last, float* s
   const Tiling tiling(job.rows, V::kTileRows);
   if constexpr (__is_same(S, Int8)) {
     if (job.rows <= V::kInt8Rows) return multiply_int8<V>(job, tiling, first, last, scratch);
+  } else if constexpr (__is_same(S, Int4)) {
+    if (job.rows <= V::kInt8Rows) return multiply_int4<V>(job, tiling, first, last, scratch);
   } else {
     if (job.rows <= V::kFewRows) return multiply_few<V, S>(job, tiling, first, last, scratch);
   }
@@ -137,6 +145,8 @@ void multiply(const PackedJob& job, int64_t first, int64_t last, float* scratch)
       return multiply_stored<V, Float16>(job, first, last, scratch);
     case Element::int8:
       return multiply_stored<V, Int8>(job, first, last, scratch);
+    case Element::int4:
+      return multiply_stored<V, Int4>(job, first, last, scratch);
   }
 }
 

@@ -108,7 +108,8 @@ Tile<S> tile_of(int64_t rows, bool whole) {
 // Columns k … k + 2·pairs of a panel.
 template <typename S>
 const S* block(const PackedJob& job, int64_t panel, int64_t k) {
-  return static_cast<const S*>(job.data) + (panel * job.pairs() * 2 + k) * kPanel;
+  constexpr int64_t kColumns = __is_same(S, Int4) ? 8 : 1;
+  return static_cast<const S*>(job.data) + (panel * job.pairs() * 2 + k) / kColumns * kPanel;
 }
 
 inline int64_t scale_groups(const PackedJob& job) { return (job.columns + job.group - 1) / job.group; }

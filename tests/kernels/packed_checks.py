@@ -38,7 +38,7 @@ def composition(
 
 
 def rounding_of_x(x: Tensor, weight: Tensor) -> Tensor:
-    """How far int8 weights may be off with few rows, [rows, N] float64: x is rounded to 16 bits per 256 columns."""
+    """How far integer weights may be off with few rows, [rows, N] float64: x is rounded to 16 bits per 256 columns."""
     blocks = F.pad(x.abs().double(), (0, -x.shape[1] % 256)).unflatten(1, (-1, 256))
     steps = (blocks.amax(-1) / 32767 / 2).repeat_interleave(256, 1)[:, : x.shape[1]]
     return steps @ weight.abs().double().T
@@ -55,7 +55,7 @@ def check(
 ) -> None:
     """Calls of `at_once` rows are no further from float64 than twice PyTorch in x's dtype on the same weights.
 
-    int8 weights of a plain product may be off by the rounding of x besides.
+    int8 and int4 weights of a plain product may be off by the rounding of x besides.
     """
     weight, both = packed.dequantize(), (activation, packed.gated)
     actual, eager = [], []
@@ -67,7 +67,7 @@ def check(
     wide = [None if t is None else t.double() for t in (x, bias, residual)]
     oracle = composition(wide[0], packed.dequantize(torch.float64), *wide[1:], *both)
     assert actual.dtype == x.dtype and actual.is_contiguous()
-    if packed.dtype == torch.int8 and x.numel():
+    if packed.precision in ("int8", "int4") and x.numel():
         assert activation is None, "the bound is for a plain product"
         excess = (actual.double() - oracle).abs() - rounding_of_x(x.flatten(0, -2), weight).view(actual.shape)
         actual_without = oracle + excess.clamp_min(0)

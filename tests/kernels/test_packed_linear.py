@@ -23,7 +23,7 @@ from vpt_kernels import pack_weight, packed_linear
 
 pytestmark = not_interpreted
 
-STORED = ("float32", "bfloat16", "float16", "int8")
+STORED = ("float32", "bfloat16", "float16", "int8", "int4")
 each_stored = pytest.mark.parametrize("stored", STORED)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 16, 17, 19, 28, 29, 128, 257)
 """Around every tile, every path and a prime."""

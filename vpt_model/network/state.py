@@ -13,7 +13,7 @@ from torch import Tensor
 from vpt_kernels import BackendUnavailable, PackedWeight, pack_weight, packed_linear
 from vpt_model.checkpoint.weights import release, return_free_memory
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 """In which a model's weights may be kept; auto: as they are stored."""
 _TRIMMED_EVERY = 32 << 20
 """Bytes after which what packing has freed goes back to the system: up to a sixth lies in gaps otherwise."""
@@ -77,7 +77,7 @@ class State:
         self.packed = packed_precision(weights, first.dtype, first.device)
         self.dtype = torch.float32 if self.packed else first.dtype
         self.device = first.device
-        # A cache is as exact as the weights that fill it; next to int8 weights bfloat16 costs nothing.
+        # A cache is as exact as the weights that fill it; next to weights of integers bfloat16 costs nothing.
         cached = {"float32": torch.float32, "float16": torch.float16}
         self.cache_dtype = cached.get(self.packed, torch.bfloat16) if self.packed else self.dtype
         self._tensors = tensors
@@ -132,9 +132,9 @@ class State:
 def rounded(state: Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
     """Return the tensors with numbers that weights kept in a precision hold exactly, in the dtype that they have.
 
-    So models that keep them in any other way compute with the same numbers. int8: the matrices of layers alone.
+    So models that keep them in any other way compute with the same numbers. int8, int4: the matrices of layers alone.
     """
-    if weights != "int8":
+    if weights not in ("int8", "int4"):
         dtype = getattr(torch, weights)
         return {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in state.items()}
     return {
