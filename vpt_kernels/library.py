@@ -31,8 +31,8 @@ _APPEND = (
     "Tensor? v_scale, Tensor? q_norm, Tensor? k_norm, float norm_eps"
 )
 _PACKED = (
-    "Tensor x, Tensor data, Tensor? scales, Tensor? minima, SymInt features, bool gated, Tensor? bias, "
-    "Tensor? residual, int activation"
+    "Tensor x, Tensor data, Tensor? scales, Tensor? minima, SymInt features, bool gated, bool dynamic, "
+    "Tensor? bias, Tensor? residual, int activation"
 )
 SCHEMAS = {
     "roi_patches": "(Tensor[] images, Tensor plan, SymInt rows, SymInt row_bytes) -> Tensor",

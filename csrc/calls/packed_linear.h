@@ -16,12 +16,13 @@ struct PackedCall {
   OptionalTensor scales, minima;
   int64_t features;
   bool gated;
+  bool dynamic;  // x of int8 weights may be rounded to 8 bits
   OptionalTensor bias, residual;
   int64_t activation;
 };
 
 using PackedSignature =
-    void(Tensor, Tensor, OptionalTensor, OptionalTensor, int64_t, bool, OptionalTensor, OptionalTensor, int64_t);
+    void(Tensor, Tensor, OptionalTensor, OptionalTensor, int64_t, bool, bool, OptionalTensor, OptionalTensor, int64_t);
 
 template <void (*multiply_packed)(const PackedCall&, const Tensor& out), typename Signature = PackedSignature>
 struct PackedForms;
@@ -88,6 +89,7 @@ struct PackedForms<multiply_packed, void(Arguments...)> {
               c.scales->size(0) == c.data.size(0) && c.scales->size(2) == 16 &&
               (c.scales->size(1) == 1 || c.scales->size(1) == (c.x.size(1) + 31) / 32),
           "scales must be float32 [panels, 1 or one per 32 columns, 16]");
+    STD_TORCH_CHECK(!c.dynamic || (int8 && c.scales->size(1) == 1), "dynamic goes with int8 and a scale per row");
     STD_TORCH_CHECK(c.activation >= (c.gated ? 1 : 0) && c.activation <= 4, "unknown activation");
     if (c.bias.has_value())
       STD_TORCH_CHECK(

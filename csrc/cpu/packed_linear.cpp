@@ -87,7 +87,9 @@ void multiply_packed(const PackedCall& c, const Tensor& out) {
 
   static thread_local Workspace space;
   const PackedKernels& kernels = *chosen();
-  job.arranged = space.reserve<float>(std::max<int64_t>(1, job.rows * 2 * job.pairs()));
+  // With fewer rows the reading of the weights is waited for, or as much as bytes save goes into bringing them in order.
+  job.quads = c.dynamic && kernels.quads && job.rows > kernels.tile_rows;
+  job.arranged = space.reserve<float>(job.rows * 2 * (job.pairs() + 1));
   const Tiling tiling(job.rows, kernels.tile_rows);
   const int64_t tile_elements = std::max<int64_t>(1, kernels.tile_rows * job.columns);
   torch::stable::parallel_for(0, tiling.count, 1 + (1 << 15) / tile_elements, [&](int64_t begin, int64_t end) {

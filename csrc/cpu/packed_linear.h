@@ -48,6 +48,7 @@ struct PackedJob {
   // int4: [panels][groups, rounded up to even][16], else null; W = steps·integers + minima
   const Float16 *steps, *minima;
   int64_t features;  // columns of out
+  bool quads;        // x of int8 weights is rounded to 8 bits, not to 16
   bool gated;        // a panel holds eight rows of the gate, then the same eight of what it gates
   Activation activation;
   const float* bias;   // null, [features], or gated [2·features]
@@ -65,6 +66,7 @@ struct PackedJob {
 struct PackedKernels {
   const char* name;
   int64_t tile_rows;
+  bool quads;  // whether bytes are multiplied faster than 16 bits
   // Tiles [first, last) of x into `arranged`.
   void (*arrange)(const PackedJob& job, int64_t first, int64_t last);
   // Panels [first, last) of the product.

@@ -15,6 +15,7 @@ namespace {
 struct Vector : Lanes {
   static constexpr int kTileRows = 6, kTilePanels = 1, kFewRows = 18;
   static constexpr int64_t kInt8Rows = kFewRows;
+  static constexpr bool kQuads = false;
 
   static __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }

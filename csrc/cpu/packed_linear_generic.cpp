@@ -8,6 +8,7 @@ namespace {
 struct Vector : Lanes {
   static constexpr int kTileRows = 4, kTilePanels = 1, kFewRows = 16;
   static constexpr int64_t kInt8Rows = kFewRows;
+  static constexpr bool kQuads = false;
 
   template <int odd, typename S>
   static void load_column(const S* pair, Float* column) {

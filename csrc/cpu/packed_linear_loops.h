@@ -31,7 +31,7 @@ void arrange(const PackedJob& job, int64_t first, int64_t last) {
   const bool integers = (job.stored == Element::int8 || job.stored == Element::int4) && job.rows <= V::kInt8Rows;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    integers ? arrange_int16<T>(job, tiling, first, last) : arrange_tiles<T>(job, tiling, first, last);
+    integers ? arrange_integers<T>(job, tiling, first, last) : arrange_tiles<T>(job, tiling, first, last);
   };
   if (job.x.type == Element::f32) return run(float{});
   if (job.x.type == Element::bf16) return run(BFloat16{});
@@ -152,7 +152,7 @@ void multiply(const PackedJob& job, int64_t first, int64_t last, float* scratch)
 
 template <typename V>
 constexpr PackedKernels packed_kernels(const char* name) {
-  return {name, V::kTileRows, arrange<V>, multiply<V>};
+  return {name, V::kTileRows, V::kQuads, arrange<V>, multiply<V>};
 }
 
 }  // namespace

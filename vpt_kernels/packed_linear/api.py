@@ -61,7 +61,7 @@ def packed_linear(
     require_inference(x=x, bias=bias, residual=residual)
     form = "packed_linear" if out is None else "packed_linear_into"
     op = bind("packed_linear", form, backend, x.device, x.dtype)
-    packed = (weight.data, weight.scales, weight.minima, weight.out_features, weight.gated)
+    packed = (weight.data, weight.scales, weight.minima, weight.out_features, weight.gated, weight.dynamic)
     arguments = (rows, *packed, bias, added, number)
     if out is None:
         return call(op, *arguments).view(shape)

@@ -29,6 +29,7 @@ def packed_linear(
     minima: Tensor | None,
     features: int,
     gated: bool,
+    dynamic: bool,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: int,

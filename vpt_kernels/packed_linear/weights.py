@@ -18,6 +18,7 @@ STORED = {
     "float16": torch.float16,
     "int8": torch.int8,
     "int4": torch.int32,
+    "w8a8": torch.int8,
 }
 """Precisions of a packed weight, and the dtype of its panels: int4 has eight columns in an int32."""
 FLOATS = tuple(dtype for dtype in STORED.values() if dtype.is_floating_point)
@@ -43,6 +44,7 @@ class PackedWeight:
         out_features: columns of the product: rows of the weight, half of them where it is gated.
         gated: Every panel holds eight rows of the gate and the same eight rows of what it multiplies.
         minima: of int4 weights, as their scales: a weight is scale·integer + minimum; else None.
+        dynamic: x may be rounded to 8 bits as well, where the processor multiplies bytes faster ("w8a8").
     """
 
     data: Tensor
@@ -51,6 +53,7 @@ class PackedWeight:
     out_features: int
     gated: bool
     minima: Tensor | None = None
+    dynamic: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,8 +62,8 @@ class PackedWeight:
 
     @property
     def precision(self) -> str:
-        """The name of what is stored, as `pack_weight` takes it: "float32", "bfloat16", "float16", "int8" or "int4"."""
-        return next(name for name, dtype in STORED.items() if dtype == self.data.dtype)
+        """The name by which `pack_weight` makes it: "float32", "bfloat16", "float16", "int8", "int4" or "w8a8"."""
+        return "w8a8" if self.dynamic else next(name for name, dtype in STORED.items() if dtype == self.data.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -169,9 +172,10 @@ def pack_weight(
         weight: [N, K] as `nn.Linear` keeps it, float32, bfloat16 or float16, on any device and with any strides; or
             several of equal K and dtype, whose rows follow one another (query, key and value; gate and up). They are
             read once and not kept.
-        dtype: "float32", "bfloat16", "float16", "int8" or "int4"; None: the weight's own. int8 is symmetric: the
-            integer nearest to w / scale, scale = max |w| / 127 over the row or group. int4: the integer from 0 to 15
-            nearest to (w − minimum) / scale, scale = (max w − min w) / 15 over 32 columns of a row, 5 bits a weight.
+        dtype: "float32", "bfloat16", "float16", "int8", "int4" or "w8a8"; None: the weight's own. int8 is symmetric:
+            the integer nearest to w / scale, scale = max |w| / 127 over the row or group. int4: the integer from 0 to
+            15 nearest to (w − minimum) / scale, scale = (max w − min w) / 15 over 32 columns of a row, 5 bits a weight.
+            w8a8: int8 with a scale per row, and x is rounded to 8 bits too where that is faster (dynamic quantisation).
         gated: The first half of the rows is a gate of the second; `packed_linear` then returns activation(gate)·up.
         group_size: For int8: None, one scale per row, or 32, one per 32 columns of a row. int4 has groups of 32.
 
@@ -187,6 +191,8 @@ def pack_weight(
     stored = parts[0].dtype if dtype is None else STORED[dtype]
     if group_size is not None:
         require_integer("group_size", group_size, GROUP, GROUP)
+        if dtype == "w8a8":
+            raise ValueError(f"group_size is {group_size} and dtype w8a8, which has a scale per row: leave it out")
         if stored in FLOATS:
             raise ValueError(
                 f"group_size is {group_size} and dtype {stored}; only int8 and int4 have scales: leave it out"
@@ -219,7 +225,7 @@ def pack_weight(
             scales[done : done + count] = found.unflatten(0, (count, PANEL)).transpose(1, 2)
         _lay_out(rows.to(stored), data[done : done + count])
         done += count
-    return PackedWeight(data, scales, columns, features, gated, minima)
+    return PackedWeight(data, scales, columns, features, gated, minima, dtype == "w8a8")
 
 
 def _checked(weight: Tensor | Sequence[Tensor], gated: bool) -> list[Tensor]:

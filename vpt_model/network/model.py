@@ -47,10 +47,10 @@ class Model:
     ) -> Model:
         """Build from a state dict with the checkpoint's names, all tensors of one floating dtype on one device.
 
-        weights: the precision in which the products' weights are kept, "float32", "bfloat16", "float16", "int8" or
-        "int4"; the default, "auto", is the stored one. On a CPU they are packed and the arithmetic is float32.
-        Elsewhere, and with None, the arithmetic is in the stored precision and weights that need no fusing are shared
-        with `state`.
+        weights: the precision in which the products' weights are kept, "float32", "bfloat16", "float16", "int8", "int4"
+        or "w8a8" (int8, and activations of many rows rounded to 8 bits too); the default, "auto", is the stored one. On
+        a CPU they are packed and the arithmetic is float32. Elsewhere, and with None, the arithmetic is in the stored
+        precision and weights that need no fusing are shared with `state`.
         consume: take the tensors out of `state`, a dict, one after the other, so that no weight is in memory twice;
         else it is not modified, and both are in memory. progress: is told how many bytes have found their place.
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from vpt_kernels import BackendUnavailable, PackedWeight, pack_weight, packed_linear
 from vpt_model.checkpoint.weights import release, return_free_memory
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
-"""In which a model's weights may be kept; auto: as they are stored."""
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "int4", "w8a8")
+"""In which a model's weights may be kept; auto: as they are stored; w8a8: int8, and activations in 8 bits too."""
 _TRIMMED_EVERY = 32 << 20
 """Bytes after which what packing has freed goes back to the system: up to a sixth lies in gaps otherwise."""
 Weight = Tensor | PackedWeight
@@ -132,9 +132,9 @@ class State:
 def rounded(state: Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
     """Return the tensors with numbers that weights kept in a precision hold exactly, in the dtype that they have.
 
-    So models that keep them in any other way compute with the same numbers. int8, int4: the matrices of layers alone.
+    So models that keep them in any other way compute with the same numbers. Of integers: the matrices of layers alone.
     """
-    if weights not in ("int8", "int4"):
+    if weights not in ("int8", "int4", "w8a8"):
         dtype = getattr(torch, weights)
         return {name: tensor.to(dtype).to(tensor.dtype) for name, tensor in state.items()}
     return {
