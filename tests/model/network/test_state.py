@@ -41,8 +41,9 @@ def test_every_part_keeps_its_precision(kind, weights) -> None:
     found = logits(Model.from_state(tiny_config(kind), exact, weights), kind)[0]
     expected = logits(Model.from_state(tiny_config(kind), exact, None), kind)[0]
     plain = logits(Model.from_state(tiny_config(kind), tiny_state(kind), None), kind)[0]
-    # Integers also round the re-encoders' layers, which `rounded` leaves as they are: int4 moves these tiny ones far.
-    allowed = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01, "int8": 0.2, "int4": 1.0, "w8a8": 0.2}[weights]
+    # Integers also round the re-encoders' layers, which `rounded` leaves as they are: int4 moves these tiny ones far,
+    # w8a8 rounds activations as well.
+    allowed = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01, "int8": 0.2, "int4": 1.0, "w8a8": 0.5}[weights]
     if weights == "int4" and kind == "clip":
         allowed = 0.05  # which has none
     assert (found - expected).abs().max() <= allowed
