@@ -38,6 +38,9 @@ class Work:
     written: int = 0
 
 
+_BITS = {"int4": 5, "w8a8": 8}
+
+
 def itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize
 
@@ -72,11 +75,14 @@ def append_work(case: Append) -> Work:
 
 
 def product_work(case: Product) -> Work:
-    """Count the weight as it is kept and x as read, the result as written. x of 16 bits times 8: two byte products."""
-    size, result = itemsize(case.weights), case.rows * case.columns * 4
-    read = case.columns * case.features * size + case.rows * case.features * 4
+    """Count the weight as it is kept and x as read, the result as written. x of 16 bits times 8: two byte products.
+
+    int4 has 20 bytes for 32 columns. x of w8a8 has 8 bits.
+    """
+    bits, result = _BITS.get(case.weights) or 8 * itemsize(case.weights), case.rows * case.columns * 4
+    read = case.columns * case.features * bits // 8 + case.rows * case.features * 4
     flops = 2 * case.rows * case.columns * case.features
-    return Work(read + result, flops, 2 if case.weights == "int8" else 0, written=result)
+    return Work(read + result, flops, {"int8": 2, "int4": 2, "w8a8": 1}.get(case.weights, 0), written=result)
 
 
 def _seconds(call: Call, device: str, rounds: int = 9) -> float:

@@ -314,14 +314,19 @@ APPEND = (
 )
 PRODUCTS = {
     "cpu": (
-        *(Product(rows, "2b", kept) for kept in ("float32", "bfloat16", "int8") for rows in (1, 270)),
+        *(Product(rows, "2b", kept) for kept in ("float32", "bfloat16", "int8", "int4") for rows in (1, 270)),
+        Product(270, "2b", "w8a8"),
         *(Product(rows, "2b", "float16", quick=False) for rows in (1, 270)),
         *(
             Product(rows, "2b", kept, quick=False)
-            for kept in ("float32", "bfloat16", "float16", "int8")
+            for kept in ("float32", "bfloat16", "float16", "int8", "int4", "w8a8")
             for rows in (8, 128, 1020)
         ),
-        *(Product(rows, "7b", kept, quick=False) for kept in ("float32", "bfloat16", "int8") for rows in (1, 270)),
+        *(
+            Product(rows, "7b", kept, quick=False)
+            for kept in ("float32", "bfloat16", "int8", "int4")
+            for rows in (1, 270)
+        ),
     ),
     "cuda": (),
 }

@@ -58,7 +58,7 @@ VERIFIED = (
     (
         "`packed_linear`",
         "reference, cpp (AVX-512, AVX2, plain C++)",
-        "float32, bfloat16, float16; weights also int8",
+        "float32, bfloat16, float16; weights also int8, int4",
         "CPU: against float64, ≤ 2× PyTorch's error",
     ),
     (

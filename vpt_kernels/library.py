@@ -31,7 +31,8 @@ _APPEND = (
     "Tensor? v_scale, Tensor? q_norm, Tensor? k_norm, float norm_eps"
 )
 _PACKED = (
-    "Tensor x, Tensor data, Tensor? scales, SymInt features, bool gated, Tensor? bias, Tensor? residual, int activation"
+    "Tensor x, Tensor data, Tensor? scales, Tensor? minima, SymInt features, bool gated, bool dynamic, "
+    "Tensor? bias, Tensor? residual, int activation"
 )
 SCHEMAS = {
     "roi_patches": "(Tensor[] images, Tensor plan, SymInt rows, SymInt row_bytes) -> Tensor",
@@ -84,7 +85,9 @@ def _cached_attention(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-def _packed_linear(x: Tensor, data: Tensor, scales: Tensor | None, features: int, *others: object) -> Tensor:
+def _packed_linear(
+    x: Tensor, data: Tensor, scales: Tensor | None, minima: Tensor | None, features: int, *others: object
+) -> Tensor:
     return x.new_empty((x.shape[0], features))
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from bench.peers.process import serve
 from bench.peers.timed import Timed
 
-FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0"}
-"""Our precisions and the GGUF format of as many bits; int8 has a scale a row, Q8_0 one for every 32 weights."""
-CACHES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "F16"}
+FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0", "w8a8": "Q8_0", "int4": "Q4_1"}
+"""Our precisions and the GGUF format of as many bits; int8 has a scale a row, Q8_0 one for every 32 weights. Q4_1 has
+int4's scale and minimum, and integers that are chosen before the scale is rounded."""
+CACHES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "F16", "w8a8": "F16", "int4": "F16"}
 
 
 def write(folder: str, target: str, form: str) -> int:

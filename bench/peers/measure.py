@@ -22,9 +22,10 @@ from bench.peers.process import Peer, PeerError
 from bench.timers import Ratio, paired_ratio
 from vpt_model.config import ModelConfig
 
-LIMITS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2, "int8": 2e-1}
+LIMITS = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2, "int8": 2e-1, "w8a8": 2e-1, "int4": 2e-1}
 """Root mean square difference of logits at most, in units of their standard deviation: float32 differs by the order of
-sums; peers round activations to the weights' format, and to 8 bits beside theirs of 8 bits, whose scales differ.
+sums; peers round activations to the weights' format, and to 8 bits beside theirs of 8 and 4 bits; scales of 8 bits and
+some integers of 4 bits differ.
 """
 
 

@@ -18,11 +18,11 @@ from openvino import opset13 as op
 from bench.peers.process import serve
 from bench.peers.timed import Timed
 
-TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "i8"}
+TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "i8", "w8a8": "i8"}
 """Our precisions and OpenVINO's element types; i8 has a scale a row, as our int8."""
-ARITHMETIC = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f32"}
+ARITHMETIC = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f32", "w8a8": "f32"}
 """Precision of activations that is asked for; beside int8 weights products round them to 8 bits, its default."""
-CACHES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f16"}
+CACHES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f16", "w8a8": "f16"}
 
 
 def constant(value: object, kind: str = "f32") -> Node:
@@ -148,6 +148,8 @@ class OpenVino(Timed):
     def load(self, folder: str, weights: str, tokens: int, threads: int) -> tuple[str, int]:
         """Load the tensors of `folder`; returns the format of the weights and the bytes that a token needs."""
         self.free()
+        if weights not in TYPES:
+            raise ValueError(f"no graph over {weights} weights is built here")
         decoder = Decoder(Path(folder), weights)
         properties = {
             "INFERENCE_PRECISION_HINT": ARITHMETIC[weights],

@@ -48,11 +48,15 @@ Element element(const Tensor& t) {
       return Element::bf16;
     case ScalarType::Half:
       return Element::f16;
-    case ScalarType::Char:
-      return Element::int8;
     default:
       STD_TORCH_CHECK(false, "packed_linear: computes in float32, bfloat16 and float16 only");
   }
+}
+
+Element stored_element(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Char) return Element::int8;
+  if (t.scalar_type() == ScalarType::Int) return Element::int4;
+  return element(t);
 }
 
 Rows rows_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), element(t)}; }
@@ -65,8 +69,11 @@ void multiply_packed(const PackedCall& c, const Tensor& out) {
   job.rows = c.x.size(0);
   job.columns = c.x.size(1);
   job.data = c.data.const_data_ptr();
-  job.stored = element(c.data);
-  if (c.scales.has_value()) {
+  job.stored = stored_element(c.data);
+  if (c.minima.has_value()) {
+    job.steps = data<Float16>(*c.scales);
+    job.minima = data<Float16>(*c.minima);
+  } else if (c.scales.has_value()) {
     job.scales = data<float>(*c.scales);
     job.group = c.scales->size(1) == 1 ? 2 * job.pairs() : 32;
   }
@@ -80,7 +87,9 @@ void multiply_packed(const PackedCall& c, const Tensor& out) {
 
   static thread_local Workspace space;
   const PackedKernels& kernels = *chosen();
-  job.arranged = space.reserve<float>(std::max<int64_t>(1, job.rows * 2 * job.pairs()));
+  // With fewer rows the reading of the weights is waited for, or as much as bytes save goes into bringing them in order.
+  job.quads = c.dynamic && kernels.quads && job.rows > kernels.tile_rows;
+  job.arranged = space.reserve<float>(job.rows * 2 * (job.pairs() + 1));
   const Tiling tiling(job.rows, kernels.tile_rows);
   const int64_t tile_elements = std::max<int64_t>(1, kernels.tile_rows * job.columns);
   torch::stable::parallel_for(0, tiling.count, 1 + (1 << 15) / tile_elements, [&](int64_t begin, int64_t end) {

@@ -19,11 +19,18 @@ constexpr int64_t kMostTilePanels = 2;
 constexpr int64_t kPanelGroup = 16;
 constexpr int64_t kRowsAtOnce = 384;
 
+// Columns of W that share a scale and a minimum in int4.
+constexpr int64_t kGroup = 32;
+
 struct Int8 {
   int8_t value;
 };
+// Eight columns of a row: those of the pair p in bits 4p … 4p + 3 and 16 + 4p … 19 + 4p.
+struct Int4 {
+  uint32_t columns;
+};
 
-enum class Element { f32, bf16, f16, int8 };
+enum class Element { f32, bf16, f16, int8, int4 };
 enum class Activation { none, silu, quick_gelu, gelu, gelu_tanh };
 
 // Rows of float32, bfloat16 or float16, `stride` elements apart.
@@ -40,14 +47,20 @@ struct PackedJob {
   Element stored;
   const float* scales;  // int8: [panels][groups][16], else null
   int64_t group;        // columns of W that share a scale, even
-  int64_t features;     // columns of out
-  bool gated;           // a panel holds eight rows of the gate, then the same eight of what it gates
+  // int4: [panels][groups, rounded up to even][16], else null; W = steps·integers + minima
+  const Float16 *steps, *minima;
+  int64_t features;  // columns of out
+  bool quads;        // x of int8 weights is rounded to 8 bits, not to 16
+  bool gated;        // a panel holds eight rows of the gate, then the same eight of what it gates
   Activation activation;
   const float* bias;   // null, [features], or gated [2·features]
   Rows residual, out;  // base null: none
   float* arranged;     // x in float32, [blocks of kDepth columns][tiles of rows][columns][rows of the tile]
 
-  [[gnu::always_inline]] int64_t pairs() const { return (columns + 1) / 2; }
+  // Of columns, as the panels have them.
+  [[gnu::always_inline]] int64_t pairs() const {
+    return stored == Element::int4 ? (columns + 7) / 8 * 4 : (columns + 1) / 2;
+  }
   [[gnu::always_inline]] int64_t columns_per_panel() const { return gated ? kPanel / 2 : kPanel; }
   [[gnu::always_inline]] int64_t panels() const { return (features + columns_per_panel() - 1) / columns_per_panel(); }
 };
@@ -55,6 +68,7 @@ struct PackedJob {
 struct PackedKernels {
   const char* name;
   int64_t tile_rows;
+  bool quads;  // whether bytes are multiplied faster than 16 bits
   // Tiles [first, last) of x into `arranged`.
   void (*arrange)(const PackedJob& job, int64_t first, int64_t last);
   // Panels [first, last) of the product.

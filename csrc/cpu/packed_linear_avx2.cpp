@@ -15,6 +15,7 @@ namespace {
 struct Vector : Lanes {
   static constexpr int kTileRows = 6, kTilePanels = 1, kFewRows = 18;
   static constexpr int64_t kInt8Rows = kFewRows;
+  static constexpr bool kQuads = false;
 
   static __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
@@ -51,6 +52,15 @@ struct Vector : Lanes {
   static Float to_floats(Int x) { return _mm256_cvtepi32_ps(x); }
   static void load_words(const Int8* pair, Int words[2]) {
     for (int w = 0; w < 2; ++w) words[w] = _mm256_cvtepi8_epi16(load_half(pair + 16 * w));
+  }
+  static Int load_int(const int32_t* x) { return load_bytes(x); }
+  static void store_int(int32_t* x, Int v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), v); }
+  static void load_raw(const Int4* from, Int raw[2]) {
+    for (int w = 0; w < 2; ++w) raw[w] = load_bytes(from + 8 * w);
+  }
+  template <int shift, int mask>
+  static Int bits(Int raw) {
+    return _mm256_and_si256(_mm256_srli_epi32(raw, shift), _mm256_set1_epi32(mask));
   }
 };
 

@@ -8,6 +8,7 @@ namespace {
 struct Vector : Lanes {
   static constexpr int kTileRows = 4, kTilePanels = 1, kFewRows = 16;
   static constexpr int64_t kInt8Rows = kFewRows;
+  static constexpr bool kQuads = false;
 
   template <int odd, typename S>
   static void load_column(const S* pair, Float* column) {
@@ -46,6 +47,19 @@ struct Vector : Lanes {
     *words = each<Int>([=](int i) {
       return (pair[2 * i].value & 0xFFFF) | static_cast<int32_t>(static_cast<uint32_t>(pair[2 * i + 1].value) << 16);
     });
+  }
+  static Int load_int(const int32_t* x) {
+    return each<Int>([=](int i) { return x[i]; });
+  }
+  static void store_int(int32_t* x, const Int& v) {
+    for (int i = 0; i < kLanes; ++i) x[i] = v.lane[i];
+  }
+  static void load_raw(const Int4* from, Int* raw) {
+    *raw = each<Int>([=](int i) { return static_cast<int32_t>(from[i].columns); });
+  }
+  template <int shift, int mask>
+  static Int bits(const Int& raw) {
+    return each<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(raw.lane[i]) >> shift) & mask; });
   }
 };
 

@@ -2,7 +2,7 @@
 // vectors `V`.
 #pragma once
 
-#include "packed_linear_int8.h"
+#include "packed_linear_int4.h"
 #include "packed_linear_tile.h"
 
 namespace vpt {
@@ -28,7 +28,7 @@ void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, in
       float* to = job.arranged + k * job.rows + depth * row;
       const T* from = static_cast<const T*>(job.x.base) + row * job.x.stride + k;
       arrange_rows<T, V::kTileRows>(rows, from, job.x.stride, given, to);
-      for (int64_t r = 0; given < depth && r < rows; ++r) to[given * rows + r] = 0.f;
+      for (int64_t i = given * rows; i < depth * rows; ++i) to[i] = 0.f;
     }
   }
 }
@@ -36,10 +36,10 @@ void arrange_tiles(const PackedJob& job, const Tiling& tiling, int64_t first, in
 template <typename V>
 void arrange(const PackedJob& job, int64_t first, int64_t last) {
   const Tiling tiling(job.rows, V::kTileRows);
-  const bool integers = job.stored == Element::int8 && job.rows <= V::kInt8Rows;
+  const bool integers = (job.stored == Element::int8 || job.stored == Element::int4) && job.rows <= V::kInt8Rows;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    integers ? arrange_int16<T>(job, tiling, first, last) : arrange_tiles<V, T>(job, tiling, first, last);
+    integers ? arrange_integers<T>(job, tiling, first, last) : arrange_tiles<V, T>(job, tiling, first, last);
   };
   if (job.x.type == Element::f32) return run(float{});
   if (job.x.type == Element::bf16) return run(BFloat16{});
@@ -112,8 +112,13 @@ void multiply_many(const PackedJob& job, const Tiling& tiling, int64_t first, in
         const bool ends = k + kDepth >= job.columns;
         for (int64_t p = 0; p < panels; p += kTogether) {
           const float* b[kTogether];
-          for (int64_t i = 0; i < least(kTogether, panels - p); ++i)
-            b[i] = expand<V, S>(job, group + p + i, k, pairs, scratch + i * kBlock);
+          for (int64_t i = 0; i < least(kTogether, panels - p); ++i) {
+            float* const to = scratch + i * kBlock;
+            if constexpr (__is_same(S, Int4))
+              b[i] = expand_int4<V>(job, group + p + i, k, pairs, to);
+            else
+              b[i] = expand<V, S>(job, group + p + i, k, pairs, to);
+          }
           const bool here = p + kTogether < panels;
           const int64_t next_k = here ? k : ends ? 0 : k + kDepth;
           const int64_t next_panel = here       ? group + p + kTogether
@@ -141,6 +146,8 @@ void multiply_stored(const PackedJob& job, int64_t first, int64_t last, float* s
   const Tiling tiling(job.rows, V::kTileRows);
   if constexpr (__is_same(S, Int8)) {
     if (job.rows <= V::kInt8Rows) return multiply_int8<V>(job, tiling, first, last, scratch);
+  } else if constexpr (__is_same(S, Int4)) {
+    if (job.rows <= V::kInt8Rows) return multiply_int4<V>(job, tiling, first, last, scratch);
   } else {
     if (job.rows <= V::kFewRows) return multiply_few<V, S>(job, tiling, first, last, scratch);
   }
@@ -163,13 +170,15 @@ void multiply(const PackedJob& job, int64_t first, int64_t last, float* scratch)
       return multiply_stored<V, Float16>(job, first, last, scratch);
     case Element::int8:
       return multiply_stored<V, Int8>(job, first, last, scratch);
+    case Element::int4:
+      return multiply_stored<V, Int4>(job, first, last, scratch);
   }
 }
 
 template <typename V>
 constexpr PackedKernels packed_kernels(const char* name) {
   static_assert(V::kTilePanels <= kMostTilePanels);
-  return {name, V::kTileRows, arrange<V>, multiply<V>};
+  return {name, V::kTileRows, V::kQuads, arrange<V>, multiply<V>};
 }
 
 }  // namespace

@@ -120,17 +120,21 @@ Tile<S> tile_of(int64_t rows, bool whole) {
   return whole ? tile_of<V, S, V::kTilePanels, source>(rows) : tile_of<V, S, 1, source>(rows);
 }
 
+// Columns of a row in one S.
+template <typename S>
+constexpr int64_t kColumnsIn = __is_same(S, Int4) ? 8 : 1;
+
 // Columns k … k + 2·pairs of a panel.
 template <typename S>
 const S* block(const PackedJob& job, int64_t panel, int64_t k) {
-  return static_cast<const S*>(job.data) + (panel * job.pairs() * 2 + k) * kPanel;
+  return static_cast<const S*>(job.data) + (panel * job.pairs() * 2 + k) / kColumnsIn<S> * kPanel;
 }
 
 // The share of tile t of `tiles` in what comes next: blocks of as many pairs from `panel` and column k on. Where the panels
 // end it is for others, which harms nobody.
 template <typename S>
 Ahead share_of(const PackedJob& job, int64_t panel, int64_t k, int64_t pairs, int64_t t, int64_t tiles) {
-  const int64_t share = pairs * 2 * kPanel * sizeof(S) / tiles + 1;
+  const int64_t share = pairs * 2 / kColumnsIn<S> * kPanel * sizeof(S) / tiles + 1;
   Ahead ahead{{}, share / pairs + 1, nullptr};
   for (int64_t i = 0; i < kMostTilePanels; ++i)
     ahead.next[i] = reinterpret_cast<const char*>(block<S>(job, panel + i, k)) + share * t;

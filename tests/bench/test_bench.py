@@ -26,6 +26,9 @@ from tests.helpers import numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"cpu": "made up", "capability": "AVX2", "threads": 2}
+INTEGERS = {"int8": 1e-4, "int4": 1e-4, "w8a8": 2e-2}
+"""What our product may be off by, relative, beside weights of integers."""
+KEPT = ("float32", "bfloat16", "int8", "w8a8", "int4")
 CEILINGS = Ceilings("cpu", {1 << 20: 1e9, 1 << 28: 1e8}, {"float32": 1e10})
 
 
@@ -82,15 +85,16 @@ def test_a_planted_wrong_result_is_never_timed(monkeypatch, build, workload) -> 
     assert benchmark.calls == 0
 
 
-@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16", "int8", "int4", "w8a8"])
 def test_a_wrong_product_is_never_timed(monkeypatch, kept) -> None:
     monkeypatch.setattr(linear, "ROTATION_BYTES", 0)
     made = linear.build(workloads.Product(3, "2b", kept), "cpu")
     made.check()
-    assert made.work.flops == 2 * 3 * 1536 * 8960 and (made.work.byte_products > 0) == (kept == "int8")
-    assert isinstance(made.alternatives["_weight_int8pack_mm"], str) == (kept != "int8")
-    ours = made.ours[0]
-    for planted in (lambda: ours() * (1 + 3e-4), lambda: ours().roll(1, 1)):
+    assert made.work.flops == 2 * 3 * 1536 * 8960 and (made.work.byte_products > 0) == (kept in INTEGERS)
+    assert isinstance(made.alternatives["_weight_int8pack_mm"], str) == (kept not in ("int8", "w8a8"))
+    assert isinstance(made.alternatives["_weight_int4pack_mm_for_cpu"], str) == (kept != "int4")
+    ours, off = made.ours[0], 3 * INTEGERS.get(kept, 1e-4)
+    for planted in (lambda: ours() * (1 + off), lambda: ours().roll(1, 1)):
         made.ours[0] = planted
         benchmark = Pedantic()
         with pytest.raises(WrongResult, match="packed_linear: ours: .*not timed"):
@@ -200,9 +204,10 @@ def test_floors() -> None:
     assert CEILINGS.floor(Work(1 << 30, 1), "float32") == pytest.approx((1 << 30) / 1e8)
     per_token = 2 * (12 + 2 * 2) * 128 * 4 + 128 * 4 + 4 * 8
     assert append_work(workloads.Append(10, "2b", "float32")).bytes == 10 * per_token
-    moved = {kept: product_work(workloads.Product(2, "7b", kept)).bytes for kept in ("float32", "bfloat16", "int8")}
+    moved = {kept: product_work(workloads.Product(2, "7b", kept)).bytes for kept in KEPT}
     beside, weight = 4 * 2 * (3584 + 18944), 3584 * 18944
-    assert moved == {"float32": beside + 4 * weight, "bfloat16": beside + 2 * weight, "int8": beside + weight}
+    bytes_a_weight = dict(zip(KEPT, (4, 2, 1, 1, 5 / 8), strict=True))
+    assert moved == {kept: beside + size * weight for kept, size in bytes_a_weight.items()}
 
 
 def test_reads_writes_and_copies_have_ceilings_of_their_own() -> None:

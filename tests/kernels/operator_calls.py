@@ -119,13 +119,16 @@ def packed_cases(form: str, dtype: torch.dtype) -> list[tuple]:
         ("float32", False, 3),
         ("bfloat16", True, 40),
         ("int8", False, 2),
+        ("int4", True, 5),
+        ("w8a8", False, 15),
         ("float16", False, 0),
     ):
         packed = pack_weight(normal(22, 37, key="opcheck"), stored, gated=gated)
         features = packed.out_features
         bias = normal(22, key="bias") if gated else None
-        arguments = (normal(rows, 37, key="x", dtype=dtype), packed.data, packed.scales, features, gated, bias)
-        arguments += (normal(rows, features, key="residual", dtype=dtype), 1 if gated else 0)
+        data = (packed.data, packed.scales, packed.minima, features, gated, packed.dynamic)
+        residual = normal(rows, features, key="residual", dtype=dtype)
+        arguments = (normal(rows, 37, key="x", dtype=dtype), *data, bias, residual, 1 if gated else 0)
         cases.append((*arguments, torch.zeros(rows, features, dtype=dtype)) if form.endswith("_into") else arguments)
     return cases
 

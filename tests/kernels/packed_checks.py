@@ -37,10 +37,12 @@ def composition(
     return product if residual is None else product + residual
 
 
-def rounding_of_x(x: Tensor, weight: Tensor) -> Tensor:
-    """How far int8 weights may be off with few rows, [rows, N] float64: x is rounded to 16 bits per 256 columns."""
+def rounding_of_x(x: Tensor, weight: Tensor, top: int = 32767) -> Tensor:
+    """How far weights of integers may be off, [rows, N] float64: x is rounded to steps of its largest / top per 256
+    columns, 16 bits or 8.
+    """
     blocks = F.pad(x.abs().double(), (0, -x.shape[1] % 256)).unflatten(1, (-1, 256))
-    steps = (blocks.amax(-1) / 32767 / 2).repeat_interleave(256, 1)[:, : x.shape[1]]
+    steps = (blocks.amax(-1) / top / 2).repeat_interleave(256, 1)[:, : x.shape[1]]
     return steps @ weight.abs().double().T
 
 
@@ -55,7 +57,7 @@ def check(
 ) -> None:
     """Calls of `at_once` rows are no further from float64 than twice PyTorch in x's dtype on the same weights.
 
-    int8 weights of a plain product may be off by the rounding of x besides.
+    Weights of integers may be off by the rounding of x besides, in a plain product.
     """
     weight, both = packed.dequantize(), (activation, packed.gated)
     actual, eager = [], []
@@ -67,9 +69,10 @@ def check(
     wide = [None if t is None else t.double() for t in (x, bias, residual)]
     oracle = composition(wide[0], packed.dequantize(torch.float64), *wide[1:], *both)
     assert actual.dtype == x.dtype and actual.is_contiguous()
-    if packed.dtype == torch.int8 and x.numel():
+    if packed.scales is not None and x.numel():
         assert activation is None, "the bound is for a plain product"
-        excess = (actual.double() - oracle).abs() - rounding_of_x(x.flatten(0, -2), weight).view(actual.shape)
+        allowed = rounding_of_x(x.flatten(0, -2), weight, 127 if packed.dynamic else 32767)
+        excess = (actual.double() - oracle).abs() - allowed.view(actual.shape)
         actual_without = oracle + excess.clamp_min(0)
         assert_twice_as_good(actual_without.to(x.dtype), eager, oracle)
     else:

@@ -24,8 +24,10 @@ def operands(stored: str = "int8", gated: bool = False) -> dict[str, Any]:
         "x": normal(ROWS, K, key="x"),
         "data": packed.data,
         "scales": packed.scales,
+        "minima": packed.minima,
         "features": N,
         "gated": gated,
+        "dynamic": packed.dynamic,
         "bias": normal(2 * N if gated else N, key="b"),
         "residual": normal(ROWS, N, key="r"),
         "activation": 1 if gated else 0,
@@ -51,6 +53,7 @@ BAD = {
     "scales of 8 rows": {"scales": torch.ones(3, 1, 8)},
     "scales in float64": {"scales": torch.ones(3, 1, 16, dtype=torch.float64)},
     "scales with strides": {"scales": torch.ones(3, 16, 3).transpose(1, 2)[:, :1]},
+    "minima beside int8": {"minima": operands("int4")["minima"]},
     "scales beside floats": {"data": pack_weight(normal(N, K, key="w")).data},
     "more features": {"features": N + 16},
     "negative features": {"features": -1},
@@ -67,8 +70,24 @@ BAD = {
     "x with strides": {"x": wide(ROWS, K)},
     "flat x": {"x": normal(K, key="x")},
     "x in float64": {"x": normal(ROWS, K, key="x").double(), "residual": None},
+    "dynamic beside scales of groups": {"scales": torch.ones(3, 3, 16), "dynamic": True},
     "activation 5": {"activation": 5},
     "activation −1": {"activation": -1},
+}
+BAD_INT4 = {
+    "fewer panels": {"data": operands("int4")["data"][:-1]},
+    "narrower panels": {"data": operands("int4")["data"][:, :-1].contiguous()},
+    "panels of 32": {"data": torch.zeros(3, -(-K // 8), 32, dtype=torch.int32)},
+    "panels with strides": {"data": torch.zeros(3, 16, -(-K // 8), dtype=torch.int32).transpose(1, 2)},
+    "no scales": {"scales": None},
+    "no minima": {"minima": None},
+    "scales of int8": {"scales": operands()["scales"]},
+    "scales of fewer panels": {"scales": operands("int4")["scales"][:-1]},
+    "minima of fewer panels": {"minima": operands("int4")["minima"][:-1]},
+    "minima of fewer groups": {"minima": operands("int4")["minima"][:, :1].contiguous()},
+    "minima in float32": {"minima": operands("int4")["minima"].float()},
+    "dynamic": {"dynamic": True},
+    "minima with strides": {"minima": torch.zeros(3, 32, 2, dtype=torch.float16).transpose(1, 2)},
 }
 BAD_OUT = {
     "fewer rows": torch.zeros(ROWS - 1, N),
@@ -79,9 +98,9 @@ BAD_OUT = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_operands_that_do_not_fit(what):
-    given = operands() | BAD[what]
+@pytest.mark.parametrize(("stored", "what"), [("int8", what) for what in BAD] + [("int4", what) for what in BAD_INT4])
+def test_operands_that_do_not_fit(stored, what):
+    given = operands(stored) | (BAD if stored == "int8" else BAD_INT4)[what]
     with pytest.raises((ValueError, RuntimeError)):
         torch.ops.vpt_kernels.packed_linear.cpp(*given.values())
     out = torch.full((ROWS, N), 7.0)
@@ -101,15 +120,15 @@ def test_an_out_that_does_not_fit(what):
 
 def test_operands_that_fit():
     """What the cases above change is right before."""
-    for stored, gated in (("int8", False), ("float32", True)):
+    for stored, gated in (("int8", False), ("float32", True), ("int4", True), ("w8a8", False)):
         torch.ops.vpt_kernels.packed_linear.cpp(*operands(stored, gated).values())
 
 
-@pytest.mark.parametrize("stored", ("float32", "int8"))
+@pytest.mark.parametrize("stored", ("float32", "int8", "int4"))
 def test_a_weight_put_together_by_hand(stored):
     """Its fields contradict each other."""
     packed = pack_weight(normal(N, K, key="w"), stored)
-    for columns in (K - 2, K + 2):
+    for columns in (K - 8, K + 8):
         with pytest.raises((ValueError, RuntimeError)):
             packed_linear(normal(ROWS, columns, key="x"), replace(packed, in_features=columns))
     for features in (N - 16, N + 16, -1):

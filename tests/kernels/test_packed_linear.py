@@ -25,7 +25,7 @@ from vpt_kernels import pack_weight, packed_linear
 
 pytestmark = not_interpreted
 
-STORED = ("float32", "bfloat16", "float16", "int8")
+STORED = ("float32", "bfloat16", "float16", "int8", "int4", "w8a8")
 each_stored = pytest.mark.parametrize("stored", STORED)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 16, 17, 19, 28, 29, 128, 257, 811)
 """Around every tile, every path and a prime."""
@@ -136,6 +136,54 @@ def test_int8_sums_are_exact(name, group_size, rows):
     oracle = x.double() @ weight.double().T
     bound = rounding_of_x(x, weight)
     assert ((actual.double() - oracle).abs() <= bound + 1e-6 * oracle.abs().clamp_min(1e3)).all()
+
+
+@each_set
+@pytest.mark.parametrize("rows", (1, 3, 16, 60))
+@pytest.mark.parametrize("columns", (1000, 1021))
+def test_int4_sums_are_exact(name, columns, rows):
+    """Integers in, integers out: scales are one, minima −8 or whatever, and x has 16 bits in steps of 1/4096."""
+    weight = torch.from_numpy(numbers("w").integers(-8, 8, (37, columns))).float()
+    weight[:, ::32], weight[:, 1::32] = -8, 7
+    weight += torch.arange(37)[:, None]
+    x = torch.from_numpy(numbers("x").integers(-9, 10, (rows, columns))).float()
+    x[:, ::256] = 32767 / 4096
+    with kernels(name):
+        packed = pack_weight(weight, "int4")
+        assert_same_bits(packed.dequantize(), weight)
+        actual = packed_linear(x, packed)
+    oracle = x.double() @ weight.double().T
+    bound = rounding_of_x(x, weight)
+    assert ((actual.double() - oracle).abs() <= bound + 1e-6 * oracle.abs().clamp_min(1e3)).all()
+
+
+@each_set
+@pytest.mark.parametrize("columns", (1000, 1022, 1023))
+def test_w8a8_sums_are_exact(name, columns):
+    """x in integers up to 127, weights too: nothing is rounded, with a whole last four columns or without."""
+    weight = torch.from_numpy(numbers("w").integers(-127, 128, (37, columns))).float()
+    x = torch.from_numpy(numbers("x").integers(-127, 128, (60, columns))).float()
+    weight[:, 0] = 127
+    x[:, ::256] = 127
+    with kernels(name):
+        for rows in (1, 14, 15, 60):
+            actual = packed_linear(x[:rows], pack_weight(weight, "w8a8"))
+            oracle = x[:rows].double() @ weight.double().T
+            # In 16 bits a step of 127 / 32767 is between the integers.
+            bound = rounding_of_x(x[:rows], weight) if rows <= 14 or name != "avx512" else 0
+            assert ((actual.double() - oracle).abs() <= bound + 1e-6 * oracle.abs().clamp_min(1e4)).all()
+
+
+@each_set
+def test_w8a8_is_int8_with_few_rows_and_where_bytes_are_no_faster(name):
+    weight, x = normal(40, 300, key="w"), normal(40, 300, key="x")
+    with kernels(name):
+        for rows in (1, 14, 15, 40):
+            both = [packed_linear(x[:rows], pack_weight(weight, kept)) for kept in ("int8", "w8a8")]
+            if rows <= 14 or name != "avx512":
+                assert_same_bits(*both)
+            else:
+                assert (both[0] - both[1]).abs().max() > 1e-3
 
 
 @each_set
@@ -259,9 +307,9 @@ def test_out_may_be_a_view_of_the_residual(backend):
 @each_backend
 def test_out_over_anything_else_is_refused(backend):
     """Whatever is read, the weight's own memory included, is what it was."""
-    packed = pack_weight(normal(21, 50, key="w"), "int8")
+    packed = pack_weight(normal(21, 50, key="w"), "int4")
     given = {"x": normal(6, 50, key="x"), "bias": normal(21, key="b"), "residual": normal(6, 21, key="r")}
-    for name in ("x", "bias", "residual", "data", "scales"):
+    for name in ("x", "bias", "residual", "data", "scales", "minima"):
         tensor = given[name] if name in given else getattr(packed, name)
         memory = torch.zeros(6 * 21 + tensor.numel())
         inside = memory[-tensor.numel() :].view(tensor.dtype).flatten()[-tensor.numel() :].view(tensor.shape)

@@ -61,7 +61,8 @@ def packed_linear(
     require_inference(x=x, bias=bias, residual=residual)
     form = "packed_linear" if out is None else "packed_linear_into"
     op = bind("packed_linear", form, backend, x.device, x.dtype)
-    arguments = (rows, weight.data, weight.scales, weight.out_features, weight.gated, bias, added, number)
+    packed = (weight.data, weight.scales, weight.minima, weight.out_features, weight.gated, weight.dynamic)
+    arguments = (rows, *packed, bias, added, number)
     if out is None:
         return call(op, *arguments).view(shape)
     _rows("out", out, shape, x)
@@ -73,8 +74,8 @@ def packed_linear(
             f"out has strides {out.stride()}; its rows must lie evenly apart: pass out.flatten(0, -2)"
         ) from None
     if op._overloadname == "reference":
-        read = {"x": rows, "bias": bias, "data": weight.data, "scales": weight.scales, "residual": added}
-        require_disjoint({"out": target}, read, itself=("residual",))
+        read = {"x": rows, "bias": bias, "data": weight.data, "scales": weight.scales, "minima": weight.minima}
+        require_disjoint({"out": target}, {**read, "residual": added}, itself=("residual",))
     call(op, *arguments, target)
     return out
 

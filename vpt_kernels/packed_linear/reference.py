@@ -26,14 +26,16 @@ def packed_linear(
     x: Tensor,
     data: Tensor,
     scales: Tensor | None,
+    minima: Tensor | None,
     features: int,
     gated: bool,
+    dynamic: bool,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: int,
 ) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = PackedWeight(data, scales, x.shape[1], features, gated).dequantize(wide)
+    weight = PackedWeight(data, scales, x.shape[1], features, gated, minima).dequantize(wide)
     product = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
     if gated:
         gate, up = product.chunk(2, -1)

@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 
 from vpt_kernels.checks import require_choice, require_flag, require_integer, require_tensor, require_type, shown
+from vpt_kernels.packed_linear import int4
+from vpt_kernels.packed_linear.int4 import GROUP
 
-STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-"""Precisions of a packed weight."""
+STORED = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.int32,
+    "w8a8": torch.int8,
+}
+"""Precisions of a packed weight, and the dtype of its panels: int4 has eight columns in an int32."""
 FLOATS = tuple(dtype for dtype in STORED.values() if dtype.is_floating_point)
 PANEL = 16
 """Rows of a weight that lie side by side; `kPanel` in csrc/cpu/packed_linear.h."""
-GROUP = 32
-"""Columns that share a scale where not the whole row does."""
 _GATE = PANEL // 2
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _ROWS_AT_ONCE = 64 * PANEL
@@ -32,11 +39,15 @@ class PackedWeight:
     Attributes:
         data: [panels, ⌈K/2⌉, 32] in the stored dtype. A panel holds 16 rows; float32 and float16 have column 2i of all,
             then column 2i + 1 of all, bfloat16 and int8 both columns of a row side by side. Zero where the weight ends.
-        scales: float32 [panels, 1 or ⌈K/32⌉, 16] of int8 weights, one number per row or per 32 columns of a row; else
-            None.
+            int4: int32 [panels, ⌈K/8⌉, 16], eight columns of a row in each.
+        scales: float32 [panels, 1 or ⌈K/32⌉, 16] of int8 weights, one number per row or per 32 columns of a row; of
+            int4 weights float16 [panels, ⌈K/64⌉, 32], those of columns 64i … 64i + 31 of all rows, then those of
+            the next 32; else None.
         in_features: K, columns of the weight.
         out_features: columns of the product: rows of the weight, half of them where it is gated.
         gated: Every panel holds eight rows of the gate and the same eight rows of what it multiplies.
+        minima: of int4 weights, as their scales: a weight is scale·integer + minimum; else None.
+        dynamic: x may be rounded to 8 bits as well, where the processor multiplies bytes faster ("w8a8").
     """
 
     data: Tensor
@@ -44,36 +55,45 @@ class PackedWeight:
     in_features: int
     out_features: int
     gated: bool
+    minima: Tensor | None = None
+    dynamic: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
-        """The stored dtype."""
+        """The dtype of the panels: the stored dtype, torch.int32 of int4."""
         return self.data.dtype
 
     @property
+    def precision(self) -> str:
+        """The name by which `pack_weight` makes it: "float32", "bfloat16", "float16", "int8", "int4" or "w8a8"."""
+        return "w8a8" if self.dynamic else next(name for name, dtype in STORED.items() if dtype == self.data.dtype)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the panels and scales."""
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Bytes of the panels, scales and minima."""
+        return sum(part.nbytes for part in (self.data, self.scales, self.minima) if part is not None)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the same weight on another device; ValueError if there is none of this name."""
         require_type("device", device, (torch.device, str), "a torch.device or its name")
         try:
-            data, scales = self.data.to(device), None if self.scales is None else self.scales.to(device)
+            parts = (self.data, self.scales, self.minima)
+            data, scales, minima = (None if part is None else part.to(device) for part in parts)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-        return replace(self, data=data, scales=scales)
+        return replace(self, data=data, scales=scales, minima=minima)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the numbers that the product is made of, in the order of the weight's rows: [rows, K] in `dtype`.
 
-        A gated weight gives the gate's rows first. int8 weights are the integer times its scale, rounded to float32.
+        A gated weight gives the gate's rows first. int8 weights are the integer times its scale, int4 weights that plus
+        the minimum, rounded to float32.
 
         Raises:
             TypeError: `dtype` is no floating-point dtype of torch.
         """
         _require_float(dtype)
-        rows = _values(self, self.data, self.scales).to(dtype).flatten(0, 1)[..., : self.in_features]
+        rows = _values(self).to(dtype).flatten(0, 1)[..., : self.in_features]
         if not self.gated:
             return rows[: self.out_features].contiguous()
         halves = rows.unflatten(0, (-1, 2, _GATE)).transpose(0, 1).flatten(1, 2)
@@ -98,11 +118,15 @@ class PackedWeight:
         if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.out_features:
             raise ValueError(f"ids span {int(flat.min())}..{int(flat.max())}; rows are 0..{self.out_features - 1}")
         panel, row = flat // PANEL, flat % PANEL
-        data = _by_row(self.data)
-        values = data[panel, :, row] if _side_by_side(data.dtype) else data[panel, :, :, row]
-        values = values.flatten(1)[:, : self.in_features]
-        if self.scales is not None:
-            values = values.float() * _per_column(self.scales[panel, :, row], self.in_features)
+        if self.scales is not None and self.minima is not None:
+            numbers = (_by_group(part)[panel, :, row] for part in (self.scales, self.minima))
+            values = int4.dequantise(self.data[panel, :, row], *numbers)[:, : self.in_features]
+        else:
+            data = _by_row(self.data)
+            values = data[panel, :, row] if _side_by_side(data.dtype) else data[panel, :, :, row]
+            values = values.flatten(1)[:, : self.in_features]
+            if self.scales is not None:
+                values = values.float() * _per_column(self.scales[panel, :, row], self.in_features)
         return values.to(dtype).unflatten(0, ids.shape) if ids.dim() else values.to(dtype)[0]
 
 
@@ -125,8 +149,16 @@ def _per_column(scales: Tensor, columns: int) -> Tensor:
     return scales if scales.shape[-1] == 1 else scales.repeat_interleave(GROUP, -1)[..., :columns]
 
 
-def _values(packed: PackedWeight, data: Tensor, scales: Tensor | None) -> Tensor:
-    """Return panels as the rows they hold: [P, 16, 2·pairs]."""
+def _by_group(numbers: Tensor) -> Tensor:
+    """Return scales or minima of int4 with their groups as an axis: [P, groups, 16]."""
+    return numbers.unflatten(2, (2, PANEL)).flatten(1, 2)
+
+
+def _values(packed: PackedWeight) -> Tensor:
+    """Return panels as the rows they hold: [P, 16, columns or a few more]."""
+    data, scales, minima = packed.data, packed.scales, packed.minima
+    if scales is not None and minima is not None:
+        return int4.dequantise(*(part.transpose(1, 2) for part in (data, _by_group(scales), _by_group(minima))))
     order = (0, 2, 1, 3) if _side_by_side(data.dtype) else (0, 3, 1, 2)
     rows = _by_row(data).permute(order).flatten(2)
     if scales is None:
@@ -143,14 +175,17 @@ def pack_weight(
         weight: [N, K] as `nn.Linear` keeps it, float32, bfloat16 or float16, on any device and with any strides; or
             several of equal K and dtype, whose rows follow one another (query, key and value; gate and up). They are
             read once and not kept.
-        dtype: "float32", "bfloat16", "float16" or "int8"; None: the weight's own. int8 is symmetric: the integer
-            nearest to w / scale, scale = max |w| / 127 over the row or group.
+        dtype: "float32", "bfloat16", "float16", "int8", "int4" or "w8a8"; None: the weight's own. int8 is symmetric:
+            the integer nearest to w / scale, scale = max |w| / 127 over the row or group. int4: the integer from 0 to
+            15 nearest to (w − minimum) / scale, scale = (max w − min w) / 15 over 32 columns of a row, 5 bits a weight.
+            w8a8: int8 with a scale per row, and x is rounded to 8 bits too where that is faster (dynamic quantisation).
         gated: The first half of the rows is a gate of the second; `packed_linear` then returns activation(gate)·up.
-        group_size: For int8: None, one scale per row, or 32, one per 32 columns of a row.
+        group_size: For int8: None, one scale per row, or 32, one per 32 columns of a row. int4 has groups of 32.
 
     Raises:
         TypeError: An argument is of another type, or the weight of another dtype.
-        ValueError: Shapes do not fit, the name of the dtype is unknown, int8 cannot hold a NaN or an infinity.
+        ValueError: Shapes do not fit, the name of the dtype is unknown, int8 cannot hold a NaN or an infinity, int4
+            neither those nor numbers beyond ±65504.
     """
     require_flag("gated", gated)
     parts = _checked(weight, gated)
@@ -159,24 +194,42 @@ def pack_weight(
     stored = parts[0].dtype if dtype is None else STORED[dtype]
     if group_size is not None:
         require_integer("group_size", group_size, GROUP, GROUP)
-        if stored != torch.int8:
-            raise ValueError(f"group_size is {group_size} and dtype {stored}; only int8 has scales: leave it out")
+        if dtype == "w8a8":
+            raise ValueError(f"group_size is {group_size} and dtype w8a8, which has a scale per row: leave it out")
+        if stored in FLOATS:
+            raise ValueError(
+                f"group_size is {group_size} and dtype {stored}; only int8 and int4 have scales: leave it out"
+            )
     columns, total = parts[0].shape[1], sum(len(part) for part in parts)
     features, width = (total // 2, _GATE) if gated else (total, PANEL)
     panels, groups = -(-features // width), 1 if group_size is None else -(-columns // GROUP)
     device = parts[0].device
-    data = torch.empty((panels, -(-columns // 2), 2 * PANEL), dtype=stored, device=device)
-    scales = torch.empty((panels, groups, PANEL), dtype=torch.float32, device=device) if stored == torch.int8 else None
+    minima = None
+    if stored == STORED["int4"]:
+        data = torch.empty((panels, -(-columns // int4.COLUMNS), PANEL), dtype=stored, device=device)
+        shape = (panels, -(-columns // (2 * GROUP)), 2 * PANEL)
+        scales, minima = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
+    else:
+        data = torch.empty((panels, -(-columns // 2), 2 * PANEL), dtype=stored, device=device)
+        integers = stored == torch.int8
+        scales = torch.empty((panels, groups, PANEL), dtype=torch.float32, device=device) if integers else None
     _advise_huge_pages(data)
     done = 0
     for rows in _panels(parts, features if gated else None):
         count = len(rows) // PANEL
+        if scales is not None and minima is not None:
+            words, *numbers = int4.quantise(rows.float())
+            data[done : done + count] = words.unflatten(0, (count, PANEL)).transpose(1, 2)
+            for part, panel in zip(numbers, (scales, minima), strict=True):
+                _lay_out(part, panel[done : done + count])
+            done += count
+            continue
         if scales is not None:
             rows, found = _quantise(rows, groups)
             scales[done : done + count] = found.unflatten(0, (count, PANEL)).transpose(1, 2)
         _lay_out(rows.to(stored), data[done : done + count])
         done += count
-    return PackedWeight(data, scales, columns, features, gated)
+    return PackedWeight(data, scales, columns, features, gated, minima, dtype == "w8a8")
 
 
 def _advise_huge_pages(tensor: Tensor) -> None:

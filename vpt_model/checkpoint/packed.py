@@ -59,7 +59,7 @@ def tensors_of(name: str, weight: PackedWeight) -> dict[str, Tensor]:
 def precision_of(state: Mapping[str, Any]) -> str | None:
     """Return the precision of the packed weights of a state dict, None where it has none."""
     found = next((one for one in state.values() if isinstance(one, PackedWeight)), None)
-    return None if found is None else str(found.dtype).removeprefix("torch.")
+    return None if found is None else found.precision
 
 
 def outlines(config: ModelConfig, weights: str) -> dict[str, PackedWeight]:

@@ -50,10 +50,11 @@ class Model:
         """Build from a state dict with the checkpoint's names, all tensors of one floating dtype on one device, or from
         `random_weights`, which are drawn one by one.
 
-        weights: the precision in which the products' weights are kept, "float32", "bfloat16", "float16" or "int8"; the
-        default, "auto", is the stored one. On a CPU they are packed and the arithmetic is float32. Elsewhere, and with
-        None, the arithmetic is in the stored precision and weights that need no fusing are shared with `state`. Weights
-        that a folder stores packed stay what they are.
+        weights: the precision in which the products' weights are kept, "float32", "bfloat16", "float16", "int8", "int4"
+        or "w8a8" (int8, and activations of many rows rounded to 8 bits too); the default, "auto", is the stored one. On
+        a CPU they are packed and the arithmetic is float32. Elsewhere, and with None, the arithmetic is in the stored
+        precision and weights that need no fusing are shared with `state`. Weights that a folder stores packed stay what
+        they are.
         consume: take the tensors out of `state`, a dict, one after the other, so that no weight is in memory twice;
         else it is not modified, and both are in memory. progress: is told how many bytes have found their place.
 

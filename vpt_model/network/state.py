@@ -16,8 +16,8 @@ from vpt_model.checkpoint.packed import precision_of
 from vpt_model.checkpoint.shapes import fused_name
 from vpt_model.checkpoint.weights import release, return_free_memory
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
-"""In which a model's weights may be kept; auto: as they are stored."""
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "int4", "w8a8")
+"""In which a model's weights may be kept; auto: as they are stored; w8a8: int8, and activations in 8 bits too."""
 _TRIMMED_EVERY = 32 << 20
 """Bytes after which what packing has freed goes back to the system: up to a sixth lies in gaps otherwise."""
 Weight = Tensor | PackedWeight
@@ -89,7 +89,7 @@ class State:
             )
         self.dtype = torch.float32 if self.packed else first.dtype
         self.device = first.device
-        # A cache is as exact as the weights that fill it; next to int8 weights bfloat16 costs nothing.
+        # A cache is as exact as the weights that fill it; next to weights of integers bfloat16 costs nothing.
         cached = {"float32": torch.float32, "float16": torch.float16}
         self.cache_dtype = cached.get(self.packed, torch.bfloat16) if self.packed else self.dtype
         self._tensors = tensors
@@ -166,8 +166,8 @@ class State:
 def rounded(state: Mapping[str, Tensor | Drawn], weights: str) -> dict[str, Tensor]:
     """Return the tensors with numbers that weights kept in a precision hold exactly, in the dtype that they have.
 
-    So models that keep them in any other way compute with the same numbers. auto: as they are. int8: the matrices of
-    layers alone. What is one tensor under two names stays one.
+    So models that keep them in any other way compute with the same numbers. auto: as they are. Of integers: the matrices
+    of layers alone. What is one tensor under two names stays one.
     """
     found: dict[int, Tensor] = {}
     for name, one in state.items():
@@ -179,7 +179,7 @@ def rounded(state: Mapping[str, Tensor | Drawn], weights: str) -> dict[str, Tens
 def _rounded(name: str, tensor: Tensor, weights: str) -> Tensor:
     if weights == "auto":
         return tensor
-    if weights != "int8":
+    if weights not in ("int8", "int4", "w8a8"):
         return tensor.to(getattr(torch, weights)).to(tensor.dtype)
     language = name.endswith(("_proj.weight", "lm_head.weight", "embed_tokens.weight"))
     if tensor.dim() == 2 and (language or re.search(r"^visual.*(qkv|proj|fc\d|mlp\.\d)\.weight$", name)):
