@@ -166,8 +166,8 @@ class State:
 def rounded(state: Mapping[str, Tensor | Drawn], weights: str) -> dict[str, Tensor]:
     """Return the tensors with numbers that weights kept in a precision hold exactly, in the dtype that they have.
 
-    So models that keep them in any other way compute with the same numbers. auto: as they are. Of integers: the matrices
-    of layers alone. What is one tensor under two names stays one.
+    So models that keep them in any other way compute with the same numbers. auto: as they are. Of integers: the
+    matrices of layers alone. What is one tensor under two names stays one.
     """
     found: dict[int, Tensor] = {}
     for name, one in state.items():
