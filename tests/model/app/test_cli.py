@@ -87,6 +87,13 @@ def test_demo_reports_both_looks_as_json(photo: Path) -> None:
             assert sum(stage["milliseconds"] for stage in run["stages"]) <= run["total_ms"]
 
 
+@pytest.mark.parametrize("weights", ("int8", "int4"))
+def test_demo_over_weights_of_integers(photo: Path, weights: str) -> None:
+    """It agrees up to the rounding of activations, which is far below what a wrong step does."""
+    assert demo(photo, "--weights", weights).exit_code == 0
+    assert demo(photo, "--weights", weights, "--inject", "position").exit_code == 1
+
+
 def test_demo_counts_the_work_of_both_procedures(photo: Path) -> None:
     """One pass over each token here; there two passes, twice the cache, and every image again in the second look."""
     report = json.loads(demo(photo, "--json", "--look", "clip").stdout)
@@ -160,6 +167,7 @@ def test_default_photo_holds_more_than_one_look_can_show() -> None:
         (["--look", "seg"], "'clip'"),
         (["--preset", "3b"], "'3b'"),
         (["--inject", "weights"], "'weights'"),
+        (["--weights", "w8a8"], "use 'int8'"),
         (["--inject", "control", "--look", "region:x0,y0,x1,y1"], "add --look clip"),
         (["--image", "missing.png"], "missing.png"),
         (["--out", "no/such/folder/demo.png"], "no/such/folder"),
