@@ -146,6 +146,16 @@ def test_wrong_logits_are_not_timed(state, loops, tmp_path, weights, off, monkey
     assert peer.asked.count("decode") <= 1
 
 
+@pytest.mark.parametrize("off", [1.1, float("nan")])
+def test_a_peer_alone_with_its_logits_is_named(state, loops, tmp_path, off):
+    peers = {"wrong": Twin(state, off * LIMITS["float16"]), "right": Twin(state, 0.0)}
+    row = compare(peers, state, CONFIG, "float16", tmp_path, loops, 6, SHAPE)
+    said = row.peers["wrong"]
+    assert isinstance(said, str) and "logits differ by" in said and "not timed" in said
+    assert not isinstance(row.peers["right"], str)
+    assert peers["wrong"].asked.count("decode") <= 1 and peers["wrong"].asked[-1] == "free"
+
+
 def test_a_peer_answers_fails_and_dies_in_words(tmp_path):
     script = tmp_path / "peer.py"
     script.write_text(SCRIPT)
