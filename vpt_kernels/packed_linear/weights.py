@@ -77,8 +77,8 @@ class PackedWeight:
         """Return the same weight on another device; ValueError if there is none of this name."""
         require_type("device", device, (torch.device, str), "a torch.device or its name")
         try:
-            parts = (self.data, self.scales, self.minima)
-            data, scales, minima = (None if part is None else part.to(device) for part in parts)
+            data = self.data.to(device)
+            scales, minima = (None if part is None else part.to(device) for part in (self.scales, self.minima))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         return replace(self, data=data, scales=scales, minima=minima)
@@ -204,15 +204,16 @@ def pack_weight(
     features, width = (total // 2, _GATE) if gated else (total, PANEL)
     panels, groups = -(-features // width), 1 if group_size is None else -(-columns // GROUP)
     device = parts[0].device
-    minima = None
+    scales: Tensor | None = None
+    minima: Tensor | None = None
     if stored == STORED["int4"]:
         data = torch.empty((panels, -(-columns // int4.COLUMNS), PANEL), dtype=stored, device=device)
         shape = (panels, -(-columns // (2 * GROUP)), 2 * PANEL)
         scales, minima = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
     else:
         data = torch.empty((panels, -(-columns // 2), 2 * PANEL), dtype=stored, device=device)
-        integers = stored == torch.int8
-        scales = torch.empty((panels, groups, PANEL), dtype=torch.float32, device=device) if integers else None
+        if stored == torch.int8:
+            scales = torch.empty((panels, groups, PANEL), dtype=torch.float32, device=device)
     _advise_huge_pages(data)
     done = 0
     for rows in _panels(parts, features if gated else None):
