@@ -65,7 +65,7 @@ class View:
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", shape)
 
     def here(self) -> View:
-        """Go on in this tab, in front: of one behind others a browser may hold frames back, and what fades in is hidden."""
+        """Go on in this tab, in front: for of others a browser may hold frames back, and what fades in is hidden."""
         self.browser.switch_to.window(self.tab)
         self.browser.execute_cdp_cmd("Page.bringToFront", {})
         return self
