@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import assert_twice_as_good, normal
+from tests.helpers import assert_same_bits, assert_twice_as_good, normal
 from tests.kernels.instruction_sets import Kernels, expected
 from vpt_kernels import cached_attention
 
@@ -149,6 +149,23 @@ def test_what_does_not_fit() -> None:
             cached_attention(*wrong)
     with pytest.raises(ValueError, match="forward only"):
         cached_attention(q.requires_grad_(), keys, values)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cached", DTYPES)
+def test_keys_and_values_with_strides_of_their_own(cached: torch.dtype, backend: str) -> None:
+    """Keys are a view of a wider buffer, values have their heads outside: the same bits as of copies."""
+    for shape in ((1, 12, 2, 128, 300), (40, 6, 3, 32, 100), (3, 4, 2, 20, 70)):
+        q, keys, values = inputs(shape, cached)
+        stored, heads, dim = keys.shape
+        wide = torch.full((stored, heads + 3, dim + 12), float("nan")).to(cached)
+        wide[:, 1 : heads + 1, 4 : dim + 4] = keys
+        outside = torch.full((heads, stored + 5, dim + 4), float("nan")).to(cached)
+        outside[:, 2 : stored + 2, :dim] = values.transpose(0, 1)
+        views = wide[:, 1 : heads + 1, 4 : dim + 4], outside[:, 2 : stored + 2, :dim].transpose(0, 1)
+        found = cached_attention(q, *views, backend=backend)
+        for one, other in zip(found, cached_attention(q, keys, values, backend=backend), strict=True):
+            assert_same_bits(one, other)
 
 
 BAD = {
