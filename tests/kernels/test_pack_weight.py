@@ -55,6 +55,17 @@ def test_int4_of_small_and_large_numbers(dtype, scale):
     assert ((found - weight.float()).abs() <= int4_error(weight.float()) + 15 * 2.0**-25).all()
 
 
+def test_int4_is_the_nearest_of_the_rounded_scale():
+    """Scale and minimum are rounded to float16 first: a later rounding would leave other integers the nearest."""
+    weight = normal(50, 256, key="w")
+    groups = weight.unflatten(1, (-1, 32)).double()
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale, minimum = ((high - low).float() / 15).half().double(), low.half().double()
+    off = (pack_weight(weight, "int4").dequantize(torch.float64).view(groups.shape) - groups).abs()
+    within = (groups >= minimum) & (groups <= minimum + 15 * scale)
+    assert within.double().mean() > 0.9 and (off[within] <= (scale * (0.5 + 1e-5)).expand_as(off)[within]).all()
+
+
 def test_int4_of_constant_groups_is_exact():
     weight = torch.tensor([[0.5, -3.0, 0.0]]).repeat_interleave(32, 1)
     assert_same_bits(pack_weight(weight, "int4").dequantize(), weight)
