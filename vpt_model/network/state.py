@@ -20,6 +20,9 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "int4", "w8a8")
 """In which a model's weights may be kept; auto: as they are stored; w8a8: int8, and activations in 8 bits too."""
 _TRIMMED_EVERY = 32 << 20
 """Bytes after which what packing has freed goes back to the system: up to a sixth lies in gaps otherwise."""
+_PRODUCT = re.compile(
+    r"(_proj|lm_head|embed_tokens)\.weight$|^visual.*(qkv|proj|fc\d|mlp\.\d)\.weight$|^(detection|seg)_model\..*\.weight$"
+)
 Weight = Tensor | PackedWeight
 Progress = Callable[[int], None]
 """Is told how many bytes of a state dict have found their place."""
@@ -181,8 +184,7 @@ def _rounded(name: str, tensor: Tensor, weights: str) -> Tensor:
         return tensor
     if weights not in ("int8", "int4", "w8a8"):
         return tensor.to(getattr(torch, weights)).to(tensor.dtype)
-    language = name.endswith(("_proj.weight", "lm_head.weight", "embed_tokens.weight"))
-    if tensor.dim() == 2 and (language or re.search(r"^visual.*(qkv|proj|fc\d|mlp\.\d)\.weight$", name)):
+    if tensor.dim() == 2 and _PRODUCT.search(name):
         return pack_weight(tensor, weights).dequantize(tensor.dtype)
     return tensor
 

@@ -90,7 +90,8 @@ def test_demo_reports_both_looks_as_json(photo: Path) -> None:
 @pytest.mark.parametrize("weights", ("int8", "int4"))
 def test_demo_over_weights_of_integers(photo: Path, weights: str) -> None:
     """It agrees up to the rounding of activations, which is far below what a wrong step does."""
-    assert demo(photo, "--weights", weights).exit_code == 0
+    for looks in ((), ("--look", "dino", "--look", "sam")):
+        assert demo(photo, "--weights", weights, *looks).exit_code == 0
     assert demo(photo, "--weights", weights, "--inject", "position").exit_code == 1
 
 
