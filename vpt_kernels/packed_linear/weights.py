@@ -217,19 +217,18 @@ def pack_weight(
     _advise_huge_pages(data)
     done = 0
     for rows in _panels(parts, features if gated else None):
-        count = len(rows) // PANEL
+        here = slice(done, done + len(rows) // PANEL)
         if scales is not None and minima is not None:
             words, *numbers = int4.quantise(rows.float())
-            data[done : done + count] = words.unflatten(0, (count, PANEL)).transpose(1, 2)
-            for part, panel in zip(numbers, (scales, minima), strict=True):
-                _lay_out(part, panel[done : done + count])
-            done += count
-            continue
-        if scales is not None:
-            rows, found = _quantise(rows, groups)
-            scales[done : done + count] = found.unflatten(0, (count, PANEL)).transpose(1, 2)
-        _lay_out(rows.to(stored), data[done : done + count])
-        done += count
+            data[here] = words.unflatten(0, (-1, PANEL)).transpose(1, 2)
+            _lay_out(numbers[0], scales[here])
+            _lay_out(numbers[1], minima[here])
+        else:
+            if scales is not None:
+                rows, found = _quantise(rows, groups)
+                scales[here] = found.unflatten(0, (-1, PANEL)).transpose(1, 2)
+            _lay_out(rows.to(stored), data[here])
+        done = here.stop
     return PackedWeight(data, scales, columns, features, gated, minima, dtype == "w8a8")
 
 
